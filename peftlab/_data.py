@@ -1,0 +1,10 @@
+"""Where the files that peftlab brings along are."""
+
+from pathlib import Path
+
+
+def data_path(*parts: str) -> Path:
+    """A path below `data/`: inside an installed package, or in the checkout beside it."""
+    package = Path(__file__).parent
+    inside = package / "data"
+    return (inside if inside.is_dir() else package.parent / "data").joinpath(*parts)

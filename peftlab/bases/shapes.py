@@ -1,0 +1,235 @@
+"""The shape of a transformer as pure numbers: enough to count every parameter, no weight needed.
+
+    >>> Shape.named("gpt2").matrices("q")
+    [(12, 768, 768)]
+    >>> Shape.named("gpt2").parameters()
+    124439808
+
+The linear maps go by logical names, the same in every family: `q k v o` in attention, `up` and
+`down` in the MLP, and `gate` where the MLP is gated. How a family stores them (GPT-2 fuses q, k
+and v into one matrix) does not matter here.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from peftlab._data import data_path
+
+ATTENTION = ("q", "k", "v", "o")
+MLP = ("up", "down")
+GATED_MLP = ("up", "down", "gate")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The numbers that fix the size of every tensor in a model.
+
+    `layers` counts the blocks of a model with one stack, or the encoder's of T5; `decoder_layers`
+    is T5's second stack, 0 elsewhere. `biased` lists the linear maps that carry a bias.
+    `positions`, `segments` and `buckets` are the rows of learned position, segment and
+    relative-position tables, 0 where a family has none.
+    """
+
+    name: str
+    family: str
+    layers: int
+    d_model: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    d_ff: int
+    vocab: int
+    context: int
+    gated: bool = False
+    tied: bool = True
+    biased: tuple[str, ...] = ()
+    decoder_layers: int = 0
+    positions: int = 0
+    segments: int = 0
+    buckets: int = 0
+
+    @classmethod
+    def named(cls, name: str) -> "Shape":
+        """The shape of one of the models in `names()`."""
+        path = _files().get(name)
+        if path is None:
+            raise ValueError(f"unknown model {name!r}; known: {', '.join(names())}")
+        return cls.from_config(json.loads(path.read_text(encoding="utf-8")), name)
+
+    @classmethod
+    def from_config(cls, config: Any, name: str | None = None) -> "Shape":
+        """Read a transformers config, or a dict with the same fields."""
+        fields = config if isinstance(config, Mapping) else config.to_dict()
+        family = fields.get("model_type")
+        if family not in FAMILIES:
+            raise ValueError(f"unknown family {family!r}; known: {', '.join(FAMILIES)}")
+        name = name or fields.get("_name_or_path") or family
+        return cls(name=name, family=family, **FAMILIES[family](fields))
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The linear maps that an adapter can go to."""
+        return ATTENTION + (GATED_MLP if self.gated else MLP)
+
+    @property
+    def blocks(self) -> int:
+        """Transformer blocks, both stacks together."""
+        return self.layers + self.decoder_layers
+
+    @property
+    def attentions(self) -> int:
+        """Attention sublayers: one a block, and a second, to the encoder, in T5's decoder."""
+        return self.layers + 2 * self.decoder_layers
+
+    @property
+    def norms(self) -> int:
+        """Normalisation layers: one a sublayer, and one more for every stack."""
+        stacks = 2 if self.decoder_layers else 1
+        return self.attentions + self.blocks + stacks
+
+    @property
+    def norm_size(self) -> int:
+        """Parameters of one: LayerNorm has a scale and a shift, RMSNorm only a scale."""
+        return (2 if self.family in ("gpt2", "bert") else 1) * self.d_model
+
+    @property
+    def d_kv(self) -> int:
+        """Width of all keys of one token, smaller than the queries' under grouped heads."""
+        return self.kv_heads * self.head_dim
+
+    def matrices(self, target: str) -> list[tuple[int, int, int]]:
+        """`(copies, d_in, d_out)` of a logical target, over the whole model."""
+        if target not in self.targets:
+            known = ", ".join(self.targets)
+            raise ValueError(f"{self.name} has no target {target!r}; it has: {known}")
+        d, inner = self.d_model, self.heads * self.head_dim
+        copies = self.attentions if target in ATTENTION else self.blocks
+        d_in, d_out = {
+            "q": (d, inner),
+            "k": (d, self.d_kv),
+            "v": (d, self.d_kv),
+            "o": (inner, d),
+            "up": (d, self.d_ff),
+            "gate": (d, self.d_ff),
+            "down": (self.d_ff, d),
+        }[target]
+        return [(copies, d_in, d_out)]
+
+    def parameters(self) -> int:
+        """All parameters of the plain model: tables, linear maps, norms, and the head if not tied.
+
+        The classes counted are GPT2LMHeadModel, LlamaForCausalLM, Qwen2ForCausalLM, BertModel
+        (with its pooler) and T5ForConditionalGeneration.
+        """
+        d = self.d_model
+        linear = sum(
+            copies * (d_in * d_out + (d_out if target in self.biased else 0))
+            for target in self.targets
+            for copies, d_in, d_out in self.matrices(target)
+        )
+        tables = (self.vocab + self.positions + self.segments) * d
+        if self.decoder_layers:  # T5: one table of relative positions in each stack
+            tables += 2 * self.buckets * self.heads
+        head = 0 if self.tied else self.vocab * d
+        pooler = d * d + d if self.family == "bert" else 0
+        return tables + linear + self.norms * self.norm_size + head + pooler
+
+
+def _gpt2(c: Mapping) -> dict:
+    d, heads = c["n_embd"], c["n_head"]
+    return dict(
+        layers=c["n_layer"],
+        d_model=d,
+        heads=heads,
+        kv_heads=heads,
+        head_dim=d // heads,
+        d_ff=c.get("n_inner") or 4 * d,
+        vocab=c["vocab_size"],
+        context=c["n_positions"],
+        tied=c.get("tie_word_embeddings", True),
+        biased=ATTENTION + MLP,
+        positions=c["n_positions"],
+    )
+
+
+def _llama(c: Mapping) -> dict:
+    d, heads = c["hidden_size"], c["num_attention_heads"]
+    biased = ATTENTION if c.get("attention_bias") else ()
+    return dict(
+        layers=c["num_hidden_layers"],
+        d_model=d,
+        heads=heads,
+        kv_heads=c.get("num_key_value_heads") or heads,
+        head_dim=c.get("head_dim") or d // heads,
+        d_ff=c["intermediate_size"],
+        vocab=c["vocab_size"],
+        context=c["max_position_embeddings"],
+        gated=True,
+        tied=c.get("tie_word_embeddings", False),
+        biased=biased + (GATED_MLP if c.get("mlp_bias") else ()),
+    )
+
+
+def _qwen2(c: Mapping) -> dict:
+    return _llama(c) | dict(biased=("q", "k", "v"))  # always, no option of the config
+
+
+def _bert(c: Mapping) -> dict:
+    d, heads = c["hidden_size"], c["num_attention_heads"]
+    return dict(
+        layers=c["num_hidden_layers"],
+        d_model=d,
+        heads=heads,
+        kv_heads=heads,
+        head_dim=d // heads,
+        d_ff=c["intermediate_size"],
+        vocab=c["vocab_size"],
+        context=c["max_position_embeddings"],
+        biased=ATTENTION + MLP,
+        positions=c["max_position_embeddings"],
+        segments=c.get("type_vocab_size", 2),
+    )
+
+
+def _t5(c: Mapping) -> dict:
+    return dict(
+        layers=c["num_layers"],
+        decoder_layers=c.get("num_decoder_layers") or c["num_layers"],
+        d_model=c["d_model"],
+        heads=c["num_heads"],
+        kv_heads=c["num_heads"],
+        head_dim=c["d_kv"],
+        d_ff=c["d_ff"],
+        vocab=c["vocab_size"],
+        context=c.get("n_positions") or 512,  # trained on 512; relative positions set no limit
+        gated=c.get("feed_forward_proj", "relu").startswith("gated-"),
+        tied=c.get("tie_word_embeddings", True),
+        buckets=c.get("relative_attention_num_buckets", 32),
+    )
+
+
+FAMILIES = {"gpt2": _gpt2, "llama": _llama, "qwen2": _qwen2, "bert": _bert, "t5": _t5}
+
+
+def _files() -> dict:
+    """name -> config file: published models in `data/configs`, our own in `data/bases`."""
+    bases = {path.parent.name: path for path in data_path("bases").glob("*/config.json")}
+    return bases | {path.stem: path for path in data_path("configs").glob("*.json")}
+
+
+def names() -> list[str]:
+    """Every model whose shape is known by name."""
+    return sorted(_files())
+
+
+def as_shape(model: Any) -> Shape:
+    """A `Shape` from a name, a shape, a config, or anything with an anatomy (a base, a tuned)."""
+    if isinstance(model, Shape):
+        return model
+    if isinstance(model, str):
+        return Shape.named(model)
+    if hasattr(model, "anatomy"):
+        return model.anatomy.shape
+    return Shape.from_config(model)

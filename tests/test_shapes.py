@@ -1,0 +1,80 @@
+"""Shapes are read right from names and configs; unknown ones are refused by name."""
+
+import json
+
+import pytest
+
+from peftlab._data import data_path
+from peftlab.bases.shapes import FAMILIES, Shape, as_shape, names
+
+PUBLISHED = sorted(path.stem for path in data_path("configs").glob("*.json"))
+
+
+def test_every_promised_model_is_known():
+    promised = "gpt2 gpt2-medium gpt2-large gpt2-xl bert-base bert-large t5-base llama-2-7b"
+    promised += " llama-3-8b llama-3-70b tinyllama-1.1b smollm2-135m qwen2.5-0.5b"
+    assert set(promised.split()) == set(PUBLISHED)
+    assert set(names()) >= set(PUBLISHED)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_config_files_hold_facts_and_their_source(name):
+    config = json.loads(data_path("configs", f"{name}.json").read_text())
+    assert config["source"].startswith("written by hand from https://")
+    assert config["model_type"] in FAMILIES
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_one_model_by_name_by_dict_and_by_shape(name):
+    shape = Shape.named(name)
+    fields = json.loads(data_path("configs", f"{name}.json").read_text())
+    assert as_shape(name) is not shape and as_shape(name) == shape
+    assert as_shape(shape) is shape
+    assert Shape.from_config(fields, name) == shape
+    assert as_shape(fields).parameters() == shape.parameters()
+
+
+def test_unknown_name_lists_the_known_ones():
+    with pytest.raises(ValueError, match="unknown model 'gpt5'; known: .*gpt2-xl.*t5-base"):
+        as_shape("gpt5")
+
+
+def test_unknown_family_lists_the_known_ones():
+    with pytest.raises(ValueError, match="unknown family 'mamba'; known: gpt2, llama, qwen2"):
+        as_shape({"model_type": "mamba"})
+
+
+def test_a_target_that_a_family_lacks_is_refused():
+    with pytest.raises(ValueError, match="gpt2 has no target 'gate'; it has: q, k, v, o, up, down"):
+        as_shape("gpt2").matrices("gate")
+
+
+def test_grouped_heads_make_k_and_v_narrow():
+    shape = Shape.named("llama-3-8b")
+    assert shape.matrices("q") == [(32, 4096, 4096)]
+    assert shape.matrices("v") == [(32, 4096, 1024)]
+    assert shape.d_kv == 8 * 128
+
+
+def test_t5_counts_self_and_cross_attention_of_both_stacks():
+    shape = Shape.named("t5-base")
+    assert shape.matrices("q") == [(36, 768, 768)]  # 12 encoder, 12 decoder, 12 cross
+    assert shape.matrices("up") == [(24, 768, 3072)]
+    assert shape.norms == 2 * 12 + 3 * 12 + 2
+
+
+def test_optional_fields_default_as_in_transformers():
+    plain = dict(
+        model_type="llama",
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=32,
+        vocab_size=50,
+    )
+    shape = as_shape(plain)
+    assert (shape.kv_heads, shape.head_dim, shape.tied, shape.biased) == (4, 16, False, ())
+    biased = as_shape(plain | dict(attention_bias=True, mlp_bias=True))
+    extra = 2 * (4 * 64 + 96 + 96 + 64)  # layers · (q k v o + up + gate + down)
+    assert biased.parameters() - shape.parameters() == extra
