@@ -1,0 +1,197 @@
+"""Execute lessons and store them with their outputs, ready for nbval and for GitHub.
+
+    python -m peftlab.experiments.run_notebooks                    # every notebook, written back
+    python -m peftlab.experiments.run_notebooks 06_lora --check    # run only, write nothing
+
+A stored lesson shows its figures where no kernel runs. Chromium draws a PNG beside the data of
+each Plotly figure, with the plotly.js that the plotly package carries, so nothing is fetched. A
+panel offers a figure of itself in its output as `application/vnd.peftlab.still+json`; its PNG takes
+the place of the widget view, whose model ends with the kernel. nbval compares both kinds of figure
+by their data and passes over the PNG.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+PLOTLY = "application/vnd.plotly.v1+json"
+STILL = "application/vnd.peftlab.still+json"
+WIDGET = "application/vnd.jupyter.widget-view+json"
+PNG = "image/png"
+CELL_METADATA = {"cellView", "jupyter", "reason", "tags"}
+WIDTH, HEIGHT, SCALE = 800, 450, 1.5  # a figure's size where its layout names none, and its sharpness
+
+Camera = Callable[[dict], str]
+
+
+def find_chromium() -> str | None:
+    """The path of an installed Chromium or Chrome; PEFTLAB_CHROMIUM names another."""
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    found = (shutil.which(name) for name in names)
+    return os.environ.get("PEFTLAB_CHROMIUM") or next(filter(None, found), None)
+
+
+def chromium_arguments() -> list[str]:
+    """Start-up flags: no sandbox (containers have none), no driver, no host but this one."""
+    return [
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-background-networking",
+        "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+    ]
+
+
+@contextmanager
+def camera() -> Iterator[Camera]:
+    """A function that draws a Plotly figure's JSON and returns a base64 PNG."""
+    import plotly
+    from playwright.sync_api import sync_playwright
+
+    chromium = find_chromium()
+    if chromium is None:
+        raise RuntimeError("drawing the stored pictures needs Chromium; none was found on PATH")
+    library = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
+    draw = """([figure, size]) => Plotly.toImage(
+        {data: figure.data, layout: figure.layout}, {format: 'png', ...size})"""
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=chromium, args=chromium_arguments()
+        )
+        page = browser.new_page()
+        page.add_script_tag(path=library)
+
+        def picture(figure: dict) -> str:
+            layout = figure.get("layout", {})
+            size = {
+                "width": layout.get("width", WIDTH),
+                "height": layout.get("height", HEIGHT),
+                "scale": SCALE,
+            }
+            return page.evaluate(draw, [figure, size]).split(",", 1)[1]
+
+        try:
+            yield picture
+        finally:
+            browser.close()
+
+
+def figure_in(data: dict) -> dict | None:
+    """The Plotly figure that an output carries, its own or a panel's still."""
+    return data.get(PLOTLY) or data.get(STILL)
+
+
+def outputs_with_data(notebook) -> Iterator[dict]:
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            if "data" in output:
+                yield output["data"]
+
+
+def execute(notebook, folder: Path, timeout: int = 600) -> float:
+    """Run every cell in order, in `folder`, and return the seconds that took."""
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    client = NotebookClient(
+        notebook,
+        kernel_name="python3",
+        timeout=timeout,
+        record_timing=False,
+        store_widget_state=False,
+        coalesce_streams=True,
+        resources={"metadata": {"path": str(folder)}},
+    )
+    start = time.perf_counter()
+    client.execute()
+    return time.perf_counter() - start
+
+
+def tidy(notebook) -> None:
+    """Keep what a reader or nbval uses, and drop what changes from run to run."""
+    notebook.metadata = nbformat.from_dict(
+        {
+            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+            "language_info": {"name": "python"},
+        }
+    )
+    for cell in notebook.cells:
+        cell.metadata = {k: v for k, v in cell.metadata.items() if k in CELL_METADATA}
+    for data in outputs_with_data(notebook):
+        data.pop(WIDGET, None)
+
+
+def add_pictures(notebook, picture: Camera, drawn: dict[str, str]) -> None:
+    """Put a PNG beside every figure; `drawn` holds those already made, by the figure's data."""
+    for data in outputs_with_data(notebook):
+        figure = figure_in(data)
+        if figure is not None:
+            key = json.dumps(figure, sort_keys=True)
+            drawn[key] = data[PNG] = drawn.get(key) or picture(figure)
+
+
+def run(path: Path, picture: Camera | None) -> float:
+    """Execute one notebook; write it back only where a camera is given. Returns seconds."""
+    notebook = nbformat.read(path, as_version=4)
+    drawn = {
+        json.dumps(figure_in(data), sort_keys=True): data[PNG]
+        for data in outputs_with_data(notebook)
+        if PNG in data and figure_in(data)
+    }
+    seconds = execute(notebook, path.parent)
+    if picture is not None:
+        tidy(notebook)
+        add_pictures(notebook, picture, drawn)
+        nbformat.validate(notebook)
+        nbformat.write(notebook, path)
+    return seconds
+
+
+def find_notebooks(names: list[str], folder: Path) -> list[Path]:
+    """The notebooks called `names` (with or without the suffix, or as paths); all of them for []."""
+    if not names:
+        return sorted(folder.glob("*.ipynb"))
+    paths = [Path(n) if n.endswith(".ipynb") else folder / f"{n}.ipynb" for n in names]
+    missing = [str(path) for path in paths if not path.exists()]
+    if missing:
+        raise FileNotFoundError(f"no such notebook: {', '.join(missing)}")
+    return paths
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("names", nargs="*", help="such as 06_lora; all where none is given")
+    parser.add_argument("--folder", type=Path, default=Path("notebooks"))
+    parser.add_argument("--check", action="store_true", help="run, and write nothing")
+    options = parser.parse_args(arguments)
+    paths = find_notebooks(options.names, options.folder)
+    if options.check:
+        return run_all(paths, None)
+    with camera() as picture:
+        return run_all(paths, picture)
+
+
+def run_all(paths: list[Path], picture: Camera | None) -> int:
+    """Run each notebook; one that fails keeps its stored text. Returns how many failed."""
+    failed = 0
+    for path in paths:
+        try:
+            print(f"{path}: {run(path, picture):.1f} s", flush=True)
+        except CellExecutionError as error:
+            failed += 1
+            print(f"{path}: not written, a cell failed\n{error}", file=sys.stderr, flush=True)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
