@@ -1,0 +1,225 @@
+"""Frozen models: finding them, loading them, running them.
+
+`load` gives a `Base`: a causal language model whose parameters are frozen, its tokenizer and its
+anatomy. `LanguageModel` is the surface that a base and an adapted base share, so that tasks and
+probes need not know which of the two they were given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from pathlib import Path
+
+import torch
+import transformers
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peftlab._data import data_path
+from peftlab.bases.anatomy import FAMILIES, TARGETS, Anatomy, Linear
+from peftlab.bases.shapes import Shape
+
+__all__ = ["FAMILIES", "TARGETS", "Anatomy", "Base", "LanguageModel", "Linear", "Shape", "load"]
+
+
+class LanguageModel:
+    """What a base and an adapted base have in common: call, generate, loss."""
+
+    name: str
+    model: transformers.PreTrainedModel
+    tokenizer: transformers.PreTrainedTokenizerBase
+    anatomy: Anatomy
+    virtual_tokens: int = 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's weights are."""
+        return self.anatomy.embedding.weight.device
+
+    @property
+    def context(self) -> int:
+        """Tokens that fit: the model's positions less the virtual tokens in front."""
+        return self.anatomy.shape.context - self.virtual_tokens
+
+    def __call__(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Int[Tensor, "batch seq"] | None = None,
+    ) -> Float[Tensor, "batch seq vocab"]:
+        """Logits of every real token; virtual tokens are used and not shown.
+
+        Positions count the unmasked tokens, so that padding on either side changes nothing.
+        Raises ValueError if the batch is longer than the context.
+        """
+        self._check_length(input_ids.shape[1])
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+        return self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=positions,
+            use_cache=False,
+        ).logits
+
+    @torch.no_grad()
+    def generate(self, prompts: list[str], max_new_tokens: int = 32) -> list[str]:
+        """Greedy continuations of a batch of prompts, up to the end-of-text token.
+
+        Only the new text is returned. Raises ValueError if the longest prompt and the new tokens
+        do not fit the context together.
+        """
+        batch = self.tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+        batch = {key: batch[key].to(self.device) for key in ("input_ids", "attention_mask")}
+        length = batch["input_ids"].shape[1]
+        self._check_length(length + max_new_tokens)
+        with self._evaluating():
+            out = self.model.generate(
+                **batch,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                eos_token_id=self.tokenizer.eos_token_id,
+                pad_token_id=self.tokenizer.pad_token_id,
+            )
+        return self.tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
+
+    @torch.no_grad()
+    def loss(self, texts: list[str], batch_size: int = 32) -> float:
+        """Mean cross entropy of the next token over all texts, in nats per token."""
+        total, tokens = 0.0, 0
+        with self._evaluating():
+            for start in range(0, len(texts), batch_size):
+                chunk = texts[start : start + batch_size]
+                batch = self.tokenizer(chunk, return_tensors="pt", padding=True).to(self.device)
+                ids, mask = batch["input_ids"], batch["attention_mask"]
+                logits = self(ids, mask)[:, :-1].float()
+                labels = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
+                total += F.cross_entropy(
+                    logits.flatten(0, 1), labels.flatten(), reduction="sum"
+                ).item()
+                tokens += int((labels != -100).sum())
+        return total / tokens
+
+    @contextlib.contextmanager
+    def _evaluating(self):
+        """Dropout off inside, and afterwards as it was."""
+        training = self.model.training
+        self.train(False)
+        try:
+            yield
+        finally:
+            self.train(training)
+
+    def train(self, mode: bool = True) -> None:
+        """Dropout on or off. Never changes a weight."""
+        self.model.train(mode)
+
+    def _check_length(self, length: int) -> None:
+        if length > self.context:
+            virtual = f" after {self.virtual_tokens} virtual tokens" if self.virtual_tokens else ""
+            raise ValueError(
+                f"{length} tokens do not fit: {self.name} has room for {self.context}{virtual}"
+            )
+
+
+class Base(LanguageModel):
+    """A frozen model with its tokenizer and anatomy."""
+
+    def __init__(self, name: str, model: nn.Module, tokenizer):
+        family = model.config.model_type
+        if family not in FAMILIES:
+            raise ValueError(_unknown_family(name, family))
+        if tokenizer is not None and tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        self.name, self.model, self.tokenizer = name, model.eval(), tokenizer
+        self.anatomy = Anatomy(model, name)
+        self.adapted_by = None  # the Tuned that is attached now, if any
+        model.requires_grad_(False)
+        self.digest = self._digest()
+
+    def _digest(self) -> str:
+        """A short mark of these weights, from 1,000 rows of the embedding: adapters carry it."""
+        rows = self.anatomy.embedding.weight[:1000].detach().float().cpu().contiguous()
+        return hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16]
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the name, type, shape and bytes of every tensor of the model."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def detach(self) -> None:
+        """Take off whatever is attached now; does nothing on a plain base."""
+        if self.adapted_by is not None:
+            self.adapted_by.detach()
+
+    def to(self, device: str | torch.device) -> Base:
+        """Move the model, in place."""
+        self.model.to(device)
+        return self
+
+    def __repr__(self) -> str:
+        shape = self.anatomy.shape
+        return (
+            f"{self.name}: {shape.family}, {shape.parameters():,} parameters, {shape.layers} layers, "
+            f"d_model {shape.d_model}, {shape.heads} heads, vocabulary {shape.vocab:,}, "
+            f"context {shape.context}, on {self.device}, frozen"
+        )
+
+
+def load(
+    name: str | Path = "tiny-gpt",
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Base:
+    """Load a frozen base.
+
+    `name` is a base that ships with peftlab, a local folder in Hugging Face format, or a name on
+    the Hugging Face hub. Raises ValueError for a family that peftlab does not know and
+    FileNotFoundError for a base that is nowhere to be found.
+    """
+    shipped = data_path("bases")
+    ours = sorted(path.parent.name for path in shipped.glob("*/config.json"))
+    source = shipped / name if str(name) in ours else name
+    missing = (
+        f"no base {str(name)!r}: peftlab ships {', '.join(ours)}; otherwise give a local folder "
+        "in Hugging Face format or a hub name that this machine can reach"
+    )
+    if Path(source).exists() and not (Path(source) / "config.json").exists():
+        raise FileNotFoundError(f"no config.json in {str(source)!r}; {missing}")
+    with _quiet():
+        try:
+            config = transformers.AutoConfig.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(missing) from error
+        if config.model_type not in FAMILIES:
+            raise ValueError(_unknown_family(str(name), config.model_type))
+        try:
+            model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        except OSError as error:
+            raise FileNotFoundError(f"{missing} ({error})") from error
+    return Base(str(name), model.to(device), tokenizer)
+
+
+def _unknown_family(name: str, family: str) -> str:
+    return f"{name!r} is of the family {family!r}; peftlab knows {', '.join(FAMILIES)}"
+
+
+@contextlib.contextmanager
+def _quiet():
+    """No progress bars or notices from transformers while a model loads."""
+    log = transformers.utils.logging
+    verbosity, bar = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(verbosity)
+        if bar:
+            log.enable_progress_bar()
