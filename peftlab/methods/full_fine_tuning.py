@@ -1,0 +1,37 @@
+"""Full fine-tuning: every parameter of the base trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from peftlab.bases import Shape
+from peftlab.methods.method import Method
+from peftlab.sites import ExistingParameters
+
+
+@dataclass(frozen=True)
+class FullFineTuning(Method):
+    """Train every parameter of the base.
+
+        θ ← θ − η · g(∇L(θ))        θ: all parameters, tied ones once
+
+    Trained: all of θ. Stored: all of θ, one full model for every task.
+    The original tensors are kept aside while it is attached, so detaching restores them.
+    It is the yardstick that every parameter-efficient method is measured against.
+    """
+
+    name: ClassVar[str] = "full_fine_tuning"
+    title: ClassVar[str] = "Full fine-tuning"
+    learning_rate: ClassVar[float] = 5e-4
+    exclusive: ClassVar[bool] = True
+
+    def reach(self, base, attachment, generator):
+        names = [name for name, _ in base.model.named_parameters()]  # a tied tensor comes once
+        site = attachment.stack.enter_context(ExistingParameters(base.model, names))
+        attachment.sites.append("parameters: all")
+        attachment.trainable.update(site.parameters)
+
+    def parameters(self, shape: Shape) -> int:
+        """Everything: the base's own size."""
+        return shape.parameters()

@@ -1,0 +1,91 @@
+"""What every method has: hyper-parameters, a closed form for its size, and a way onto a base."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import ExitStack
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from peftlab.bases import Base, Shape
+
+METHODS: dict[str, type[Method]] = {}
+
+
+@dataclasses.dataclass
+class Attachment:
+    """What a method put on a base: the sites it holds and the parameters that train.
+
+    `trainable` maps a site's name to a module or a parameter. Closing `stack` undoes everything.
+    """
+
+    stack: ExitStack
+    sites: list = dataclasses.field(default_factory=list)
+    trainable: dict[str, nn.Parameter] = dataclasses.field(default_factory=dict)
+    modules: dict[str, nn.Module] = dataclasses.field(default_factory=dict)
+    virtual_tokens: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A method's hyper-parameters. Subclasses are frozen dataclasses, so they print and compare."""
+
+    name: ClassVar[str] = ""
+    title: ClassVar[str] = ""
+    learning_rate: ClassVar[float] = 1e-3
+    exclusive: ClassVar[bool] = False  # True: composes with no other method
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        METHODS[cls.name] = cls
+
+    def attach(self, base: Base, generator: torch.Generator) -> Attachment:
+        """Reach the sites and create the parameters. On an error nothing stays behind."""
+        stack = ExitStack()
+        attachment = Attachment(stack)
+        try:
+            self.reach(base, attachment, generator)
+        except BaseException:
+            stack.close()
+            raise
+        return attachment
+
+    def reach(self, base: Base, attachment: Attachment, generator: torch.Generator) -> None:
+        """Enter this method's sites on `attachment.stack` and fill in the attachment."""
+        raise NotImplementedError
+
+    def parameters(self, shape: Shape) -> int:
+        """How many numbers train, in closed form."""
+        raise NotImplementedError
+
+    def stored(self, shape: Shape) -> int:
+        """How many numbers a saved adapter holds."""
+        return self.parameters(shape)
+
+    def to_dict(self) -> dict:
+        """Name and hyper-parameters, ready for JSON."""
+        return {"method": self.name, **dataclasses.asdict(self)}
+
+    @staticmethod
+    def from_dict(config: dict) -> Method:
+        """The inverse of `to_dict`. Raises ValueError for an unknown method or hyper-parameter."""
+        options = {key: value for key, value in config.items() if key != "method"}
+        name = config.get("method")
+        if name not in METHODS:
+            raise ValueError(f"unknown method {name!r}: known are {', '.join(sorted(METHODS))}")
+        try:
+            return METHODS[name](**options)
+        except TypeError as error:
+            raise ValueError(f"bad hyper-parameters for {name}: {error}") from error
+
+
+def require(name: str, value, low, high=None) -> None:
+    """Raise ValueError unless low ≤ value (≤ high), saying what is allowed."""
+    kind = int if isinstance(low, int) else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise ValueError(f"{name}={value!r}: a number is needed")
+    if value < low or (high is not None and value > high):
+        allowed = f"{low} to {high}" if high is not None else f"at least {low}"
+        raise ValueError(f"{name}={value}: allowed is {allowed}")
