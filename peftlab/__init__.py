@@ -1,0 +1,55 @@
+"""peftlab: parameter-efficient fine-tuning, from scratch, in view.
+
+    base  = peftlab.load("tiny-gpt")
+    tuned = peftlab.attach(base, peftlab.LoRA(r=8, alpha=16))
+    run   = peftlab.train(tuned, peftlab.tasks.load("facts"))
+    tuned.detach()
+"""
+
+import importlib
+import logging
+import warnings
+
+from peftlab.accounting import count
+from peftlab.bases import load
+from peftlab.methods import FullFineTuning, LoRA, PromptTuning
+from peftlab.training import train
+from peftlab.tuned import Tuned, attach
+
+__version__ = "0.1.0"
+REPOSITORY = "https://github.com/peftlab/peftlab"
+
+_ROOMS = ("accounting", "exercises", "figures", "panels", "probes", "tasks")
+
+__all__ = [
+    "FullFineTuning",
+    "LoRA",
+    "PromptTuning",
+    "Tuned",
+    "attach",
+    "count",
+    "load",
+    "setup",
+    "train",
+    *_ROOMS,
+]
+
+
+def __getattr__(name: str):
+    """Rooms that need plotting or widgets are imported when they are first used."""
+    if name in _ROOMS:
+        return importlib.import_module(f"peftlab.{name}")
+    raise AttributeError(f"peftlab has no {name!r}")
+
+
+def setup(seed: int = 0) -> str:
+    """Prepare a notebook: one figure style, one seed, no library chatter. Says what it runs on."""
+    import torch
+
+    from peftlab import figures
+
+    figures.use_template()
+    torch.manual_seed(seed)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    return f"peftlab {__version__} is ready"

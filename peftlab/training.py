@@ -1,0 +1,245 @@
+"""One loop for a CPU, one GPU and many.
+
+`train` moves the trainable parameters of an adapted base towards a task and returns a `Run`. The
+loop is plain: AdamW, a short warm-up, a cosine to zero, gradients clipped at norm 1. `accelerate`
+supplies devices and precision. An interrupt, from the keyboard or a stop button, keeps what was
+learned so far.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import pandas as pd
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from peftlab.tasks import Task
+from peftlab.tuned import Tuned
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+
+class Stop(Protocol):
+    """Anything with `is_set()`, such as a threading.Event."""
+
+    def is_set(self) -> bool: ...
+
+
+@dataclass
+class Run:
+    """What a training run left behind.
+
+    `history` has one row a step (step, loss in nats per target token, lr, seconds since the
+    start), with the metrics where they were evaluated. `seconds` is training alone, evaluation
+    apart.
+    """
+
+    method: str
+    task: str
+    seed: int
+    device: str
+    precision: str
+    lr: float
+    batch_size: int
+    steps: int = 0
+    seconds: float = 0.0
+    interrupted: bool = False
+    before: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    records: list[dict] = field(default_factory=list, repr=False)
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """The records as a table, one row a step."""
+        return pd.DataFrame(self.records)
+
+
+def precision_for(device: torch.device | str, precision: str = "auto") -> str:
+    """The arithmetic to train in: fp32 on a CPU; bf16 on a GPU that has it, else fp16 with scaling."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision!r}: allowed is {', '.join(PRECISIONS)}")
+    if precision != "auto":
+        return precision
+    if torch.device(device).type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def target_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross entropy of the next token over the labels that are not −100."""
+    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())
+
+
+class _Objective(nn.Module):
+    """The adapted model and its loss as one module, which is what accelerate prepares."""
+
+    def __init__(self, tuned: Tuned):
+        super().__init__()
+        self.tuned = tuned
+        self.model = tuned.model
+        self.trainable = nn.ParameterList(tuned.trainable.values())
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+        return target_loss(self.tuned(input_ids, attention_mask), labels)
+
+
+def train(
+    tuned: Tuned,
+    task: Task,
+    steps: int = 200,
+    lr: float | None = None,
+    batch_size: int = 16,
+    seed: int = 0,
+    eval_every: int = 0,
+    device: str | torch.device | None = None,
+    precision: str = "auto",
+    warmup: int = 10,
+    progress: bool = True,
+    on_step: Callable[[dict], None] | None = None,
+    stop: Stop | None = None,
+    evaluate: bool = True,
+) -> Run:
+    """Train the adapter on `task.train`.
+
+    `lr` is the first method's own default unless given. `eval_every` scores the dev set every so
+    many steps (0: never); with `evaluate`, the test set is scored before and after. The same seed
+    on the same machine gives the same result. Raises ValueError for a setting out of range or a
+    batch that does not fit the context.
+    """
+    for name, value in {"steps": steps, "batch_size": batch_size}.items():
+        if value < 1:
+            raise ValueError(f"{name}={value}: allowed is at least 1")
+    if tuned.merged:
+        raise ValueError("the deltas are merged: call unmerge() before training")
+    if device is not None:
+        move(tuned, device)
+    lr = tuned.methods[0].learning_rate if lr is None else lr
+    arithmetic = precision_for(tuned.device, precision)
+    run = Run(
+        tuned.label, task.name, seed, str(tuned.device), arithmetic, lr, min(batch_size, len(task.train))
+    )
+    if evaluate:
+        run.before = task.score(tuned)
+    objective, optimizer, batches, accelerator = _prepare(tuned, task, run, steps, arithmetic)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_cosine(warmup, steps))
+    bar = tqdm(total=steps, disable=not progress, desc=f"{tuned.label} on {task.name}")
+    tuned.train(True)
+    clock = _Clock()
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            for step, batch in zip(range(1, steps + 1), batches, strict=False):
+                if stop is not None and stop.is_set():
+                    run.interrupted = True
+                    break
+                loss = objective(**batch)
+                accelerator.backward(loss)
+                accelerator.clip_grad_norm_(tuned.trainable.values(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                record = {
+                    "step": step,
+                    "loss": loss.item(),
+                    "lr": schedule.get_last_lr()[0],
+                    "seconds": clock.seconds(),
+                }
+                schedule.step()
+                run.steps = step
+                if eval_every and (step % eval_every == 0 or step == steps):
+                    with clock.stopped():
+                        record |= task.score(tuned, task.dev)
+                        tuned.train(True)
+                run.records.append(record)
+                bar.update()
+                bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
+                if on_step is not None:
+                    on_step(record)
+    except KeyboardInterrupt:
+        run.interrupted = True
+    finally:
+        run.seconds = clock.seconds()
+        bar.close()
+        tuned.train(False)
+        for parameter in tuned.trainable.values():
+            parameter.grad = None
+    if evaluate:
+        run.metrics = task.score(tuned)
+    return run
+
+
+def move(tuned: Tuned, device: str | torch.device) -> None:
+    """Move a base and what is attached to it to a device, keeping the same Parameter objects."""
+    tuned.base.to(device)
+    for parameter in tuned.trainable.values():
+        parameter.data = parameter.data.to(device)
+
+
+def _prepare(tuned: Tuned, task: Task, run: Run, steps: int, arithmetic: str):
+    """Optimizer and an endless stream of batches, handed to accelerate."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # another device or precision before
+    accelerator = Accelerator(
+        cpu=tuned.device.type == "cpu",
+        mixed_precision="no" if arithmetic == "fp32" else arithmetic,
+    )
+    optimizer = torch.optim.AdamW(tuned.trainable.values(), lr=run.lr, weight_decay=0.0)
+    order = torch.Generator().manual_seed(run.seed)
+    loader = DataLoader(
+        task.train,
+        batch_size=run.batch_size,
+        shuffle=True,
+        drop_last=True,
+        generator=order,
+        collate_fn=lambda examples: task.batch(examples, tuned.tokenizer, context=tuned.context),
+    )
+    objective, optimizer, loader = accelerator.prepare(_Objective(tuned), optimizer, loader)
+    return objective, optimizer, _endless(loader), accelerator
+
+
+def _endless(loader: DataLoader) -> Iterator[dict[str, Tensor]]:
+    while True:
+        yield from loader
+
+
+def _warm_cosine(warmup: int, steps: int) -> Callable[[int], float]:
+    """A factor for the learning rate: up a line for `warmup` steps, then down a cosine to zero."""
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+
+    return factor
+
+
+class _Clock:
+    """Seconds since the start, less the time spent inside `stopped()`."""
+
+    def __init__(self):
+        self.start, self.paused = time.perf_counter(), 0.0
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start - self.paused
+
+    def stopped(self):
+        return _Pause(self)
+
+
+class _Pause:
+    def __init__(self, clock: _Clock):
+        self.clock = clock
+
+    def __enter__(self):
+        self.at = time.perf_counter()
+
+    def __exit__(self, *_):
+        self.clock.paused += time.perf_counter() - self.at
