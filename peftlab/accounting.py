@@ -1,0 +1,91 @@
+"""What adapting costs, in closed form: parameters, storage, memory. Needs no weights.
+
+A model is a name (see `bases.shapes.names()`), a transformers config, a base, or a `Shape`.
+
+    >>> from peftlab.methods import LoRA
+    >>> count(LoRA(r=8), "gpt2")
+    294912
+    >>> file_bytes(LoRA(r=8), "gpt2")
+    1179648
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from peftlab.bases.shapes import as_shape
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # of one number
+IN_PLACE = ("full_fine_tuning", "bitfit", "layer_norm")  # methods that add no parameter
+
+
+def count(method: Any, model: Any) -> int:
+    """How many parameters `method` trains on `model`."""
+    return method.parameters(as_shape(model))
+
+
+def stored(method: Any, model: Any) -> int:
+    """How many numbers the saved adapter holds: what is thrown away after training is not in it."""
+    return method.stored(as_shape(model))
+
+
+def base_parameters(model: Any) -> int:
+    """All parameters of the model itself, tied ones once."""
+    return as_shape(model).parameters()
+
+
+def percent(method: Any, model: Any) -> float:
+    """Trained parameters as a percentage of the base's own."""
+    return 100 * count(method, model) / base_parameters(model)
+
+
+def file_bytes(method: Any, model: Any, dtype: str = "float32") -> int:
+    """Bytes of the stored tensors. The file on disk is longer by a header of names and shapes."""
+    return stored(method, model) * _width(dtype)
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Bytes that training holds from step to step. Activations come on top and are not in it."""
+
+    weights: int
+    gradients: int
+    adam: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.adam
+
+
+def training_bytes(method: Any, model: Any, dtype: str = "float32") -> Ledger:
+    r"""Weights, gradients and Adam's two moments.
+
+        frozen · b  +  trained · (4 + 4 + 8)      b: bytes of a frozen number, by `dtype`
+
+    What trains is held in float32: its weight, its gradient, and Adam's two moments. What is
+    frozen needs neither gradient nor moments, and its `dtype` can be narrower. Left out:
+    activations, temporary buffers, and the copy of the original weights that makes full
+    fine-tuning undoable here.
+    """
+    base, trained = base_parameters(model), count(method, model)
+    frozen = base - trained if method.name in IN_PLACE else base
+    return Ledger(
+        weights=frozen * _width(dtype) + 4 * trained, gradients=4 * trained, adam=8 * trained
+    )
+
+
+def readable_bytes(size: int) -> str:
+    """Bytes in the decimal units that file browsers show.
+
+    >>> readable_bytes(1_179_648)
+    '1.2 MB'
+    """
+    for unit, name in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}"
+    return f"{size} bytes"
+
+
+def _width(dtype: str) -> int:
+    if dtype not in BYTES:
+        raise ValueError(f"unknown dtype {dtype!r}; allowed: {', '.join(BYTES)}")
+    return BYTES[dtype]

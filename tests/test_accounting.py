@@ -1,0 +1,264 @@
+"""Closed forms against models built without memory, and against a table of known counts."""
+
+import json
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from peftlab import accounting
+from peftlab._data import data_path
+from peftlab.bases.shapes import Shape, as_shape
+from peftlab.methods import FullFineTuning, LoRA, PromptTuning
+
+CLASSES = {
+    "gpt2": (GPT2Config, GPT2LMHeadModel),
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "bert": (BertConfig, BertModel),
+    "t5": (T5Config, T5ForConditionalGeneration),
+}
+
+# The last parts of module names, and how many logical matrices share the module.
+MODULES = {
+    "gpt2": {
+        "q": ("attn.c_attn",),
+        "k": ("attn.c_attn",),
+        "v": ("attn.c_attn",),
+        "o": ("attn.c_proj",),
+        "up": ("mlp.c_fc",),
+        "down": ("mlp.c_proj",),
+    },
+    "llama": {t: (f".{t}_proj",) for t in ("q", "k", "v", "o", "up", "down", "gate")},
+    "bert": {
+        "q": ("self.query",),
+        "k": ("self.key",),
+        "v": ("self.value",),
+        "o": ("attention.output.dense",),
+        "up": ("intermediate.dense",),
+        "down": (".output.dense",),
+    },
+    "t5": {t: (f"Attention.{t}",) for t in "qkvo"}
+    | {"up": ("DenseReluDense.wi", ".wi_1"), "gate": (".wi_0",), "down": ("DenseReluDense.wo",)},
+}
+MODULES["qwen2"] = MODULES["llama"]
+
+TOY = dict(  # a small Llama with grouped heads
+    model_type="llama",
+    hidden_size=256,
+    intermediate_size=704,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    vocab_size=1000,
+    tie_word_embeddings=False,
+)
+T5_V1_1 = dict(  # gated MLP, untied head, as in the models that prompt tuning was published on
+    model_type="t5",
+    d_model=64,
+    d_kv=16,
+    d_ff=160,
+    num_layers=3,
+    num_decoder_layers=2,
+    num_heads=6,
+    feed_forward_proj="gated-gelu",
+    tie_word_embeddings=False,
+    vocab_size=100,
+)
+BIASED = TOY | dict(attention_bias=True, mlp_bias=True, head_dim=48, tie_word_embeddings=True)
+CONFIGS = {p.stem: json.loads(p.read_text()) for p in sorted(data_path("configs").glob("*.json"))}
+CONFIGS |= {"toy-gqa": TOY, "toy-t5-v1.1": T5_V1_1, "toy-biased": BIASED}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def pair(request):
+    """A shape, and the real model of the same config without memory."""
+    fields = CONFIGS[request.param]
+    config_class, model_class = CLASSES[fields["model_type"]]
+    config = config_class(**{k: v for k, v in fields.items() if k not in ("source", "model_type")})
+    with torch.device("meta"):
+        model = model_class(config)
+    return as_shape(config), model
+
+
+def measured_matrices(shape, model, target):
+    """(d_in, d_out) of every matrix of a target, found by walking the modules."""
+    sizes = []
+    for name, module in model.named_modules():
+        if not name.endswith(MODULES[shape.family][target]):
+            continue
+        if shape.family == "bert" and target == "down" and "attention" in name:
+            continue
+        d_in, d_out = module.weight.shape
+        if shape.family != "gpt2":  # a Linear holds (d_out, d_in), GPT-2's Conv1D (d_in, d_out)
+            d_in, d_out = d_out, d_in
+        elif target in ("q", "k", "v"):
+            d_out //= 3  # one fused matrix for the three
+        sizes.append((d_in, d_out))
+    return sizes
+
+
+def test_base_total_equals_the_model(pair):
+    shape, model = pair
+    assert shape.parameters() == sum(p.numel() for p in model.parameters())
+
+
+def test_every_target_matrix_equals_the_model(pair):
+    shape, model = pair
+    for target in shape.targets:
+        closed = [(d_in, d_out) for n, d_in, d_out in shape.matrices(target) for _ in range(n)]
+        assert closed == measured_matrices(shape, model, target), target
+
+
+def test_every_block_matrix_is_a_target(pair):
+    """The targets' weights are all two-dimensional weights inside the blocks, none forgotten."""
+    shape, model = pair
+    outside = ("embed", "wte", "wpe", "shared", "lm_head", "pooler", "relative_attention_bias")
+    weights = [p for n, p in model.named_parameters() if not any(word in n for word in outside)]
+    closed = sum(n * i * o for t in shape.targets for n, i, o in shape.matrices(t))
+    assert closed == sum(p.numel() for p in weights if p.dim() == 2)
+
+
+def test_norms_equal_the_model(pair):
+    shape, model = pair
+    norms = [m for m in model.modules() if "norm" in type(m).__name__.lower()]
+    assert shape.norms == len(norms)
+    assert {shape.norm_size} == {sum(p.numel() for p in m.parameters()) for m in norms}
+
+
+@pytest.mark.parametrize("r", [1, 8, 13])
+@pytest.mark.parametrize("targets", [("q", "v"), ("q", "k", "v", "o"), "all-linear"])
+def test_lora_equals_the_walk(pair, r, targets):
+    shape, model = pair
+    sizes = [
+        size
+        for target in (shape.targets if targets == "all-linear" else targets)
+        for size in measured_matrices(shape, model, target)
+    ]
+    walked = sum(r * d_in + d_out * r for d_in, d_out in sizes)  # A and B of each matrix
+    assert accounting.count(LoRA(r=r, target_modules=targets), shape) == walked
+
+
+def test_prompt_and_full_equal_the_model(pair):
+    shape, model = pair
+    width = model.get_input_embeddings().weight.shape[1]
+    assert accounting.count(PromptTuning(num_virtual_tokens=20), shape) == 20 * width
+    total = sum(p.numel() for p in model.parameters())
+    assert accounting.count(FullFineTuning(), shape) == total
+    assert accounting.percent(FullFineTuning(), shape) == 100
+
+
+# Computed once, apart from this package: totals by building the model (transformers 5.23, meta
+# device), prompt as P·d, LoRA as Σ r(d_in + d_out) over the targets with sizes written out by
+# hand; PEFT 0.21.2 gave the same numbers for T5 base with r=8 on q,v (884,736) and for the toy
+# with r=8 on all linear maps (145,408).
+KNOWN = {
+    "gpt2": {"full": 124439808, "P": {5: 3840, 20: 15360, 100: 76800}},
+    "bert-base": {"full": 109482240, "P": {5: 3840, 20: 15360, 100: 76800}},
+    "t5-base": {"full": 222903552, "P": {5: 3840, 20: 15360, 100: 76800}},
+    "toy-gqa": {"full": 3332352, "P": {5: 1280, 20: 5120, 100: 25600}},
+}
+KNOWN_LORA = {  # r: (q,v), (q,k,v,o), all-linear
+    "gpt2": {
+        1: (36864, 73728, 165888),
+        4: (147456, 294912, 663552),
+        8: (294912, 589824, 1327104),
+        16: (589824, 1179648, 2654208),
+        64: (2359296, 4718592, 10616832),
+    },
+    "t5-base": {
+        1: (110592, 221184, 405504),
+        4: (442368, 884736, 1622016),
+        8: (884736, 1769472, 3244032),
+        16: (1769472, 3538944, 6488064),
+        64: (7077888, 14155776, 25952256),
+    },
+    "toy-gqa": {
+        1: (3328, 6656, 18176),
+        4: (13312, 26624, 72704),
+        8: (26624, 53248, 145408),
+        16: (53248, 106496, 290816),
+        64: (212992, 425984, 1163264),
+    },
+}
+KNOWN_LORA["bert-base"] = KNOWN_LORA["gpt2"]  # the same matrices
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_known_counts(name):
+    shape = as_shape(CONFIGS[name])
+    assert accounting.count(FullFineTuning(), shape) == KNOWN[name]["full"]
+    for length, expected in KNOWN[name]["P"].items():
+        assert accounting.count(PromptTuning(num_virtual_tokens=length), shape) == expected
+    for r, row in KNOWN_LORA[name].items():
+        for targets, expected in zip((("q", "v"), "qkvo", "all-linear"), row, strict=True):
+            targets = tuple(targets) if targets == "qkvo" else targets
+            assert accounting.count(LoRA(r=r, target_modules=targets), shape) == expected
+
+
+def test_known_count_of_a_published_table():
+    """LoRA, table 4 of the paper: GPT-3 with q and v, r=1, printed as 4.7M."""
+    gpt3 = Shape("gpt3", "gpt2", 96, 12288, 96, 96, 128, 4 * 12288, 50257, 2048)
+    assert accounting.count(LoRA(r=1), gpt3) == 4718592
+
+
+def test_bytes_percent_and_ledger():
+    method = LoRA(r=8)
+    assert accounting.stored(method, "gpt2") == 294912
+    assert accounting.file_bytes(method, "gpt2") == 4 * 294912
+    assert accounting.file_bytes(method, "gpt2", "bfloat16") == 2 * 294912
+    assert accounting.readable_bytes(4 * 294912) == "1.2 MB"
+    assert accounting.readable_bytes(12) == "12 bytes"
+    assert round(accounting.percent(method, "gpt2"), 3) == 0.237
+    base = accounting.base_parameters("gpt2")
+    assert accounting.training_bytes(FullFineTuning(), "gpt2").total == 16 * base
+    assert accounting.training_bytes(FullFineTuning(), "gpt2", "bfloat16").total == 16 * base
+    lora = accounting.training_bytes(method, "gpt2", "bfloat16")
+    assert lora.total == 2 * base + 16 * 294912
+    assert (lora.gradients, lora.adam) == (4 * 294912, 8 * 294912)
+
+
+@pytest.mark.parametrize("method", [LoRA(r=4), PromptTuning(num_virtual_tokens=5)])
+def test_file_bytes_bound_a_real_file(method, tmp_path):
+    """safetensors adds eight bytes and a JSON header of names and shapes, nothing more."""
+    import safetensors.torch
+
+    shape = as_shape(CONFIGS["toy-gqa"])
+    if method.name == "lora":
+        tensors = {
+            f"{target}.{i}.{letter}": torch.zeros(size)
+            for target in method.target_modules
+            for copies, d_in, d_out in shape.matrices(target)
+            for i in range(copies)
+            for letter, size in (("A", (4, d_in)), ("B", (d_out, 4)))
+        }
+    else:
+        tensors = {"prompt": torch.zeros(5, shape.d_model)}
+    path = tmp_path / "adapter.safetensors"
+    safetensors.torch.save_file(tensors, path)
+    header = int.from_bytes(path.read_bytes()[:8], "little")
+    assert path.stat().st_size - 8 - header == accounting.file_bytes(method, shape)
+    assert header < 200 * len(tensors)
+
+
+def test_bad_input_is_refused():
+    with pytest.raises(ValueError, match="unknown dtype 'int3'; allowed: float32, bfloat16"):
+        accounting.file_bytes(LoRA(), "gpt2", "int3")
+    with pytest.raises(ValueError, match="unknown model 'gpt9'"):
+        accounting.count(LoRA(), "gpt9")
+    with pytest.raises(ValueError, match="unknown target 'gate'"):
+        accounting.count(LoRA(target_modules=("gate",)), "gpt2")
+    with pytest.raises(ValueError, match="r=1025"):
+        accounting.count(LoRA(r=1025), "llama-3-8b")  # k and v have 1,024 rows
