@@ -65,7 +65,7 @@ class Run:
 
 
 def precision_for(device: torch.device | str, precision: str = "auto") -> str:
-    """The arithmetic to train in: fp32 on a CPU; bf16 on a GPU that has it, else fp16 with scaling."""
+    """The arithmetic: fp32 on a CPU; bf16 on a GPU that has it, else fp16 with scaling."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r}: allowed is {', '.join(PRECISIONS)}")
     if precision != "auto":
@@ -126,7 +126,13 @@ def train(
     lr = tuned.methods[0].learning_rate if lr is None else lr
     arithmetic = precision_for(tuned.device, precision)
     run = Run(
-        tuned.label, task.name, seed, str(tuned.device), arithmetic, lr, min(batch_size, len(task.train))
+        tuned.label,
+        task.name,
+        seed,
+        str(tuned.device),
+        arithmetic,
+        lr,
+        min(batch_size, len(task.train)),
     )
     if evaluate:
         run.before = task.score(tuned)

@@ -1,9 +1,9 @@
 """A base with methods attached: run it, count it, save it, merge it, and take everything off.
 
-    base  = peftlab.load("tiny-gpt")
-    tuned = peftlab.attach(base, LoRA(r=8, alpha=16))
-    ...
-    tuned.detach()        # the base is bit for bit what it was
+base  = peftlab.load("tiny-gpt")
+tuned = peftlab.attach(base, LoRA(r=8, alpha=16))
+...
+tuned.detach()        # the base is bit for bit what it was
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Count:
-    """How large an adapter is. `parameters` is the closed form; `measured` was counted, and equals it."""
+    """How large an adapter is: `parameters` in closed form, and `measured`, which equals it."""
 
     parameters: int
     measured: int
@@ -168,9 +168,7 @@ class Tuned(LanguageModel):
 
     def state(self) -> dict[str, torch.Tensor]:
         """The trained tensors on the CPU, by name."""
-        return {
-            name: p.detach().cpu().clone().contiguous() for name, p in self.trainable.items()
-        }
+        return {name: p.detach().cpu().clone().contiguous() for name, p in self.trainable.items()}
 
     def save(self, folder: str | Path) -> Path:
         """Write the trained tensors (safetensors) and the methods (JSON) into a folder."""

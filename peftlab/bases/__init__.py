@@ -165,8 +165,8 @@ class Base(LanguageModel):
     def __repr__(self) -> str:
         shape = self.anatomy.shape
         return (
-            f"{self.name}: {shape.family}, {shape.parameters():,} parameters, {shape.layers} layers, "
-            f"d_model {shape.d_model}, {shape.heads} heads, vocabulary {shape.vocab:,}, "
+            f"{self.name}: {shape.family}, {shape.parameters():,} parameters, "
+            f"{shape.layers} layers, d_model {shape.d_model}, {shape.heads} heads, vocabulary {shape.vocab:,}, "
             f"context {shape.context}, on {self.device}, frozen"
         )
 

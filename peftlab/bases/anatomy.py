@@ -1,4 +1,4 @@
-"""Where things are inside a frozen model: the embedding, and every linear weight by its logical name.
+"""Where things are inside a frozen model: the embedding, and every linear weight by its role.
 
 A family is described once, by module paths. Sizes are read off the modules themselves, never
 guessed from a configuration. The logical targets are the same everywhere:
@@ -21,7 +21,7 @@ TARGETS = ("q", "k", "v", "o", "up", "down", "gate")
 
 @dataclass(frozen=True)
 class Family:
-    """Module paths of one architecture. A path may name one part of a fused matrix: (path, part, of)."""
+    """Module paths of one architecture. (path, part, of) names one part of a fused matrix."""
 
     embedding: str
     layers: str

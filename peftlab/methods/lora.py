@@ -87,7 +87,9 @@ class LoRA(Method):
             return available
         for target in self.target_modules:
             if target not in available:
-                raise ValueError(f"unknown target {target!r}: this model has {', '.join(available)}")
+                raise ValueError(
+                    f"unknown target {target!r}: this model has {', '.join(available)}"
+                )
         return self.target_modules
 
     def reach(self, base, attachment, generator):
