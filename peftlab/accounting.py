@@ -10,6 +10,7 @@ A model is a name (see `bases.shapes.names()`), a transformers config, a base, o
 """
 
 from dataclasses import dataclass
+from math import floor, log10
 from typing import Any
 
 from peftlab.bases.shapes import as_shape
@@ -83,6 +84,16 @@ def readable_bytes(size: int) -> str:
         if size >= unit:
             return f"{size / unit:.1f} {name}"
     return f"{size} bytes"
+
+
+def readable_percent(part: int, whole: int) -> str:
+    """Three significant digits, never an exponent.
+
+    >>> readable_percent(294_912, 124_439_808)
+    '0.237%'
+    """
+    value = 100 * part / whole
+    return f"{value:.{max(0, 2 - floor(log10(value)))}f}%"
 
 
 def _width(dtype: str) -> int:

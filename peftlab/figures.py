@@ -1,0 +1,319 @@
+"""Data in, Plotly figure out. Each method keeps one colour and one marker in the whole course.
+
+The colours are those of Okabe and Ito, told apart by colour-blind eyes; methods of one site share
+a colour and differ in marker. No figure loads a script from anywhere.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import plotly.io as pio
+
+from peftlab.accounting import readable_percent
+
+BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+BLUE, VERMILLION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#777777"
+
+_STYLE = {
+    "base": (GREY, "circle-open"),
+    "full_fine_tuning": (BLACK, "circle"),
+    "bitfit": (BLACK, "x"),
+    "layer_norm": (BLACK, "cross"),
+    "prompt_tuning": (ORANGE, "diamond"),
+    "p_tuning": (ORANGE, "diamond-open"),
+    "prefix_tuning": (GREEN, "square"),
+    "p_tuning_v2": (GREEN, "square-open"),
+    "lora": (BLUE, "triangle-up"),
+    "dora": (BLUE, "triangle-down"),
+    "pissa": (BLUE, "triangle-left"),
+    "vera": (BLUE, "triangle-right"),
+    "qlora": (SKY, "triangle-up"),
+    "houlsby": (PURPLE, "star"),
+    "pfeiffer": (PURPLE, "star-open"),
+    "parallel": (PURPLE, "hexagon"),
+    "ia3": (PURPLE, "hexagon-open"),
+    "prune": (VERMILLION, "pentagon"),
+}
+COLOURS = {method: colour for method, (colour, _) in _STYLE.items()}
+MARKERS = {method: marker for method, (_, marker) in _STYLE.items()}
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+
+_AXIS = dict(gridcolor="#e6e6e6", linecolor="#444", showline=True, ticks="outside", zeroline=False)
+pio.templates["peftlab"] = go.layout.Template(
+    layout=dict(
+        font=dict(family="Helvetica, Arial, sans-serif", size=14, color="#222"),
+        title=dict(x=0, xref="paper", xanchor="left", font=dict(size=16)),
+        colorway=[BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, BLACK],
+        paper_bgcolor="white",
+        plot_bgcolor="white",
+        margin=dict(l=70, r=25, t=60, b=60),
+        height=380,
+        hoverlabel=dict(font=dict(size=13)),
+        xaxis=_AXIS,
+        yaxis=_AXIS,
+        legend=dict(bgcolor="rgba(255,255,255,0.7)"),
+    )
+)
+
+
+def use_template() -> None:
+    """Make the course's looks the default, and show figures from their data alone."""
+    pio.templates.default = "peftlab"
+    if pio.renderers.default != "colab":
+        pio.renderers.default = "plotly_mimetype"
+
+
+def method_key(label: str) -> str | None:
+    """The method a label speaks of, so that "LoRA, r=8" gets LoRA's colour.
+
+    >>> method_key("QLoRA, 4 bits")
+    'qlora'
+    """
+    text = label.lower().replace(" ", "_").replace("-", "_")
+    return max((key for key in _STYLE if key in text), key=len, default=None)
+
+
+def _styles(labels: Iterable[str]) -> dict[str, dict]:
+    """Colour, marker and dash of each label: the method's own, told apart by dash if it repeats."""
+    spare, seen, styles = [VERMILLION, SKY, PURPLE, GREEN, ORANGE, BLUE], {}, {}
+    for label in labels:
+        key = method_key(label)
+        times = seen[key] = seen.get(key, -1) + 1
+        colour = COLOURS[key] if key else spare[times % len(spare)]
+        dash = DASHES[times % len(DASHES)] if key else "solid"
+        marker = MARKERS[key] if key else "circle"
+        styles[label] = dict(colour=colour, marker=marker, dash=dash)
+    return styles
+
+
+def _figure(title: str, x: str, y: str, **layout) -> go.Figure:
+    fig = go.Figure(layout=dict(template="peftlab", title_text=title, **layout))
+    return fig.update_xaxes(title_text=x).update_yaxes(title_text=y)
+
+
+SITES = {
+    "input_embeddings": (ORANGE, "input embeddings", "prompt tuning, P-tuning"),
+    "keys_values": (GREEN, "keys and values", "prefix tuning, P-tuning v2"),
+    "linear_weights": (BLUE, "linear weights", "LoRA, DoRA, QLoRA, pruning"),
+    "sublayer_outputs": (PURPLE, "sublayer outputs", "adapters, (IA)³"),
+    "existing_parameters": (BLACK, "existing parameters", "full fine-tuning, BitFit"),
+}
+
+_PARTS = [  # site, text, x0, x1, y0, y1 on a sheet of 100 by 50
+    ("input_embeddings", "P₁", 2, 8, 40, 45),
+    ("input_embeddings", "P₂", 2, 8, 34, 39),
+    (None, "the", 2, 8, 28, 33),
+    (None, "old", 2, 8, 22, 27),
+    (None, "mill", 2, 8, 16, 21),
+    ("existing_parameters", "LN", 17, 21, 22, 39),
+    ("linear_weights", "W<sub>q</sub>", 26, 31.5, 35, 41),
+    ("linear_weights", "W<sub>k</sub>", 26, 31.5, 27.5, 33.5),
+    ("linear_weights", "W<sub>v</sub>", 26, 31.5, 20, 26),
+    ("keys_values", "K", 34.5, 40.5, 27.5, 33.5),
+    ("keys_values", "V", 34.5, 40.5, 20, 26),
+    ("linear_weights", "W<sub>o</sub>", 43.5, 49, 27.5, 33.5),
+    ("sublayer_outputs", "+", 53, 57, 26, 35),
+    ("existing_parameters", "LN", 61, 65, 22, 39),
+    ("linear_weights", "W<sub>up</sub>", 69.5, 75, 27.5, 33.5),
+    ("linear_weights", "W<sub>down</sub>", 77, 83, 27.5, 33.5),
+    ("sublayer_outputs", "+", 86.5, 90.5, 26, 35),
+]
+_FRAMES = [  # text, x0, x1, y0, y1
+    ("one of L transformer blocks", 14, 93, 15, 49),
+    ("attention", 24, 51, 18, 45.5),
+    ("MLP", 67.5, 85, 18, 45.5),
+]
+_ARROWS = [(8.5, 16.5), (21.5, 24), (51, 53), (57, 61), (65, 67.5), (85, 86.5), (90.5, 98)]
+
+
+def five_sites(lit: str | Iterable[str] = (), title: str | None = None) -> go.Figure:
+    """The course's map: five places where a method can touch a transformer, some of them lit."""
+    lit = [lit] if isinstance(lit, str) else list(lit)
+    for site in lit:
+        if site not in SITES:
+            raise ValueError(f"unknown site {site!r}; the five are {', '.join(SITES)}")
+    if title is None:
+        names = " and ".join(SITES[site][1] for site in lit)
+        title = (
+            f"Here we touch: {names}" if 0 < len(lit) < 5 else "Five places to adapt a transformer"
+        )
+    fig = _figure(title, "", "", height=360, margin=dict(l=5, r=5, t=45, b=5))
+    hidden = dict(visible=False, fixedrange=True)
+    fig.update_xaxes(range=[0, 100], **hidden).update_yaxes(range=[-1, 51], **hidden)
+
+    def box(x0, x1, y0, y1, fill, line, text, colour, dash="solid", **label):
+        label = dict(text=text, font=dict(color=colour, size=13), padding=2) | label
+        line = dict(color=line, width=1.5, dash=dash)
+        fig.add_shape(
+            type="rect", x0=x0, x1=x1, y0=y0, y1=y1, fillcolor=fill, line=line, label=label
+        )
+
+    for text, x0, x1, y0, y1 in _FRAMES:
+        box(x0, x1, y0, y1, "#fafafa", "#bbb", text, "#555", textposition="top left")
+    for start, end in _ARROWS:
+        arrow = dict(ax=start, ay=30.5, axref="x", ayref="y", arrowhead=2, arrowcolor="#777")
+        fig.add_annotation(x=end, y=30.5, text="", arrowwidth=1.3, **arrow)
+    for site, text, x0, x1, y0, y1 in _PARTS:
+        on = site in lit
+        fill, line = (SITES[site][0],) * 2 if on else ("#ffffff", "#aaa")
+        dash = "dot" if site == "input_embeddings" and not on else "solid"
+        box(x0, x1, y0, y1, fill, line, text, _ink(fill) if on else "#666", dash)
+    for i, (site, (colour, name, users)) in enumerate(SITES.items()):
+        on = site in lit
+        left = 0.5 + 20 * i
+        fill = colour if on else "#ffffff"
+        box(left, left + 3, 7, 11.5, fill, colour, str(i + 1), _ink(fill) if on else "#666")
+        ink = "#222" if on else "#777"
+        head = f"<b>{name}</b>" if on else name
+        note = dict(showarrow=False, xanchor="left", align="left", font=dict(size=12, color=ink))
+        fig.add_annotation(x=left + 3.2, y=9.3, text=head, **note)
+        fig.add_annotation(
+            x=left, y=3.5, text=f"<span style='font-size:11px'>{users}</span>", **note
+        )
+    return fig
+
+
+def _ink(fill: str) -> str:
+    """Black or white, whichever reads better on a colour."""
+    red, green, blue = (int(fill[i : i + 2], 16) for i in (1, 3, 5))
+    return "#000" if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "#fff"
+
+
+def learning_curves(
+    histories: Mapping[str, pd.DataFrame | Sequence[pd.DataFrame]],
+    metric: str = "loss",
+    title: str | None = None,
+    y_title: str | None = None,
+) -> go.Figure:
+    """A metric against the step, one colour a method; of several seeds each one, and the mean."""
+    y_title = y_title or ("loss (nats per token)" if metric == "loss" else metric.replace("_", " "))
+    fig = _figure(
+        title or f"{metric.replace('_', ' ').capitalize()} during training", "step", y_title
+    )
+    for label, style in _styles(histories).items():
+        runs = histories[label]
+        runs = [runs] if isinstance(runs, pd.DataFrame) else list(runs)
+        runs = [run[["step", metric]].dropna() for run in runs]
+        line = dict(color=style["colour"], dash=style["dash"])
+        if len(runs) > 1:
+            for run in runs:
+                thin = dict(mode="lines", line=dict(width=1, **line), opacity=0.35)
+                fig.add_scatter(x=run["step"], y=run[metric], **thin, showlegend=False, name=label)
+        mean = pd.concat(runs).groupby("step", as_index=False)[metric].mean()
+        few = len(mean) <= 30
+        fig.add_scatter(
+            x=mean["step"],
+            y=mean[metric],
+            mode="lines+markers" if few else "lines",
+            line=dict(width=2.5, **line),
+            marker=dict(symbol=style["marker"], size=8, color=style["colour"]),
+            name=f"{label} (mean of {len(runs)} seeds)" if len(runs) > 1 else label,
+            showlegend=True,
+        )
+    return fig
+
+
+def bars_by_method(
+    table: pd.DataFrame, value: str, title: str, y_title: str, by: str = "method"
+) -> go.Figure:
+    """Mean bars with every seed's point; the whisker is one standard deviation over the seeds."""
+    groups = {str(label): group[value].dropna() for label, group in table.groupby(by, sort=False)}
+    fig = _figure(title, "", y_title, showlegend=False)
+    for label, style in _styles(groups).items():
+        values, colour = groups[label], style["colour"]
+        x = f"{label}<br>n = {len(values)}"
+        spread = values.std(ddof=1) if len(values) > 1 else None
+        whisker = dict(array=[spread], color="#444", visible=spread is not None)
+        bar = dict(marker=dict(color=colour, opacity=0.35, line=dict(color=colour, width=1.5)))
+        fig.add_bar(x=[x], y=[values.mean()], error_y=whisker, name=label, width=0.6, **bar)
+        marker = dict(color=colour, symbol=style["marker"], size=9)
+        fig.add_scatter(x=[x] * len(values), y=values, mode="markers", marker=marker, name=label)
+    return fig
+
+
+def counts_figure(
+    sizes: Sequence[int],
+    counts: Sequence[int],
+    current: int,
+    model: str,
+    total: int,
+    size_name: str = "rank r",
+    label: str = "LoRA",
+    title: str | None = None,
+) -> go.Figure:
+    """Trained parameters by rank or prompt length: the current one marked, the base as a line."""
+    colour, marker = COLOURS.get(method_key(label), BLUE), MARKERS.get(method_key(label), "circle")
+    here = counts[list(sizes).index(current)]
+    title = title or f"{label}: {here:,} parameters, {readable_percent(here, total)} of {model}"
+    fig = _figure(title, size_name, "trained parameters", showlegend=False)
+    line = dict(color=colour, width=2)
+    fig.add_scatter(x=list(sizes), y=list(counts), mode="lines", line=line, name=label)
+    symbol = dict(symbol=marker, size=14, color=colour, line=dict(color="white", width=1.5))
+    fig.add_scatter(
+        x=[current], y=[here], mode="markers+text", marker=symbol, name="current",
+        text=[f"{here:,}"], textposition="top left", cliponaxis=False,
+    )  # fmt: skip
+    ends = dict(x=[min(sizes), max(sizes)], y=[total, total], mode="lines", name="base")
+    fig.add_scatter(line=dict(color=GREY, dash="dash", width=1.5), **ends)
+    note = dict(showarrow=False, xanchor="left", yshift=11, text=f"all of {model}: {total:,}")
+    fig.add_annotation(x=np.log10(min(sizes)), y=np.log10(total), **note)
+    ticks = [i * 10**k for k in range(5) for i in (1, 2, 5)]
+    fig.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{tick:,}" for tick in ticks])
+    low, high = np.log10(min(counts)), np.log10(total)
+    return fig.update_yaxes(type="log", dtick=1, tickformat="~s", range=[low - 0.3, high + 0.7])
+
+
+def heat_map(
+    matrix: Any,
+    x: Any = None,
+    y: Any = None,
+    title: str = "",
+    x_title: str = "",
+    y_title: str = "",
+    unit: str = "",
+    diverging: bool = False,
+) -> go.Figure:
+    """A matrix in colour, first row on top; `diverging` puts zero at white, for signed values."""
+    values = np.asarray(matrix, dtype=float)
+    fig = _figure(title, x_title, y_title)
+    most = float(np.abs(values).max())
+    signed = dict(colorscale="RdBu", zmin=-most, zmax=most)
+    bar = dict(title=dict(text=unit, side="top"))
+    fig.add_heatmap(
+        z=values, x=x, y=y, colorbar=bar, **(signed if diverging else dict(colorscale="Cividis"))
+    )
+    return fig.update_yaxes(autorange="reversed", showgrid=False).update_xaxes(showgrid=False)
+
+
+def spectrum(
+    singular_values: Mapping[str, Any], title: str, y_title: str = "singular value"
+) -> go.Figure:
+    """Singular values of one or several matrices, largest first, on a logarithmic axis."""
+    fig = _figure(title, "index, largest first", y_title)
+    for label, style in _styles(singular_values).items():
+        values = np.sort(np.asarray(singular_values[label], dtype=float))[::-1]
+        fig.add_scatter(
+            x=np.arange(1, len(values) + 1),
+            y=values,
+            mode="lines+markers",
+            line=dict(color=style["colour"], dash=style["dash"]),
+            marker=dict(symbol=style["marker"], size=6),
+            name=label,
+            showlegend=True,
+        )
+    return fig.update_yaxes(
+        type="log", exponentformat="power", minor=dict(ticks="outside"), dtick=1
+    )
+
+
+def token_bars(
+    tokens: Sequence[str], values: Any, title: str, x_title: str, colour: str = BLUE
+) -> go.Figure:
+    """One horizontal bar a token, the first on top; a token that comes twice keeps two bars."""
+    rows = list(range(len(tokens)))
+    fig = _figure(title, x_title, "", height=110 + 26 * len(rows))
+    fig.add_bar(x=list(values), y=rows, orientation="h", marker_color=colour)
+    return fig.update_yaxes(tickvals=rows, ticktext=[repr(t) for t in tokens], autorange="reversed")

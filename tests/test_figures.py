@@ -1,0 +1,141 @@
+"""Figures carry the numbers they were given, a title, axes with names, and the course's colours."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import plotly.io as pio
+import pytest
+
+from peftlab import figures
+from peftlab.methods import METHODS
+
+
+def history(seed=0, steps=5):
+    rng = np.random.default_rng(seed)
+    return pd.DataFrame({"step": range(1, steps + 1), "loss": rng.random(steps)})
+
+
+def every_figure():
+    table = pd.DataFrame({"method": ["lora", "lora", "base"], "em": [0.9, 0.8, 0.1]})
+    return {
+        "five_sites": figures.five_sites("linear_weights"),
+        "learning_curves": figures.learning_curves({"LoRA": [history(0), history(1)]}),
+        "bars": figures.bars_by_method(table, "em", "LoRA learns it", "exact match"),
+        "counts": figures.counts_figure([1, 2, 4], [10, 20, 40], 2, "toy", 1000),
+        "heat_map": figures.heat_map(np.eye(3), title="t", x_title="x", y_title="y"),
+        "spectrum": figures.spectrum({"lora": [1.0, 3.0, 2.0]}, "t"),
+        "token_bars": figures.token_bars(["a", "a"], [1, 2], "t", "cosine"),
+    }
+
+
+@pytest.mark.parametrize("name", every_figure())
+def test_each_has_a_title_named_axes_and_no_script(name):
+    figure = every_figure()[name]
+    assert figure.layout.title.text
+    if name != "five_sites":
+        assert figure.layout.xaxis.title.text or figure.layout.yaxis.title.text
+    assert figure.layout.template.layout.plot_bgcolor == "white"
+    text = figure.to_json()
+    assert "http" not in text and len(text) < 20_000
+
+
+def test_the_template_is_the_default_and_figures_show_from_data_alone():
+    figures.use_template()
+    assert pio.templates.default == "peftlab"
+    assert pio.renderers.default == "plotly_mimetype"
+
+
+def test_a_method_is_told_apart_by_colour_and_marker():
+    assert set(METHODS) <= set(figures.COLOURS)
+    pairs = {(figures.COLOURS[key], figures.MARKERS[key]) for key in figures.COLOURS}
+    assert len(pairs) == len(figures.COLOURS)
+
+
+@pytest.mark.parametrize(
+    "label, key",
+    [
+        ("LoRA, r=8", "lora"),
+        ("QLoRA", "qlora"),
+        ("Full fine-tuning", "full_fine_tuning"),
+        ("P-tuning v2", "p_tuning_v2"),
+        ("Prompt tuning (20)", "prompt_tuning"),
+        ("something", None),
+    ],
+)
+def test_labels_find_their_method(label, key):
+    assert figures.method_key(label) == key
+
+
+@pytest.mark.parametrize("site", figures.SITES)
+def test_a_lit_site_shows_in_its_colour(site):
+    colour = figures.SITES[site][0]
+    fills = [shape.fillcolor for shape in figures.five_sites(site).layout.shapes]
+    assert fills.count(colour) >= 2  # in the drawing and in the key
+    assert colour not in [shape.fillcolor for shape in figures.five_sites().layout.shapes]
+
+
+def test_five_sites_refuses_a_sixth():
+    with pytest.raises(ValueError, match="unknown site 'optimizer'; the five are input_embeddings"):
+        figures.five_sites(["optimizer"])
+
+
+def test_learning_curves_show_each_seed_and_the_mean():
+    runs = [history(0), history(1)]
+    figure = figures.learning_curves({"LoRA": runs, "thing": history(2)})
+    lora = [trace for trace in figure.data if trace.name.startswith("LoRA")]
+    assert len(lora) == 3 and lora[-1].name == "LoRA (mean of 2 seeds)"
+    np.testing.assert_array_equal(lora[-1].y, (runs[0].loss + runs[1].loss) / 2)
+    assert {trace.line.color for trace in lora} == {figures.COLOURS["lora"]}
+
+
+def test_learning_curves_skip_the_steps_without_the_metric():
+    run = history().assign(em=[None, None, 0.5, None, 0.9])
+    figure = figures.learning_curves({"LoRA": run}, metric="em")
+    assert list(figure.data[0].x) == [3, 5] and list(figure.data[0].y) == [0.5, 0.9]
+
+
+def test_two_settings_of_one_method_differ_in_dash():
+    figure = figures.learning_curves({"LoRA r=1": history(0), "LoRA r=8": history(1)})
+    assert figure.data[0].line.color == figure.data[1].line.color
+    assert figure.data[0].line.dash != figure.data[1].line.dash
+
+
+def test_bars_show_mean_spread_points_and_n():
+    table = pd.DataFrame({"method": ["lora"] * 3 + ["base"], "em": [0.7, 0.8, 0.9, 0.1]})
+    lora, points, base, _ = figures.bars_by_method(table, "em", "t", "exact match").data
+    assert lora.x == ("lora<br>n = 3",) and lora.y[0] == pytest.approx(0.8)
+    assert lora.error_y.array[0] == pytest.approx(0.1)  # one standard deviation of .7 .8 .9
+    assert list(points.y) == [0.7, 0.8, 0.9]
+    assert base.error_y.visible is False
+
+
+def test_counts_mark_the_current_setting_and_the_base():
+    figure = figures.counts_figure([1, 8], [36864, 294912], 8, "gpt2", 124439808)
+    line, current, base = figure.data
+    assert list(line.y) == [36864, 294912]
+    assert (current.x[0], current.y[0], current.text[0]) == (8, 294912, "294,912")
+    assert list(base.y) == [124439808] * 2
+    assert figure.layout.title.text == "LoRA: 294,912 parameters, 0.237% of gpt2"
+    assert (figure.layout.xaxis.type, figure.layout.yaxis.type) == ("log", "log")
+
+
+def test_heat_map_centres_a_signed_matrix():
+    heat = figures.heat_map([[-1, 4]], diverging=True).data[0]
+    assert (heat.zmin, heat.zmax) == (-4, 4)
+
+
+def test_spectrum_sorts_the_largest_first():
+    trace = figures.spectrum({"lora": [1.0, 3.0, 2.0]}, "t").data[0]
+    assert list(trace.y) == [3, 2, 1] and list(trace.x) == [1, 2, 3]
+
+
+def test_token_bars_keep_equal_tokens_apart():
+    figure = figures.token_bars([" the", " the"], [0.5, 0.4], "t", "cosine")
+    assert list(figure.data[0].y) == [0, 1]
+    assert list(figure.layout.yaxis.ticktext) == ["' the'", "' the'"]
+
+
+def test_figures_survive_json():
+    for figure in every_figure().values():
+        assert json.loads(figure.to_json())["layout"]["title"]["text"]
