@@ -1,0 +1,169 @@
+"""Every exercise: its solution passes, each mistake is named, and the lesson asks it."""
+
+import ast
+import importlib
+import json
+import pkgutil
+
+import pytest
+
+from peftlab import exercises
+from peftlab.exercises import Exercise, Question, Verdict, collect, exercise, expect, question
+
+MODULES = [
+    importlib.import_module(f"peftlab.exercises.{info.name}")
+    for info in pkgutil.iter_modules(exercises.__path__)
+]
+LESSON = {module.__name__.rsplit("_", 1)[1]: module for module in MODULES}
+ITEMS = [(number, item) for number, module in LESSON.items() for item in collect(module)]
+EXERCISES = [
+    pytest.param(item, id=f"{number}-{item.name}")
+    for number, item in ITEMS
+    if isinstance(item, Exercise)
+]
+QUESTIONS = [
+    pytest.param(item, id=f"{number}-{item.name}")
+    for number, item in ITEMS
+    if isinstance(item, Question)
+]
+MISTAKES = [
+    pytest.param(item, wrong, words, id=f"{number}-{item.name}-{n}")
+    for number, item in ITEMS
+    if isinstance(item, Exercise)
+    for n, (wrong, words) in enumerate(item.mistakes, 1)
+]
+
+
+def stub(*args, **kwargs):
+    raise NotImplementedError
+
+
+# --- exercises ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("item", EXERCISES)
+def test_the_solution_passes(item):
+    verdict = item(item.solution)
+    assert verdict.status == "passed", verdict
+
+
+@pytest.mark.parametrize("item", EXERCISES)
+def test_an_untouched_stub_is_not_attempted_yet(item):
+    untouched = [None, ...] + ([stub] if callable(item.solution) else [])
+    for answer in untouched:
+        verdict = item(answer)
+        assert verdict.status == "open", verdict
+        assert "not attempted yet" in verdict.message
+
+
+@pytest.mark.parametrize("item, wrong, words", MISTAKES)
+def test_a_mistake_is_told_its_name(item, wrong, words):
+    verdict = item(wrong)
+    assert verdict.status == "wrong", verdict
+    assert words in verdict.message
+    assert "your code stopped" not in verdict.message or "your code stopped" in words
+
+
+@pytest.mark.parametrize("item", EXERCISES)
+def test_at_least_three_mistakes_each_with_a_diagnosis_of_its_own(item):
+    diagnoses = [item(wrong).message for wrong, _ in item.mistakes]
+    assert len(diagnoses) >= 3
+    assert len(set(diagnoses)) == len(diagnoses)
+    for i, (_, words) in enumerate(item.mistakes):
+        others = diagnoses[:i] + diagnoses[i + 1 :]
+        assert not any(words in other for other in others), words
+
+
+@pytest.mark.parametrize("item", EXERCISES)
+def test_code_that_fails_is_reported_and_never_raised(item):
+    if callable(item.solution):
+        verdict = item(lambda *args, **kwargs: 1 / 0)
+    else:
+        verdict = item(object())
+    assert verdict.status == "wrong", verdict
+
+
+@pytest.mark.parametrize("item", EXERCISES)
+def test_the_card_folds_hints_and_solution(item):
+    card = item._repr_html_()
+    assert item.hints, "an exercise has at least one hint"
+    assert card.count("<details>") == len(item.hints) + 1
+    assert 1 <= item.difficulty <= 5 and 1 <= item.importance <= 5 and item.minutes >= 1
+
+
+# --- questions ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("item", QUESTIONS)
+def test_exactly_one_letter_is_right_and_every_wrong_one_is_explained(item):
+    right, found = item.compute()
+    assert right in item.choices and len(item.choices) >= 3 and found
+    for letter, (_, why_wrong) in item.choices.items():
+        verdict = item(letter)
+        assert verdict.status == ("passed" if letter == right else "wrong"), verdict
+        assert found in verdict.message
+        if letter != right:
+            assert len(why_wrong) > 20 and why_wrong in verdict.message
+    wrong = [why for letter, (_, why) in item.choices.items() if letter != right]
+    assert len(set(wrong)) == len(wrong)
+
+
+@pytest.mark.parametrize("item", QUESTIONS)
+def test_a_question_waits_for_a_letter(item):
+    assert item().status == item(...).status == "open"
+    verdict = item("no such letter")
+    assert verdict.status == "wrong" and all(letter in verdict.message for letter in item.choices)
+    assert item(f" {item.compute()[0].upper()} ").passed
+
+
+# --- lessons -----------------------------------------------------------------------------------
+
+
+def called_names(notebook: dict) -> set[str]:
+    """The names of everything that the code cells of a notebook call."""
+    names = set()
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            for node in ast.walk(ast.parse("".join(cell["source"]))):
+                if isinstance(node, ast.Call):
+                    names.add(getattr(node.func, "attr", getattr(node.func, "id", None)))
+    return names
+
+
+@pytest.mark.parametrize("number", LESSON)
+def test_the_lesson_asks_every_exercise_and_question_of_its_module(number, root):
+    (path,) = (root / "notebooks").glob(f"{number}_*.ipynb")
+    called = called_names(json.loads(path.read_text(encoding="utf-8")))
+    asked = {item.name for item in collect(LESSON[number])}
+    assert asked <= called, f"{path.name} never asks {', '.join(sorted(asked - called))}"
+
+
+@pytest.mark.parametrize("number", LESSON)
+def test_a_lesson_has_three_to_five_exercises_and_two_or_three_questions(number):
+    items = collect(LESSON[number])
+    assert 3 <= sum(isinstance(item, Exercise) for item in items) <= 5
+    assert 2 <= sum(isinstance(item, Question) for item in items) <= 3
+
+
+# --- the machinery -----------------------------------------------------------------------------
+
+
+def test_an_exercise_is_built_from_its_check():
+    @exercise("Double it", solution=lambda x: 2 * x)
+    def double(answer):
+        expect(answer(3) == 6, f"3 doubled is 6, yours is {answer(3)}")
+
+    assert double.name == "double"
+    assert double(lambda x: 2 * x) == Verdict("passed", "Double it: correct")
+    assert repr(double(lambda x: x**2)) == "✗ Double it: 3 doubled is 6, yours is 9"
+    assert "ZeroDivisionError" in double(lambda x: x / 0).message
+
+
+def test_a_question_computes_its_answer():
+    @question("Is 2 + 2 even?", {"a": ("yes", ""), "b": ("no", "It leaves no rest.")})
+    def even():
+        return ("a" if (2 + 2) % 2 == 0 else "b"), f"2 + 2 = {2 + 2}."
+
+    assert even("a").passed
+    assert even("B") == Verdict("wrong", "Prediction: not b. It leaves no rest. 2 + 2 = 4.")
+    assert even("c").message == "Prediction: 'c' is none of a, b"
