@@ -1,9 +1,9 @@
 """peftlab: parameter-efficient fine-tuning, from scratch, in view.
 
-    base  = peftlab.load("tiny-gpt")
-    tuned = peftlab.attach(base, peftlab.LoRA(r=8, alpha=16))
-    run   = peftlab.train(tuned, peftlab.tasks.load("facts"))
-    tuned.detach()
+base  = peftlab.load("tiny-gpt")
+tuned = peftlab.attach(base, peftlab.LoRA(r=8, alpha=16))
+run   = peftlab.train(tuned, peftlab.tasks.load("facts"))
+tuned.detach()
 """
 
 import importlib
