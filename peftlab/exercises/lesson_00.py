@@ -1,0 +1,268 @@
+"""Lesson 00: three warm-ups on frozen models, and two predictions."""
+
+import json
+
+import torch
+from torch import nn
+
+from peftlab._data import data_path
+from peftlab.accounting import percent
+from peftlab.bases import load
+from peftlab.exercises import exercise, expect, question
+from peftlab.methods import LoRA
+from peftlab.tasks import load as load_task
+from peftlab.training import train
+from peftlab.tuned import attach
+
+# --- 1 · the trainable share -------------------------------------------------------------------
+
+
+def trainable_percent(model):
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return 100 * trained / sum(p.numel() for p in model.parameters())
+
+
+def _fraction(model):
+    return trainable_percent(model) / 100
+
+
+def _tensors(model):
+    parameters = list(model.parameters())
+    return 100 * sum(p.requires_grad for p in parameters) / len(parameters)
+
+
+def _of_frozen(model):
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    return 100 * trained / frozen
+
+
+def _frozen_share(model):
+    return 100 - trainable_percent(model)
+
+
+@exercise(
+    "How much of a model trains?",
+    solution=trainable_percent,
+    difficulty=1,
+    importance=4,
+    minutes=3,
+    hints=(
+        "`model.parameters()` gives tensors; `p.numel()` is how many numbers one holds.",
+        "A parameter trains if `p.requires_grad` is true.",
+    ),
+    mistakes=(
+        (_fraction, "a fraction"),
+        (_tensors, "tensors"),
+        (_of_frozen, "by the frozen ones"),
+        (_frozen_share, "the frozen share"),
+    ),
+)
+def share_that_trains(answer):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(30, 40), nn.Linear(40, 10, bias=False), nn.LayerNorm(10))
+    model[0].requires_grad_(False)  # 1,240 numbers frozen, 400 and 20 train
+    given, wanted = answer(model), trainable_percent(model)
+    expect(isinstance(given, (int, float)), f"return one number; yours is {given!r}")
+
+    def near(other):
+        return abs(given - other) < 1e-6
+
+    expect(
+        not near(_fraction(model)), f"{given:.3f} is a fraction; for a percentage, multiply by 100"
+    )
+    expect(
+        not near(_tensors(model)),
+        f"{given:.1f}% is the share of the tensors, large and small alike. Count their numbers",
+    )
+    expect(not near(_of_frozen(model)), "you divided by the frozen ones; divide by all")
+    expect(not near(_frozen_share(model)), f"{given:.1f}% is the frozen share; take the other one")
+    expect(near(wanted), f"420 of 1,660 numbers train, {wanted:.2f}%; yours says {given:.2f}%")
+    return f"{wanted:.2f}% of this little network trains"
+
+
+# --- 2 · bit for bit ---------------------------------------------------------------------------
+
+
+def changed_tensors(before, model):
+    return [name for name, now in model.state_dict().items() if not torch.equal(now, before[name])]
+
+
+def _close_enough(before, model):
+    state = model.state_dict()
+    return [name for name in state if not torch.allclose(state[name], before[name])]
+
+
+def _parameters_only(before, model):
+    return [n for n, p in model.named_parameters() if not torch.equal(p, before[n])]
+
+
+def _by_sum(before, model):
+    state = model.state_dict()
+    return [name for name in state if state[name].sum() != before[name].sum()]
+
+
+def _the_unchanged(before, model):
+    changed = changed_tensors(before, model)
+    return [name for name in before if name not in changed]
+
+
+@exercise(
+    "Is it still the same model?",
+    solution=changed_tensors,
+    difficulty=2,
+    importance=5,
+    minutes=5,
+    hints=(
+        "`model.state_dict()` names every tensor of a model, buffers included.",
+        "`torch.equal(a, b)` is true only if every single number is the same.",
+    ),
+    mistakes=(
+        (_close_enough, "close is not the same"),
+        (_parameters_only, "buffer"),
+        (_by_sum, "the same sum"),
+        (_the_unchanged, "the unchanged"),
+    ),
+)
+def same_model(answer):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    with torch.no_grad():
+        model[2].weight.copy_(torch.arange(8.0).view(2, 4))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    given = answer(before, model)
+    expect(isinstance(given, list), f"return a list of names; yours is a {type(given).__name__}")
+    expect(
+        given != list(before), "nothing has changed yet and you name every tensor: these are "
+        "the unchanged ones",
+    )  # fmt: skip
+    expect(not given, f"nothing has changed yet, and you name {given}")
+    with torch.no_grad():
+        model[2].weight.copy_(before["2.weight"].flip(0))
+    expect(
+        answer(before, model) == ["2.weight"],
+        "two rows changed places, and you missed it: other numbers can have the same sum",
+    )
+    with torch.no_grad():
+        model[0].weight[0, 0] *= 1 + 1e-6
+    expect(
+        answer(before, model) == ["0.weight", "2.weight"],
+        "one weight changed by a millionth of itself, and you missed it: close is not the same",
+    )
+    with torch.no_grad():
+        model[1].running_mean += 0.5
+    expect(
+        answer(before, model) == ["0.weight", "1.running_mean", "2.weight"],
+        "a running mean changed, and you missed it. It is a buffer: no parameter, but part of "
+        "what the model computes",
+    )
+    return "every tensor is compared, bit for bit"
+
+
+# --- 3 · the shape of attention ----------------------------------------------------------------
+
+
+def attention_shape(batch, heads, seq, virtual):
+    return batch, heads, virtual + seq, virtual + seq
+
+
+@exercise(
+    "Read the shape of attention",
+    solution=attention_shape,
+    difficulty=1,
+    importance=3,
+    minutes=3,
+    hints=(
+        "One attention map has a row for each token that looks and a column for each token that "
+        "is looked at.",
+        "Each head of each text in the batch has a map of its own.",
+    ),
+    mistakes=(
+        (lambda b, h, t, p: (b, h, t, t), "left out the virtual tokens"),
+        (lambda b, h, t, p: (b, h, t, p + t), "only as columns"),
+        (lambda b, h, t, p: (b, p + t, p + t), "one map a head"),
+        (lambda b, h, t, p: (b, p + t, p + t, h), "the heads come second"),
+    ),
+)
+def shape_of_attention(answer):
+    batch, heads, seq, virtual = 2, 4, 5, 3
+    given = tuple(answer(batch, heads, seq, virtual))
+    all_tokens = virtual + seq
+    right = (batch, heads, all_tokens, all_tokens)
+    diagnoses = {
+        (batch, heads, seq, seq): "you left out the virtual tokens",
+        (batch, heads, seq, all_tokens): "you count the virtual tokens only as columns. In front "
+        "of the input they are tokens: they look, too. (Prefix tuning has the shape you wrote)",
+        (batch, all_tokens, all_tokens): "there is one map a head; say how many heads",
+        (batch, all_tokens, all_tokens, heads): "right numbers, other order: the heads come second",
+    }
+    expect(
+        given == right, diagnoses.get(given, f"{given} for {right}: one row and one column a token")
+    )
+    return f"{right}: every token, real or virtual, has a row and a column"
+
+
+# --- predict first -----------------------------------------------------------------------------
+
+
+@question(
+    "LoRA with rank 8 on the query and value projections trains "
+    f"{percent(LoRA(r=8), 'llama-3-8b'):.2f}% of Llama-3-8B and {percent(LoRA(r=8), 'gpt2'):.2f}% "
+    "of GPT-2. Which share of tiny-gpt is it?",
+    {
+        "a": (
+            "about the same as of GPT-2",
+            "The share depends on the width: LoRA grows with the width, the base with its square.",
+        ),
+        "b": (
+            "more than twice as large a share",
+            "A narrow base has few numbers of its own, and the adapter stands out among them.",
+        ),
+        "c": (
+            "less than half of it, since the model is small",
+            "Both shrink, but the base shrinks faster: its matrices have the width squared.",
+        ),
+    },
+)
+def predict_share():
+    shares = {name: percent(LoRA(r=8), name) for name in ("llama-3-8b", "gpt2", "tiny-gpt")}
+    times = shares["tiny-gpt"] / shares["gpt2"]
+    right = "b" if times > 2 else "c" if times < 0.5 else "a"
+    return right, ", ".join(f"{name} {share:.2g}%" for name, share in shares.items()) + "."
+
+
+@question(
+    "The base is frozen and LoRA trains beside it, at a high learning rate. How well does the "
+    "model then predict the text that it was pre-trained on?",
+    {
+        "a": (
+            "as well as before: what is frozen cannot forget",
+            "The weights are safe. What you run is base plus adapter: another function.",
+        ),
+        "b": (
+            "worse while the adapter is on, and exactly as before once it is off",
+            "Freezing protects the base, not the sum of base and adapter.",
+        ),
+        "c": (
+            "worse, and it stays worse after the adapter is off",
+            "Detaching gives the base back bit for bit: nothing in it was ever written to.",
+        ),
+    },
+)
+def predict_forgetting():
+    base, task = load("tiny-gpt"), load_task("sentiment")
+    people = json.loads(data_path("world", "world.json").read_text())["people"][:16]
+    texts = [f"Q: Where does {p['name']} live?\nA: {p['home']}" for p in people]
+    before = base.loss(texts)
+    with attach(base, LoRA()) as tuned:
+        train(
+            tuned, task, steps=12, lr=1e-2, batch_size=8, warmup=2, progress=False, evaluate=False
+        )
+        on = tuned.loss(texts)
+    off = base.loss(texts)
+    right = "a" if abs(on - before) < 0.01 else "b" if off == before else "c"
+    words = "the same number" if off == before else f"{off:.2f}"
+    return (
+        right,
+        f"Loss on {len(texts)} old texts: {before:.1f} before, {on:.1f} with it, {words} without.",
+    )

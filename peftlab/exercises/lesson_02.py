@@ -1,0 +1,492 @@
+"""Lesson 02, prompt tuning: prepend, count, initialise, and find what is broken."""
+
+import pandas as pd
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from peftlab.accounting import count
+from peftlab.bases.shapes import Shape
+from peftlab.exercises import Wrong, exercise, expect, question
+from peftlab.methods import PromptTuning
+from peftlab.training import target_loss
+from peftlab.tuned import attach
+
+# --- 1 · in front ------------------------------------------------------------------------------
+
+
+def prepend(prompt, embedded, mask):
+    batch, count = embedded.shape[0], prompt.shape[0]
+    x = torch.cat([prompt.expand(batch, -1, -1), embedded], dim=1)
+    longer = torch.cat([mask.new_ones(batch, count), mask], dim=1)
+    positions = (longer.cumsum(dim=1) - 1).clamp(min=0)
+    return x, longer, positions
+
+
+def _appended(prompt, embedded, mask):
+    batch, count = embedded.shape[0], prompt.shape[0]
+    x = torch.cat([embedded, prompt.expand(batch, -1, -1)], dim=1)
+    longer = torch.cat([mask, mask.new_ones(batch, count)], dim=1)
+    return x, longer, (longer.cumsum(dim=1) - 1).clamp(min=0)
+
+
+def _short_mask(prompt, embedded, mask):
+    x, longer, positions = prepend(prompt, embedded, mask)
+    return x, mask, positions
+
+
+def _masked_out(prompt, embedded, mask):
+    x, longer, positions = prepend(prompt, embedded, mask)
+    return x, torch.cat([torch.zeros_like(longer[:, : len(prompt)]), mask], dim=1), positions
+
+
+def _unshifted(prompt, embedded, mask):
+    x, longer, _ = prepend(prompt, embedded, mask)
+    first = torch.arange(len(prompt)).expand(len(mask), -1)
+    return x, longer, torch.cat([first, (mask.cumsum(dim=1) - 1).clamp(min=0)], dim=1)
+
+
+def _counts_padding(prompt, embedded, mask):
+    x, longer, _ = prepend(prompt, embedded, mask)
+    return x, longer, torch.arange(x.shape[1]).expand(len(mask), -1)
+
+
+@exercise(
+    "Put the prompt in front",
+    solution=prepend,
+    difficulty=3,
+    importance=5,
+    minutes=10,
+    hints=(
+        "Three things get longer by P along the sequence: the vectors, the mask, the positions.",
+        "The virtual tokens are there for everybody: their part of the mask is ones.",
+        "The position of a token is the number of unmasked tokens before it. On the longer mask, "
+        "that is a cumulative sum less one; clamp it, so that padding does not get −1.",
+    ),
+    mistakes=(
+        (_appended, "behind the input"),
+        (_short_mask, "the mask still has"),
+        (_masked_out, "hides the virtual tokens"),
+        (_unshifted, "start again at 0"),
+        (_counts_padding, "counted through the padding"),
+    ),
+)
+def put_in_front(answer):
+    generator = torch.Generator().manual_seed(0)
+    P, batch, seq, d_model = 3, 2, 4, 5
+    prompt = torch.randn(P, d_model, generator=generator)
+    embedded = torch.randn(batch, seq, d_model, generator=generator)
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])  # the second row is padded on the left
+    given = answer(prompt, embedded, mask)
+    expect(
+        isinstance(given, tuple) and len(given) == 3,
+        "return three tensors: the vectors, the mask, the positions",
+    )
+    x, longer, positions = given
+    wanted = prepend(prompt, embedded, mask)
+    expect(
+        x.shape == wanted[0].shape,
+        f"the vectors should be {tuple(wanted[0].shape)}, batch first; yours are {tuple(x.shape)}. "
+        "Did you join along the sequence axis?",
+    )
+    expect(
+        not torch.equal(x[:, :seq], embedded),
+        "you put the prompt behind the input. A causal model reads from left to right: "
+        "no real token would ever see it",
+    )
+    expect(torch.equal(x, wanted[0]), "the vectors are not [P; E], prompt rows first, in order")
+    expect(
+        longer.shape == wanted[1].shape,
+        f"the mask still has {longer.shape[-1]} columns and there are {P + seq} vectors",
+    )
+    expect(
+        longer[:, :P].all(),
+        "your mask hides the virtual tokens: attention would pass them by, and they would "
+        "get no gradient. Their part of the mask is ones",
+    )
+    expect(torch.equal(longer, wanted[1]), "the real tokens' part of the mask has changed")
+    rows, columns = torch.nonzero(wanted[1], as_tuple=True)  # padding may have any position
+    real, right = positions.expand_as(longer)[rows, columns], wanted[2][rows, columns]
+    if not torch.equal(real, right):
+        expect(
+            not torch.equal(positions[0, P:], torch.arange(seq)),
+            "your real tokens start again at 0: two tokens would share each of the first "
+            "positions. The real ones come after the virtual ones, from P on",
+        )
+        raise Wrong(
+            "right for the row without padding, but in the padded row you counted through the "
+            "padding. A position counts the unmasked tokens before it"
+        )
+    return "vectors, mask and positions are right, with padding on the left as well"
+
+
+# --- 2 · count ---------------------------------------------------------------------------------
+
+
+def affordable(budget, d_model, context):
+    return min(budget // d_model, context - 1)
+
+
+def _all_layers(budget, d_model, context):
+    return min(budget // (24 * d_model), context - 1)
+
+
+def _rounded_up(budget, d_model, context):
+    return min(-(-budget // d_model), context - 1)
+
+
+def _no_room(budget, d_model, context):
+    return min(budget // d_model, context)
+
+
+def _boundless(budget, d_model, context):
+    return budget // d_model
+
+
+@exercise(
+    "How long a prompt can you afford?",
+    solution=affordable,
+    difficulty=2,
+    importance=3,
+    minutes=5,
+    hints=(
+        "Turn the closed form around: P · d_model numbers train.",
+        "Two limits hold: the budget, and the context, where at least one real token must fit.",
+    ),
+    mistakes=(
+        (_all_layers, "every layer"),
+        (_rounded_up, "over the budget"),
+        (_no_room, "no room for a single real one"),
+        (_boundless, "longer than the context"),
+        (lambda budget, d_model, context: budget / d_model, "whole number"),
+    ),
+)
+def prompt_for_a_budget(answer):
+    for name in ("gpt2", "gpt2-medium", "llama-3-8b"):
+        shape = Shape.named(name)
+        for budget in (shape.d_model, 300_000, 1_000_000, 10**8):
+            given = answer(budget, shape.d_model, shape.context)
+            wanted = affordable(budget, shape.d_model, shape.context)
+            case = f"for {budget:,} parameters on {name}"
+            expect(
+                isinstance(given, int) and not isinstance(given, bool),
+                f"a prompt has a whole number of tokens; yours is {given!r}",
+            )
+            if given != wanted:
+                expect(
+                    given >= wanted / 4,
+                    f"{given} tokens {case} is too short. Did you pay for every layer? "
+                    "Prompt tuning adds vectors to the input alone",
+                )
+                expect(
+                    given != shape.context,
+                    f"{given} virtual tokens fill {name}'s context: no room for a single real one",
+                )
+                expect(
+                    given < shape.context,
+                    f"{given} tokens {case} is longer than the context of {shape.context}",
+                )
+                expect(
+                    given * shape.d_model <= budget,
+                    f"{given} tokens {case} are {given * shape.d_model:,} numbers: over the budget",
+                )
+                raise Wrong(f"{given} tokens {case}; {wanted} fit")
+    return "the budget and the context both hold"
+
+
+# --- 3 · start from the vocabulary -------------------------------------------------------------
+
+
+def start_from_vocabulary(embedding, first, length):
+    return nn.Parameter(embedding.weight[first : first + length].detach().clone())
+
+
+def _shares(embedding, first, length):
+    return nn.Parameter(embedding.weight[first : first + length])
+
+
+def _noise(embedding, first, length):
+    return nn.Parameter(torch.randn(length, embedding.weight.shape[1]))
+
+
+def _ids(embedding, first, length):
+    return nn.Parameter(torch.arange(first, first + length).float())
+
+
+def _frozen(embedding, first, length):
+    return embedding.weight[first : first + length].clone()
+
+
+@exercise(
+    "Start from the vocabulary",
+    solution=start_from_vocabulary,
+    difficulty=2,
+    importance=4,
+    minutes=5,
+    hints=(
+        "Row i of `embedding.weight` is the vector of token i.",
+        "A slice of a tensor is a window onto the same numbers: whoever trains the slice, trains "
+        "the table.",
+        "`nn.Parameter` says that a tensor is to be trained. It does not copy it.",
+    ),
+    mistakes=(
+        (_shares, "shares its storage"),
+        (_noise, "noise"),
+        (_ids, "the ids themselves"),
+        (_frozen, "would not train"),
+    ),
+)
+def initialise(answer):
+    torch.manual_seed(0)
+    embedding = nn.Embedding(50, 8)
+    nn.init.normal_(embedding.weight, std=0.02)
+    embedding.requires_grad_(False)
+    before = embedding.weight.clone()
+    prompt = answer(embedding, 10, 4)
+    expect(torch.is_tensor(prompt), f"return a tensor; yours is a {type(prompt).__name__}")
+    wanted = before[10:14]
+    expect(
+        prompt.shape == wanted.shape,
+        f"the prompt should be {tuple(wanted.shape)}, one vector a token; yours is "
+        f"{tuple(prompt.shape)}. Did you take the ids themselves instead of their vectors?",
+    )
+    expect(
+        torch.equal(prompt.detach(), wanted),
+        "these are not rows 10 to 13 of the table. Your vectors have a mean norm of "
+        f"{prompt.norm(dim=1).mean():.2f}, the table's {before.norm(dim=1).mean():.2f}: noise?",
+    )
+    expect(
+        isinstance(prompt, nn.Parameter) and prompt.requires_grad,
+        "the numbers are right, but they would not train: the table is frozen and so is your "
+        "copy of it. Make it an nn.Parameter",
+    )
+    with torch.no_grad():
+        prompt += 1.0
+    expect(
+        torch.equal(embedding.weight, before),
+        "your prompt shares its storage with the table: one step of training would change the "
+        "frozen model's own tokens. Copy the slice",
+    )
+    return "the vocabulary's vectors, trainable, and the table left alone"
+
+
+# --- 4 · debug the broken adapter --------------------------------------------------------------
+
+FAULTS = {
+    "optimiser": "the optimiser was never given the prompt",
+    "mask": "the mask is zero over the virtual tokens",
+    "detached": "the prompt was cut off from the graph",
+    "rate": "the learning rate is a thousand times too small",
+}
+WARD = {"A": "rate", "B": "mask", "C": "optimiser", "D": "detached"}
+
+
+def clinic(base, task, steps: int = 10, lr: float = 0.1, seed: int = 0) -> pd.DataFrame:
+    """Train one sound prompt and the four patients A to D, and write down what can be seen.
+
+    One row a step: patient, step, loss, gradient (norm of the prompt's; NaN: there is none) and
+    moved (how far the prompt is from where it started, per vector).
+    """
+    patients = {"sound": None, **WARD}
+    return pd.concat(
+        [_examine(name, fault, base, task, steps, lr, seed) for name, fault in patients.items()],
+        ignore_index=True,
+    )
+
+
+def _examine(patient, fault, base, task, steps, lr, seed):
+    with attach(base, PromptTuning(8), seed=seed) as tuned:
+        prompt, start = tuned.prompt, tuned.prompt.detach().clone()
+
+        def disturb(model, args, kwargs):
+            if fault == "mask":
+                mask = kwargs["attention_mask"].clone()
+                mask[:, : len(prompt)] = 0
+                return args, kwargs | {"attention_mask": mask}
+            if fault == "detached":
+                return args, kwargs | {"inputs_embeds": kwargs["inputs_embeds"].detach()}
+
+        hook = tuned.model.register_forward_pre_hook(disturb, with_kwargs=True)
+        trained = prompt.detach().clone() if fault == "optimiser" else prompt
+        rate = lr / 1000 if fault == "rate" else lr
+        optimiser = torch.optim.AdamW([trained], lr=rate, weight_decay=0.0)
+        order = torch.Generator().manual_seed(seed)
+        rows = []
+        for step in range(1, steps + 1):
+            chosen = torch.randperm(len(task.train), generator=order)[:16].tolist()
+            batch = task.batch([task.train[i] for i in chosen], base.tokenizer, base.device)
+            loss = target_loss(tuned(batch["input_ids"], batch["attention_mask"]), batch["labels"])
+            if loss.requires_grad:  # else PyTorch would refuse to go backwards
+                loss.backward()
+            gradient = float("nan") if prompt.grad is None else prompt.grad.norm().item()
+            optimiser.step()
+            prompt.grad = None
+            moved = (prompt.detach() - start).norm(dim=1).mean().item()
+            rows.append((patient, step, loss.item(), gradient, moved))
+        hook.remove()
+    return pd.DataFrame(rows, columns=["patient", "step", "loss", "gradient", "moved"])
+
+
+SYMPTOMS = {
+    "optimiser": "has a gradient like the sound one and does not move at all: the gradient is "
+    "computed and nobody uses it",
+    "mask": "has a gradient of exactly zero: the prompt is in the graph, but no real token looks "
+    "at it",
+    "detached": "has no gradient at all: the path from the loss back to the prompt is cut",
+    "rate": "has a gradient and moves, but by a thousandth of what the sound one does",
+}
+
+
+def _swap(first: str, second: str) -> dict[str, str]:
+    return WARD | {first: WARD[second], second: WARD[first]}
+
+
+@exercise(
+    "Debug the broken adapter",
+    solution=dict(WARD),
+    difficulty=3,
+    importance=5,
+    minutes=10,
+    hints=(
+        "Look at the gradient first. None, exactly zero and an ordinary number have three "
+        "different causes.",
+        "Two patients have an ordinary gradient. Ask whether their prompts moved, and how far.",
+    ),
+    mistakes=(
+        (_swap("A", "C"), "Look again at patient A"),
+        (_swap("B", "D"), "Look again at patient B"),
+        (WARD | {"C": "rate", "A": "rate"}, "twice"),
+        (WARD | {"D": "too few virtual tokens"}, "none of the four faults"),
+        ({"A": "rate"}, "has no diagnosis yet"),
+    ),
+)
+def diagnose(answer):
+    if all(answer.get(patient) in (None, ...) for patient in WARD):
+        raise NotImplementedError
+    for patient in WARD:
+        given = answer.get(patient)
+        expect(given not in (None, ...), f"patient {patient} has no diagnosis yet")
+        expect(
+            given in FAULTS, f"{given!r} is none of the four faults, which are {', '.join(FAULTS)}"
+        )
+    named = [answer[patient] for patient in WARD]
+    expect(len(set(named)) == 4, "you named one fault twice: each of the four occurs once")
+    for patient, fault in WARD.items():
+        expect(
+            answer[patient] == fault,
+            f"Look again at patient {patient}. Its prompt {SYMPTOMS[fault]}",
+        )
+    return "; ".join(f"{patient}: {FAULTS[fault]}" for patient, fault in WARD.items())
+
+
+# --- predict first -----------------------------------------------------------------------------
+
+
+def _small(layers: int = 2) -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_layer=layers, n_embd=64, n_head=4, n_positions=128, vocab_size=100,
+        bos_token_id=None, eos_token_id=None, attn_implementation="eager",
+    )  # fmt: skip
+    return GPT2LMHeadModel(config).eval().requires_grad_(False)
+
+
+@question(
+    "20 virtual tokens on Llama-3-70B (80 layers, d_model 8,192). How many numbers train?",
+    {
+        "a": ("163,840", "That is one vector a virtual token, at the input."),
+        "b": (
+            "13,107,200",
+            "You counted one vector a layer and token: that is a prompt in every layer.",
+        ),
+        "c": (
+            "26,214,400",
+            "You counted a key and a value in every layer: that is prefix tuning with full heads.",
+        ),
+        "d": (
+            "1,000,000,000",
+            "More layers make the base larger, not the prompt: its size depends on d_model alone.",
+        ),
+    },
+)
+def predict_count():
+    shape = Shape.named("llama-3-70b")
+    measured = count(PromptTuning(20), shape)
+    by_letter = {
+        "a": 20 * shape.d_model,
+        "b": 20 * shape.layers * shape.d_model,
+        "c": 2 * 20 * shape.layers * shape.d_model,
+    }
+    right = next(letter for letter, number in by_letter.items() if number == measured)
+    return right, f"P · d_model = 20 · {shape.d_model:,} = {measured:,}, on {shape.layers} layers."
+
+
+@question(
+    "You put one virtual token of zeros in front of the input, and train nothing. "
+    "What happens to the output of the real tokens?",
+    {
+        "a": (
+            "nothing: a zero vector adds nothing",
+            "A zero vector is still a token: it gets a position, a key and a value, and softmax "
+            "gives it a share of the attention that the others lose.",
+        ),
+        "b": (
+            "it changes",
+            "There is one more token to attend to, and every position has moved by one.",
+        ),
+        "c": (
+            "it changes only if the token is trained",
+            "Training changes the vector. The place that the vector takes is there before.",
+        ),
+    },
+)
+def predict_zero_prompt():
+    model = _small()
+    ids = torch.arange(10)[None]
+    embedded = model.transformer.wte(ids)
+    zeros = torch.zeros(1, 1, embedded.shape[-1])
+    with torch.no_grad():
+        plain = model(input_ids=ids).logits
+        longer = model(inputs_embeds=torch.cat([zeros, embedded], dim=1)).logits[:, 1:]
+        positions = torch.cat([torch.zeros(1, 1), torch.arange(10)[None]], dim=1).long()
+        in_place = model(
+            inputs_embeds=torch.cat([zeros, embedded], dim=1), position_ids=positions
+        ).logits[:, 1:]
+    changed = (longer - plain).abs().max().item()
+    still = (in_place - plain).abs().max().item()
+    right = "a" if changed < 1e-5 else "b"
+    return right, (
+        f"On a small GPT the logits move by up to {changed:.2f}, and by {still:.2f} "
+        "when the real tokens keep their old positions."
+    )
+
+
+@question(
+    "20 virtual tokens in front of 40 real ones. How much more work is one forward pass?",
+    {
+        "a": (
+            "under 1%: the prompt is under 1% of the parameters",
+            "Work does not follow the trained parameters. Each virtual token runs through every "
+            "frozen weight, like a real token.",
+        ),
+        "b": ("about 50%", "There are 60 tokens to compute instead of 40."),
+        "c": (
+            "none: the prompt can be merged into the weights after training",
+            "There is no ΔW to merge. The virtual tokens are there in every call.",
+        ),
+    },
+)
+def predict_work():
+    model = _small()
+    flops = {}
+    for tokens in (40, 60):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(input_ids=torch.zeros(1, tokens, dtype=torch.long))
+        flops[tokens] = counter.get_total_flops()
+    more = flops[60] / flops[40] - 1
+    right = "a" if more < 0.01 else "b" if 0.3 < more < 0.8 else "c"
+    return right, (
+        f"Counted on a small GPT: {flops[40] / 1e6:.1f} million floating-point operations "
+        f"without, {flops[60] / 1e6:.1f} million with the prompt, {more:.0%} more."
+    )
