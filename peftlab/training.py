@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import pandas as pd
 import torch
@@ -29,6 +29,7 @@ from peftlab.tuned import Tuned
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
+@runtime_checkable
 class Stop(Protocol):
     """Anything with `is_set()`, such as a threading.Event."""
 
@@ -119,6 +120,7 @@ def train(
     for name, value in {"steps": steps, "batch_size": batch_size}.items():
         if value < 1:
             raise ValueError(f"{name}={value}: allowed is at least 1")
+    tuned._check_attached()
     if tuned.merged:
         raise ValueError("the deltas are merged: call unmerge() before training")
     if device is not None:
@@ -161,11 +163,11 @@ def train(
                 }
                 schedule.step()
                 run.steps = step
+                run.records.append(record)
                 if eval_every and (step % eval_every == 0 or step == steps):
                     with clock.stopped():
                         record |= task.score(tuned, task.dev)
                         tuned.train(True)
-                run.records.append(record)
                 bar.update()
                 bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
                 if on_step is not None:

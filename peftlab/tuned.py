@@ -79,10 +79,11 @@ class Tuned(LanguageModel):
                 virtual += attachment.virtual_tokens
             if not self._sites:
                 raise ValueError(f"{self.label} reached no site of {base.name}")
+            self._audit()
             self._stack = stack.pop_all()
         self.virtual_tokens = virtual
         base.adapted_by = self
-        self._audit()
+        self.train(base.model.training)  # new modules start with dropout on
 
     def _claim(self, attachment) -> None:
         names = {getattr(site, "name", site) for site in attachment.sites}
@@ -139,8 +140,9 @@ class Tuned(LanguageModel):
     def merge(self) -> None:
         """Write every delta into its weight: the same output, and no extra work in forward.
 
-        Raises ValueError if a method has no delta to merge.
+        Raises ValueError if a method has no delta to merge, RuntimeError after detach().
         """
+        self._check_attached()
         for site in self._sites:
             if not hasattr(site, "merge"):
                 raise ValueError(f"{getattr(site, 'name', site)} cannot be merged: it has no ΔW")
@@ -155,10 +157,15 @@ class Tuned(LanguageModel):
 
     def detach(self) -> Base:
         """Take everything off: the base is bit for bit what it was. Safe to call twice."""
-        self._stack.close()
         if self.base.adapted_by is self:
+            self._stack.close()
             self.base.adapted_by = None
+            self.train(False)
         return self.base
+
+    def _check_attached(self) -> None:
+        if self.base.adapted_by is not self:
+            raise RuntimeError(f"{self.label} was detached from {self.name}: attach it again")
 
     def __enter__(self) -> Tuned:
         return self
@@ -172,12 +179,13 @@ class Tuned(LanguageModel):
 
     def save(self, folder: str | Path) -> Path:
         """Write the trained tensors (safetensors) and the methods (JSON) into a folder."""
+        self._check_attached()
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {
             "format": FORMAT,
             "base": self.name,
-            "base_shape": self._shape_facts(),
+            "base_shape": _shape_facts(self.base),
             "base_digest": self.base.digest,
             "methods": [method.to_dict() for method in self.methods],
         }
@@ -202,21 +210,21 @@ class Tuned(LanguageModel):
             if config["format"] != FORMAT:
                 raise ValueError(f"format {config['format']}; this peftlab reads {FORMAT}")
             methods = [Method.from_dict(method) for method in config["methods"]]
-            config["base_shape"], config["base_digest"], config["base"]  # all are needed below
+            trained_on, shape, digest = (config[f"base{key}"] for key in ("", "_shape", "_digest"))
         except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-            raise ValueError(f"the adapter in {str(folder)!r} is damaged: {error}") from error
+            problem = f"{CONFIG} has no {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"the adapter in {str(folder)!r} is damaged: {problem}") from error
+        if shape != (here := _shape_facts(base)):
+            raise ValueError(
+                f"this adapter was trained on {trained_on} {shape}; {base.name} is {here}"
+            )
+        if digest != base.digest:
+            raise ValueError(
+                f"this adapter was trained on other weights of {trained_on}'s shape than "
+                f"those of {base.name} here: it would be noise on them"
+            )
         tuned = cls(base, methods)
         try:
-            if config["base_shape"] != tuned._shape_facts():
-                raise ValueError(
-                    f"this adapter was trained on {config['base']} {config['base_shape']}; "
-                    f"{base.name} is {tuned._shape_facts()}"
-                )
-            if config["base_digest"] != base.digest:
-                raise ValueError(
-                    f"this adapter was trained on other weights of {config['base']}'s shape than "
-                    f"those of {base.name} here: it would be noise on them"
-                )
             tuned.load_state(tensors)
         except BaseException:
             tuned.detach()
@@ -226,6 +234,7 @@ class Tuned(LanguageModel):
     @torch.no_grad()
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
         """Copy tensors by name. All are checked before the first is copied."""
+        self._check_attached()
         if missing := self.trainable.keys() ^ tensors.keys():
             raise ValueError(f"the adapter's tensors do not match: {sorted(missing)[0]}")
         for name, tensor in tensors.items():
@@ -234,18 +243,20 @@ class Tuned(LanguageModel):
         for name, tensor in tensors.items():
             self.trainable[name].copy_(tensor)
 
-    def _shape_facts(self) -> dict:
-        shape = self.anatomy.shape
-        return {
-            "family": shape.family,
-            "layers": shape.layers,
-            "d_model": shape.d_model,
-            "vocab": shape.vocab,
-            "parameters": self.base_parameters,
-        }
-
     def __repr__(self) -> str:
         return f"{self.label} on {self.name}: {len(self.sites)} sites, {self.count()!r}"
+
+
+def _shape_facts(base: Base) -> dict:
+    """The numbers by which an adapter recognises its base."""
+    shape = base.anatomy.shape
+    return {
+        "family": shape.family,
+        "layers": shape.layers,
+        "d_model": shape.d_model,
+        "vocab": shape.vocab,
+        "parameters": shape.parameters(),
+    }
 
 
 def attach(base: Base, methods: Method | list[Method] | str | Path, seed: int = 0) -> Tuned:

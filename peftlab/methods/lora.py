@@ -22,7 +22,9 @@ class LowRankDelta(nn.Module):
     `forward` goes through the r-dimensional middle and never forms the (d_out, d_in) product.
     """
 
-    def __init__(self, d_in: int, d_out: int, r: int, alpha: float, dropout: float = 0.0):
+    def __init__(
+        self, d_in: int, d_out: int, r: int, alpha: int | float, dropout: int | float = 0.0
+    ):
         super().__init__()
         self.A = nn.Parameter(torch.empty(r, d_in))
         self.B = nn.Parameter(torch.zeros(d_out, r))
@@ -36,6 +38,7 @@ class LowRankDelta(nn.Module):
         nn.init.zeros_(self.B)
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        x = x.to(self.A.dtype)  # a base in 16 bits still trains factors in 32
         low = nn.functional.linear(self.dropout(x), self.A)  # *batch r
         return nn.functional.linear(low, self.B) * self.scale
 
@@ -60,9 +63,9 @@ class LoRA(Method):
     """
 
     r: int = 8
-    alpha: float = 16
-    target_modules: tuple[str, ...] | str = ("q", "v")
-    dropout: float = 0.0
+    alpha: int | float = 16
+    target_modules: tuple[str, ...] | list[str] | str = ("q", "v")
+    dropout: int | float = 0.0
 
     name: ClassVar[str] = "lora"
     title: ClassVar[str] = "LoRA"
@@ -79,7 +82,7 @@ class LoRA(Method):
                     f"target_modules={targets!r}: give a list of targets, such as ['q', 'v'], "
                     "or 'all-linear'"
                 )
-            object.__setattr__(self, "target_modules", tuple(targets))
+            object.__setattr__(self, "target_modules", tuple(dict.fromkeys(targets)))  # once each
 
     def targets(self, available: tuple[str, ...]) -> tuple[str, ...]:
         """The targets on a model that has these; ValueError for one that it has not."""
@@ -97,7 +100,8 @@ class LoRA(Method):
             self._check_rank(linear.d_in, linear.d_out, linear.name)
             delta = LowRankDelta(linear.d_in, linear.d_out, self.r, self.alpha, self.dropout)
             delta.initialise(generator)
-            delta.to(linear.weight.device)
+            weight = linear.weight
+            delta.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
             attachment.sites.append(attachment.stack.enter_context(LinearWeight(linear, delta)))
             attachment.modules[linear.name] = delta
             attachment.trainable[f"lora.{linear.name}.A"] = delta.A

@@ -71,6 +71,8 @@ class Method:
     @staticmethod
     def from_dict(config: dict) -> Method:
         """The inverse of `to_dict`. Raises ValueError for an unknown method or hyper-parameter."""
+        if not isinstance(config, dict):
+            raise ValueError(f"a method is described by a dict, not by {config!r}")
         options = {key: value for key, value in config.items() if key != "method"}
         name = config.get("method")
         if name not in METHODS:
@@ -85,7 +87,8 @@ def require(name: str, value, low, high=None) -> None:
     """Raise ValueError unless low ≤ value (≤ high), saying what is allowed."""
     kind = int if isinstance(low, int) else (int, float)
     if isinstance(value, bool) or not isinstance(value, kind):
-        raise ValueError(f"{name}={value!r}: a number is needed")
-    if value < low or (high is not None and value > high):
+        needed = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{name}={value!r}: {needed} is needed")
+    if not low <= value <= (value if high is None else high):
         allowed = f"{low} to {high}" if high is not None else f"at least {low}"
         raise ValueError(f"{name}={value}: allowed is {allowed}")

@@ -49,7 +49,9 @@ class PromptTuning(Method):
     def reach(self, base, attachment, generator):
         self._check_length(base.anatomy.shape)
         embedding = base.anatomy.embedding
-        prompt = nn.Parameter(self.initial(base, generator).to(embedding.weight))
+        weight = embedding.weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        prompt = nn.Parameter(self.initial(base, generator).to(weight.device, dtype))
         site = InputEmbeddings(base.model, embedding, prompt)
         attachment.sites.append(attachment.stack.enter_context(site))
         attachment.trainable["prompt_tuning.prompt"] = prompt
