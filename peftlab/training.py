@@ -117,15 +117,18 @@ def train(
     on the same machine gives the same result. Raises ValueError for a setting out of range or a
     batch that does not fit the context.
     """
-    for name, value in {"steps": steps, "batch_size": batch_size}.items():
-        if value < 1:
-            raise ValueError(f"{name}={value}: allowed is at least 1")
+    least = {"steps": 1, "batch_size": 1, "eval_every": 0, "warmup": 0}
+    for name, value in zip(least, (steps, batch_size, eval_every, warmup), strict=True):
+        if value < least[name]:
+            raise ValueError(f"{name}={value}: allowed is at least {least[name]}")
     tuned._check_attached()
     if tuned.merged:
         raise ValueError("the deltas are merged: call unmerge() before training")
     if device is not None:
         move(tuned, device)
     lr = tuned.methods[0].learning_rate if lr is None else lr
+    if not 0 < lr < math.inf:
+        raise ValueError(f"lr={lr}: allowed is a number above 0")
     arithmetic = precision_for(tuned.device, precision)
     run = Run(
         tuned.label,

@@ -1,0 +1,317 @@
+"""The loop: reproducible, equal to a hand-written step, interruptible, strict about settings."""
+
+import itertools
+import math
+import threading
+
+import pytest
+import torch
+from models import CASES, FAMILIES, U32, VOCABULARY, adapted, letters, tiny
+from torch.nn.functional import cross_entropy
+
+from peftlab import FullFineTuning, LoRA, PromptTuning, attach, train
+from peftlab.training import precision_for
+
+
+def run(tuned, task=None, steps=4, **options):
+    options = {"batch_size": 4, "progress": False, "evaluate": False, **options}
+    return train(tuned, task or letters(), steps=steps, **options)
+
+
+def trained(case, family, seed=0, **options):
+    tuned = attach(tiny(family), CASES[case].methods)
+    history = run(tuned, seed=seed, **options).history
+    return tuned.state(), history
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("case", ["full", "lora dropout", "prompt", "lora + prompt"])
+def test_the_same_seed_gives_the_same_result(case, family):
+    state, history = trained(case, family)
+    torch.manual_seed(99)  # nothing outside the call matters
+    again, history_again = trained(case, family)
+    assert same(state, again)
+    assert history["loss"].tolist() == history_again["loss"].tolist()
+    other, history_other = trained(case, family, seed=1)
+    assert not same(state, other)
+    assert history["loss"].tolist() != history_other["loss"].tolist()
+
+
+def test_training_leaves_the_global_random_state_alone():
+    torch.manual_seed(5)
+    wanted = torch.rand(3)
+    torch.manual_seed(5)
+    trained("lora dropout", "gpt2")
+    assert torch.equal(torch.rand(3), wanted)
+
+
+# What a constant guess costs, in nats per token: the same share for each of 11 answers and a sure
+# end of text, or the same share for every token. The base is random and starts above the second.
+CONSTANT_ANSWER, UNIFORM = math.log(11) / 2, math.log(VOCABULARY)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "case, lr, level",
+    [("full", 0.01, CONSTANT_ANSWER), ("lora all", 0.03, UNIFORM), ("prompt", 0.3, UNIFORM)],
+)
+def test_it_learns_and_the_base_stays(case, lr, level, family):
+    """Everything trained learns the answers by heart; a random base can be adapted only so far."""
+    base = tiny(family)
+    before = base.fingerprint()
+    tuned = attach(base, CASES[case].methods)
+    record = run(tuned, steps=40, batch_size=11, lr=lr, evaluate=True)
+    losses = record.history["loss"]
+    assert losses.iloc[0] > UNIFORM and losses.iloc[-1] < level
+    assert (base.fingerprint() == before) == CASES[case].restored
+    tuned.detach()
+    assert base.fingerprint() == before
+    assert set(record.before) == set(record.metrics) == {"exact"}
+
+
+def test_history_and_run():
+    tuned = attach(tiny("gpt2"), LoRA())
+    seen = []
+    record = run(
+        tuned, steps=7, eval_every=3, warmup=2, lr=0.01, evaluate=True, on_step=seen.append
+    )
+    table = record.history
+    assert list(table.columns) == ["step", "loss", "lr", "seconds", "exact"]
+    assert table["step"].tolist() == list(range(1, 8))
+    assert table["exact"].notna().tolist() == [False, False, True, False, False, True, True]
+    assert seen == record.records
+    assert (record.steps, record.interrupted, record.seed) == (7, False, 0)
+    assert (record.method, record.task, record.device) == ("LoRA", "letters", "cpu")
+    assert (record.precision, record.lr, record.batch_size) == ("fp32", 0.01, 4)
+    assert 0 < record.seconds and table["seconds"].is_monotonic_increasing
+    assert table["seconds"].iloc[-1] <= record.seconds
+    # Two steps up a line, five down half a cosine: 1/2, 1, and (1 + cos(π k / 5)) / 2.
+    cosine = [0.5 * (1 + math.cos(math.pi * k / 5)) for k in range(5)]
+    wanted = [0.01 * factor for factor in (0.5, 1.0, *cosine)]
+    assert table["lr"].tolist() == pytest.approx(wanted, rel=1e-12)
+    assert not tuned.model.training
+    assert all(p.grad is None for p in tuned.trainable.values())
+
+
+def test_evaluation_takes_no_part_in_training_or_its_clock():
+    plain, _ = trained("lora dropout", "gpt2")
+    watched, _ = trained("lora dropout", "gpt2", eval_every=1, evaluate=True)
+    assert same(plain, watched)
+
+
+@pytest.mark.parametrize("method", [FullFineTuning(), LoRA(), PromptTuning(3)])
+def test_the_default_learning_rate_is_the_methods_own(method):
+    tuned = attach(tiny("gpt2"), method)
+    record = run(tuned, steps=1, warmup=0)
+    assert record.lr == record.history["lr"].iloc[0] == type(method).learning_rate
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("case", ["lora", "prompt"])
+def test_one_step_is_a_hand_written_adamw_step(case, family):
+    """The whole training set is one batch: clip at norm 1, then Adam's first step.
+
+    m = (1 − β₁) g and v = (1 − β₂) g², corrected by 1 − β₁ and 1 − β₂, leave g / (|g| + ε). The
+    rows of the batch come in another order, which moves g by a relative 11 · 20 u at most (11 rows
+    and about 20 roundings on the way); ε / (|g| + ε)² carries that to the step, as in the parity
+    suite, and the step itself rounds in a few operations.
+    """
+    task, lr, eps = letters(), 0.01, 1e-8
+    tuned, hand = adapted(case, family), adapted(case, family)
+    for model in (tuned, hand):
+        model.model.config.attn_pdrop = 0.0
+        for module in model.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+            if hasattr(module, "attn_dropout"):
+                module.attn_dropout.p = 0.0
+    run(tuned, task, steps=1, batch_size=11, lr=lr, warmup=0)
+
+    batch = task.batch(task.train, hand.tokenizer)
+    logits = hand(batch["input_ids"], batch["attention_mask"])[:, :-1]
+    cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten()).backward()
+    gradients = {name: p.grad for name, p in hand.trainable.items()}
+    norm = torch.sqrt(sum(g.square().sum() for g in gradients.values()))
+    for name, start in hand.state().items():
+        g = gradients[name] / max(norm.item(), 1.0)
+        step = lr * g / (g.abs() + eps)
+        delta = 11 * 20 * U32 * g.abs().max()
+        moved = lr * delta * eps / ((g.abs() - delta).clamp(min=0) + eps) ** 2
+        close = moved.clamp(max=2 * lr) + 8 * U32 * (start.abs() + lr)
+        assert ((tuned.trainable[name] - (start - step)).abs() <= close).all()
+
+
+def failing(error, at):
+    """A task whose batch raises, the at-th time."""
+    task, count = letters(), itertools.count()
+    whole = task.batch
+
+    def batch(*args, **kwargs):
+        if next(count) == at:
+            raise error
+        return whole(*args, **kwargs)
+
+    task.batch = batch
+    return task
+
+
+def raising(error, at):
+    def on_step(record):
+        if record["step"] == at:
+            raise error
+
+    return on_step
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("case", CASES)
+def test_after_an_exception_detach_restores_the_base(case, family):
+    base = tiny(family)
+    before = base.fingerprint()
+    for task, on_step in (
+        (failing(RuntimeError("no batch"), at=2), None),
+        (None, raising(RuntimeError("no step"), at=2)),
+    ):
+        tuned = attach(base, CASES[case].methods)
+        start = tuned.state()
+        with pytest.raises(RuntimeError, match="no batch|no step"):
+            run(tuned, task, on_step=on_step)
+        assert not same(start, tuned.state())
+        assert not tuned.model.training
+        tuned.detach()
+        assert base.fingerprint() == before
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("case", CASES)
+def test_an_interrupt_keeps_what_was_learned(case, family):
+    base = tiny(family)
+    before = base.fingerprint()
+    event = threading.Event()
+
+    def press(record):
+        if record["step"] == 2:
+            event.set()
+
+    for task, options in (
+        (failing(KeyboardInterrupt(), at=2), {}),
+        (None, {"on_step": raising(KeyboardInterrupt(), at=2)}),
+        (None, {"on_step": press, "stop": event}),
+    ):
+        tuned = attach(base, CASES[case].methods)
+        start = tuned.state()
+        record = run(tuned, task, steps=30, evaluate=True, **options)
+        assert record.interrupted
+        assert record.steps == len(record.history) == 2
+        assert set(record.metrics) == {"exact"}
+        assert not same(start, tuned.state())
+        tuned.detach()
+        assert base.fingerprint() == before
+
+
+def test_an_interrupt_during_evaluation_keeps_the_step():
+    tuned, task = attach(tiny("gpt2"), LoRA()), letters()
+    grade = task.grade
+
+    def interrupted(examples, outputs):
+        if examples == task.dev:
+            raise KeyboardInterrupt
+        return grade(examples, outputs)
+
+    task.grade = interrupted
+    record = run(tuned, task, eval_every=3, evaluate=True)
+    assert record.interrupted and record.steps == len(record.history) == 3
+
+
+def test_a_stop_before_the_first_step():
+    event = threading.Event()
+    event.set()
+    tuned = attach(tiny("gpt2"), LoRA())
+    start = tuned.state()
+    record = run(tuned, stop=event)
+    assert record.interrupted and record.steps == 0 and record.history.empty
+    assert same(start, tuned.state())
+
+
+@pytest.mark.parametrize("has_bf16, wanted", [(True, "bf16"), (False, "fp16")])
+def test_precision_by_chip(monkeypatch, has_bf16, wanted):
+    """bf16 where the chip has it in hardware, fp16 where it is only emulated, as on a T4."""
+
+    def supported(including_emulation=True):
+        return True if including_emulation else has_bf16
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert precision_for("cuda") == precision_for(torch.device("cuda:1")) == wanted
+    assert precision_for("cpu") == "fp32"
+    for choice in ("fp32", "bf16", "fp16"):
+        assert precision_for("cuda", choice) == precision_for("cpu", choice) == choice
+    with pytest.raises(ValueError, match="precision='int4'.*auto, fp32, bf16, fp16"):
+        precision_for("cpu", "int4")
+
+
+@pytest.mark.parametrize("case", ["lora", "prompt", "full"])
+def test_bf16_on_the_cpu_and_no_memory_of_it(case):
+    """A run in another precision, in the same process, changes nothing in the next one."""
+    base = tiny("llama")
+    before = base.fingerprint()
+    results = {}
+    for turn, precision in enumerate(("fp32", "bf16", "fp32")):
+        tuned = attach(base, CASES[case].methods)
+        record = run(tuned, precision=precision)
+        assert record.precision == precision
+        assert all(p.dtype == torch.float32 for p in tuned.trainable.values())
+        results[turn] = tuned.state()
+        tuned.detach()
+        assert base.fingerprint() == before
+    assert same(results[0], results[2])
+    assert not same(results[0], results[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", ["lora", "prompt"])
+def test_a_base_in_16_bits_trains_an_adapter_in_32(case, dtype):
+    base = tiny("llama", dtype)
+    before = base.fingerprint()
+    tuned = attach(base, CASES[case].methods)
+    start = tuned.state()
+    run(tuned)
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in tuned.trainable.values())
+    assert not same(start, tuned.state())
+    tuned.detach()
+    assert base.fingerprint() == before
+
+
+def test_a_batch_larger_than_the_data_is_cut_to_it():
+    record = run(attach(tiny("gpt2"), LoRA()), batch_size=500)
+    assert record.batch_size == 11
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"steps": 0}, "steps=0: allowed is at least 1"),
+        ({"steps": -3}, "steps=-3"),
+        ({"batch_size": 0}, "batch_size=0: allowed is at least 1"),
+        ({"lr": -0.1}, "lr=-0.1"),
+        ({"lr": 0.0}, "lr=0.0"),
+        ({"lr": math.nan}, "lr=nan"),
+        ({"eval_every": -1}, "eval_every=-1"),
+        ({"warmup": -1}, "warmup=-1"),
+        ({"precision": "fp8"}, "precision='fp8'"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused(options, words):
+    base = tiny("gpt2")
+    before = base.fingerprint()
+    tuned = attach(base, LoRA())
+    start = tuned.state()
+    with pytest.raises(ValueError, match=words):
+        run(tuned, **options)
+    assert same(start, tuned.state())
+    assert not tuned.model.training
+    tuned.detach()
+    assert base.fingerprint() == before
