@@ -60,6 +60,8 @@ class Tuned(LanguageModel):
                 f"{base.name} already carries {base.adapted_by.label}: call detach() first, "
                 "or attach several methods together as a list"
             )
+        if not methods:
+            raise ValueError("no method to attach")
         if len(methods) > 1 and any(method.exclusive for method in methods):
             alone = next(method for method in methods if method.exclusive)
             raise ValueError(f"{alone.title} trains every parameter: it composes with no other")

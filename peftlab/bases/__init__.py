@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 from pathlib import Path
 
+import safetensors
 import torch
 import transformers
 from jaxtyping import Float, Int
@@ -68,11 +69,15 @@ class LanguageModel:
     def generate(self, prompts: list[str], max_new_tokens: int = 32) -> list[str]:
         """Greedy continuations of a batch of prompts, up to the end-of-text token.
 
-        Only the new text is returned. Raises ValueError if the longest prompt and the new tokens
-        do not fit the context together.
+        Only the new text is returned. Raises ValueError if a prompt is empty, or if the longest
+        prompt and the new tokens do not fit the context together.
         """
+        if not prompts:
+            return []
         batch = self.tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
         batch = {key: batch[key].to(self.device) for key in ("input_ids", "attention_mask")}
+        if not batch["attention_mask"].any(dim=1).all():
+            raise ValueError("an empty prompt: at least one token is needed to continue from")
         length = batch["input_ids"].shape[1]
         self._check_length(length + max_new_tokens)
         with self._evaluating():
@@ -87,19 +92,26 @@ class LanguageModel:
 
     @torch.no_grad()
     def loss(self, texts: list[str], batch_size: int = 32) -> float:
-        """Mean cross entropy of the next token over all texts, in nats per token."""
+        """Mean cross entropy of the next token over all texts, in nats per token.
+
+        Raises ValueError if a text does not fit the context, or if none has a second token.
+        """
         total, tokens = 0.0, 0
         with self._evaluating():
             for start in range(0, len(texts), batch_size):
                 chunk = texts[start : start + batch_size]
                 batch = self.tokenizer(chunk, return_tensors="pt", padding=True).to(self.device)
                 ids, mask = batch["input_ids"], batch["attention_mask"]
+                if ids.shape[1] < 2:
+                    continue
                 logits = self(ids, mask)[:, :-1].float()
                 labels = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
                 total += F.cross_entropy(
                     logits.flatten(0, 1), labels.flatten(), reduction="sum"
                 ).item()
                 tokens += int((labels != -100).sum())
+        if tokens == 0:
+            raise ValueError("no text has a second token to predict")
         return total / tokens
 
     @contextlib.contextmanager
@@ -166,8 +178,8 @@ class Base(LanguageModel):
         shape = self.anatomy.shape
         return (
             f"{self.name}: {shape.family}, {shape.parameters():,} parameters, "
-            f"{shape.layers} layers, d_model {shape.d_model}, {shape.heads} heads, vocabulary {shape.vocab:,}, "
-            f"context {shape.context}, on {self.device}, frozen"
+            f"{shape.layers} layers, d_model {shape.d_model}, {shape.heads} heads, "
+            f"vocabulary {shape.vocab:,}, context {shape.context}, on {self.device}, frozen"
         )
 
 
@@ -179,7 +191,8 @@ def load(
     """Load a frozen base.
 
     `name` is a base that ships with peftlab, a local folder in Hugging Face format, or a name on
-    the Hugging Face hub. Raises ValueError for a family that peftlab does not know and
+    the Hugging Face hub. Weights are read from safetensors alone: other formats can run code.
+    Raises ValueError for a family that peftlab does not know or a damaged base, and
     FileNotFoundError for a base that is nowhere to be found.
     """
     shipped = data_path("bases")
@@ -191,18 +204,36 @@ def load(
     )
     if Path(source).exists() and not (Path(source) / "config.json").exists():
         raise FileNotFoundError(f"no config.json in {str(source)!r}; {missing}")
+    damaged = f"the base in {str(source)!r} is damaged"
     with _quiet():
         try:
-            config = transformers.AutoConfig.from_pretrained(source)
-        except (OSError, ValueError) as error:
+            config, _ = transformers.PretrainedConfig.get_config_dict(source)
+            family = config.get("model_type")
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            if Path(source).exists():
+                raise ValueError(f"{damaged}: {error}") from error
             raise FileNotFoundError(missing) from error
-        if config.model_type not in FAMILIES:
-            raise ValueError(_unknown_family(str(name), config.model_type))
+        if family not in FAMILIES:
+            raise ValueError(_unknown_family(str(name), family))
         try:
-            model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+            model, report = transformers.AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
+            )
             tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         except OSError as error:
             raise FileNotFoundError(f"{missing} ({error})") from error
+        except (RuntimeError, ValueError, safetensors.SafetensorError) as error:
+            raise ValueError(f"{damaged}: {error}") from error
+    wrong_size = {key for key, *_ in report["mismatched_keys"]}
+    if random := sorted(wrong_size | set(report["missing_keys"])):  # drawn, not loaded
+        problem = "is not of the size in config.json" if random[0] in wrong_size else "is missing"
+        raise ValueError(f"{damaged}: {random[0]} {problem}")
+    if len(tokenizer) < 2:
+        raise FileNotFoundError(f"no tokenizer in {str(source)!r}")
     return Base(str(name), model.to(device), tokenizer)
 
 

@@ -77,7 +77,7 @@ class LoRA(Method):
         require("dropout", self.dropout, 0.0, 1.0)
         targets = self.target_modules
         if targets != "all-linear":
-            if isinstance(targets, str) or not targets:
+            if not isinstance(targets, list | tuple) or not targets:
                 raise ValueError(
                     f"target_modules={targets!r}: give a list of targets, such as ['q', 'v'], "
                     "or 'all-linear'"

@@ -1,0 +1,431 @@
+"""Whatever is wrong, one clear error says what and what is allowed, and the base is untouched."""
+
+import json
+import math
+import os
+import pickle
+
+import jaxtyping
+import pytest
+import torch
+from models import (
+    CONTEXT,
+    FAMILIES,
+    adapted,
+    config,
+    hf_model,
+    hook_count,
+    letters,
+    stir,
+    tiny,
+    token_ids,
+    tokenizer,
+)
+from safetensors.torch import load_file, save_file
+
+import peftlab
+from peftlab import FullFineTuning, LoRA, PromptTuning, attach
+from peftlab.bases import Base
+from peftlab.methods import Method
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def base(family):
+    """A base that must be as it was, with nothing attached, when the test is over."""
+    base = tiny(family)
+    before = (base.fingerprint(), hook_count(base.model), base(token_ids(2, 5)))
+    yield base
+    assert base.adapted_by is None
+    assert (base.fingerprint(), hook_count(base.model)) == before[:2]
+    assert torch.equal(base(token_ids(2, 5)), before[2])
+    assert not any(p.requires_grad for p in base.model.parameters())
+
+
+@pytest.fixture
+def untyped():
+    """What a user meets: the checks of annotations, which only the tests switch on, are off."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+# Hyper-parameters -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"r": 0}, "r=0: allowed is at least 1"),
+        ({"r": -4}, "r=-4: allowed is at least 1"),
+        ({"r": 2.5}, "r=2.5: a whole number is needed"),
+        ({"r": "8"}, "r='8': a whole number is needed"),
+        ({"r": True}, "r=True: a whole number is needed"),
+        ({"r": None}, "r=None: a whole number is needed"),
+        ({"alpha": -1}, "alpha=-1: allowed is at least 0"),
+        ({"alpha": math.nan}, "alpha=nan: allowed is at least 0"),
+        ({"alpha": "16"}, "alpha='16': a number is needed"),
+        ({"dropout": -0.1}, "dropout=-0.1: allowed is 0.0 to 1.0"),
+        ({"dropout": 1.5}, "dropout=1.5: allowed is 0.0 to 1.0"),
+        ({"target_modules": ()}, r"target_modules=\(\): give a list"),
+        ({"target_modules": None}, "target_modules=None: give a list"),
+        ({"target_modules": "q"}, "target_modules='q': give a list.*or 'all-linear'"),
+    ],
+)
+@pytest.mark.usefixtures("untyped")
+def test_lora_refuses(options, words):
+    with pytest.raises(ValueError, match=words):
+        LoRA(**options)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"num_virtual_tokens": 0}, "num_virtual_tokens=0: allowed is at least 1"),
+        ({"num_virtual_tokens": -1}, "num_virtual_tokens=-1"),
+        ({"num_virtual_tokens": 1.5}, "num_virtual_tokens=1.5: a whole number is needed"),
+        ({"init": "zeros"}, "init='zeros': allowed is vocabulary, random, text"),
+        ({"init": "text"}, 'init="text" and a non-empty init_text go together'),
+        ({"init": "text", "init_text": ""}, "go together"),
+        ({"init": "random", "init_text": "Sort:"}, "go together"),
+    ],
+)
+@pytest.mark.usefixtures("untyped")
+def test_prompt_tuning_refuses(options, words):
+    with pytest.raises(ValueError, match=words):
+        PromptTuning(**options)
+
+
+def test_a_rank_above_the_matrix(base):
+    """The allowed range is named with the place; a rank that just fits is fine."""
+    for target in base.anatomy.targets:
+        linear = base.anatomy.linears[f"layers.0.{target}"]
+        most = min(linear.d_in, linear.d_out)
+        method = LoRA(r=most + 1, target_modules=[target])
+        with pytest.raises(ValueError, match=rf"r={most + 1} at layers.0.{target} .*1 to {most}$"):
+            attach(base, method)
+        with pytest.raises(ValueError, match=f"r={most + 1} at {target} .*1 to {most}$"):
+            method.parameters(base.anatomy.shape)
+        attach(base, LoRA(r=most, target_modules=[target])).detach()
+
+
+@pytest.mark.parametrize("target", ["query", "c_attn", "q_proj", "", "Q"])
+def test_an_unknown_target(base, target):
+    for act in (
+        lambda: attach(base, LoRA(target_modules=["q", target])),
+        lambda: LoRA(target_modules=["q", target]).parameters(base.anatomy.shape),
+    ):
+        with pytest.raises(
+            ValueError, match=f"unknown target '{target}'.*has q, k, v, o, up, down"
+        ):
+            act()
+
+
+def test_gate_is_not_on_gpt2():
+    base = tiny("gpt2")
+    with pytest.raises(
+        ValueError, match="unknown target 'gate': this model has q, k, v, o, up, down"
+    ):
+        attach(base, LoRA(target_modules=["gate"]))
+    attach(tiny("llama"), LoRA(target_modules=["gate"]))
+
+
+@pytest.mark.parametrize("count", [CONTEXT, CONTEXT + 1, 10_000])
+def test_a_prompt_as_long_as_the_context(base, count):
+    method = PromptTuning(count)
+    for act in (lambda: attach(base, method), lambda: method.parameters(base.anatomy.shape)):
+        with pytest.raises(ValueError, match=f"{count}.*has 48 positions, so allowed is 1 to 47"):
+            act()
+
+
+@pytest.mark.usefixtures("untyped")
+def test_an_unknown_method_or_hyper_parameter_in_a_description():
+    for described, words in (
+        ({"method": "magic"}, "unknown method 'magic': known are full_fine_tuning, lora, prompt"),
+        ({"r": 8}, "unknown method None"),
+        ({"method": "lora", "rank": 8}, "bad hyper-parameters for lora.*rank"),
+        ("lora", "described by a dict, not by 'lora'"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Method.from_dict(described)
+
+
+# Batches --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "method, room", [(None, CONTEXT), (LoRA(), CONTEXT), (PromptTuning(40), CONTEXT - 40)]
+)
+def test_a_batch_that_does_not_fit(base, method, room):
+    model = base if method is None else attach(base, method)
+    words = f"tokens do not fit: .* has room for {room}" + (" after 40" if room < CONTEXT else "$")
+    model(token_ids(2, room))
+    with pytest.raises(ValueError, match=f"{room + 1} {words}"):
+        model(token_ids(2, room + 1))
+    with pytest.raises(ValueError, match=f"{room + 1} {words}"):
+        model.generate(["a", "b" * (room - 3)], max_new_tokens=4)
+    with pytest.raises(ValueError, match=f"{room + 2} {words}"):
+        model.loss(["short", "b" * (room + 2)])
+    assert len(model.generate(["b" * (room - 4)], max_new_tokens=4)) == 1
+    base.detach()
+
+
+def test_a_training_example_that_does_not_fit(base):
+    task = letters()
+    task.train[3] = type(task.train[3])("a" * CONTEXT, "b")
+    for method, room in (
+        (LoRA(), CONTEXT),
+        (PromptTuning(40), CONTEXT - 40),
+        (FullFineTuning(), 48),
+    ):
+        tuned = attach(base, method)
+        with pytest.raises(ValueError, match=f"50 tokens, only {room} fit"):
+            peftlab.train(tuned, task, steps=8, progress=False, evaluate=False)
+        tuned.detach()
+
+
+def test_empty_prompts_and_texts(base):
+    for prompts in ([""], ["ab", ""]):
+        with pytest.raises(ValueError, match="empty prompt"):
+            base.generate(prompts)
+    for texts in ([], [""], ["a"]):
+        with pytest.raises(ValueError, match="no text has a second token"):
+            base.loss(texts)
+
+
+def test_a_merged_adapter_is_not_trained(base):
+    tuned = stir(attach(base, LoRA()))
+    tuned.merge()
+    with pytest.raises(ValueError, match="merged: call unmerge"):
+        peftlab.train(tuned, letters(), steps=1, progress=False)
+    tuned.detach()
+    with pytest.raises(RuntimeError, match="LoRA was detached"):
+        peftlab.train(tuned, letters(), steps=1, progress=False)
+
+
+# Bases ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["no-such-base", "someone/no-such-base", "/nowhere/at/all"])
+def test_an_unknown_base_offline(name):
+    with pytest.raises(FileNotFoundError, match=f"no base '{name}': peftlab ships .*tiny-gpt"):
+        peftlab.load(name)
+
+
+@pytest.mark.parametrize("kind", ["bloom", "bert", "not-even-transformers-knows-it"])
+def test_an_unknown_family(tmp_path, kind):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(ValueError, match=f"of the family '{kind}'; peftlab knows gpt2, llama"):
+        peftlab.load(tmp_path)
+
+
+def test_an_unknown_family_in_memory():
+    import transformers
+
+    small = transformers.BloomConfig(vocab_size=20, hidden_size=8, n_layer=1, n_head=1)
+    model = transformers.BloomForCausalLM(small)
+    with pytest.raises(ValueError, match="'b' is of the family 'bloom'; peftlab knows gpt2, llama"):
+        Base("b", model, tokenizer())
+
+
+def test_an_empty_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no config.json in"):
+        peftlab.load(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{not json", "[1, 2]", ""])
+def test_a_damaged_configuration(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="is damaged"):
+        peftlab.load(tmp_path)
+
+
+@pytest.fixture
+def saved(family, tmp_path):
+    """A base on disk, to be damaged."""
+    hf_model(family).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def rewrite(path, change):
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def test_damaged_weights(saved):
+    path = saved / "model.safetensors"
+    whole = path.read_bytes()
+    first = sorted(load_file(path))[0]
+    for content in (whole[: len(whole) // 2], whole[:1000], b"", os.urandom(500)):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="is damaged"):
+            peftlab.load(saved)
+    path.write_bytes(whole)
+    rewrite(path, lambda tensors: tensors.pop(first))
+    with pytest.raises(ValueError, match=f"is damaged: {first} is missing"):
+        peftlab.load(saved)
+    path.write_bytes(whole)
+    rewrite(path, lambda tensors: tensors.update({first: torch.zeros(3)}))
+    with pytest.raises(ValueError, match=f"is damaged: {first} is not of the size in config.json"):
+        peftlab.load(saved)
+
+
+def test_no_weights_or_no_tokenizer(saved):
+    (saved / "model.safetensors").rename(saved / "kept")
+    with pytest.raises(FileNotFoundError, match="no file named model.safetensors"):
+        peftlab.load(saved)
+    (saved / "kept").rename(saved / "model.safetensors")
+    for path in saved.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises((FileNotFoundError, ValueError), match="tokenizer"):
+        peftlab.load(saved)
+
+
+class Payload:
+    """Unpickling it makes a folder: the sign that a pickle was read."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_a_pickle_instead_of_weights_is_never_read(saved, family):
+    trap = saved / "sprung"
+    (saved / "model.safetensors").unlink()
+    torch.save({"x": Payload(trap)}, saved / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match="no file named model.safetensors"):
+        peftlab.load(saved)
+    torch.save(hf_model(family).state_dict(), saved / "pytorch_model.bin")  # not even a good one
+    with pytest.raises(FileNotFoundError, match="no file named model.safetensors"):
+        peftlab.load(saved)
+    (saved / "model.safetensors").write_bytes(pickle.dumps(Payload(trap)))
+    with pytest.raises(ValueError, match="is damaged"):
+        peftlab.load(saved)
+    assert not trap.exists()
+
+
+# Adapters -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["full", "lora", "prompt", "lora + prompt"])
+def adapter(request, base, tmp_path):
+    """A good adapter of this base on disk, to be damaged."""
+    tuned = adapted(request.param, base.anatomy.family)
+    return tuned.save(tmp_path / "adapter")
+
+
+def refused(base, folder, words, error=ValueError):
+    with pytest.raises(error, match=words):
+        attach(base, folder)
+    assert base.adapted_by is None and hook_count(base.model) == 0
+
+
+def test_no_adapter_there(base, tmp_path):
+    refused(base, tmp_path / "nowhere", "no adapter_config.json in", FileNotFoundError)
+    refused(base, str(tmp_path), "no adapter_config.json in", FileNotFoundError)
+    (tmp_path / CONFIG).write_text("{}")
+    refused(base, tmp_path, "no adapter_model.safetensors in", FileNotFoundError)
+
+
+def test_damaged_tensors(base, adapter):
+    path = adapter / WEIGHTS
+    whole = path.read_bytes()
+    trap = adapter / "sprung"
+    pickled = pickle.dumps({"x": Payload(trap)})
+    for content in (
+        whole[:-4],
+        whole[: len(whole) // 2],
+        whole[:20],
+        b"",
+        os.urandom(800),
+        pickled,
+    ):
+        path.write_bytes(content)
+        refused(base, adapter, "is damaged")
+    assert not trap.exists()
+    path.unlink()
+    (adapter / "adapter_model.bin").write_bytes(pickled)
+    refused(base, adapter, "no adapter_model.safetensors", FileNotFoundError)
+    assert not trap.exists()
+
+
+def test_other_tensors(base, adapter):
+    path = adapter / WEIGHTS
+    whole = path.read_bytes()
+    first = sorted(load_file(path))[0]
+    shape = tuple(load_file(path)[first].shape)
+    for change, words in (
+        (lambda t: t.pop(first), f"tensors do not match: {first}"),
+        (lambda t: t.update({"a stranger": torch.zeros(2)}), "tensors do not match: a stranger"),
+        (lambda t: t.update({first: torch.zeros(3, 7)}), f"{first} is .3, 7.; "),
+        (lambda t: t.update({first: torch.zeros(())}), f"{first} is ..; "),
+    ):
+        rewrite(path, change)
+        refused(base, adapter, words)
+        path.write_bytes(whole)
+    assert shape  # and the good one still loads
+    attach(base, adapter).detach()
+
+
+@pytest.mark.usefixtures("untyped")
+def test_a_damaged_description(base, adapter):
+    path = adapter / CONFIG
+    good = json.loads(path.read_text())
+    for text in ("", "{", "[]", "null", '"lora"', "\x00\xff"):
+        path.write_text(text)
+        refused(base, adapter, "is damaged")
+    path.write_bytes(b"\xff\xfe\x00")
+    refused(base, adapter, "is damaged")
+    for key in good:
+        path.write_text(json.dumps({k: v for k, v in good.items() if k != key}))
+        refused(base, adapter, f"is damaged: adapter_config.json has no '{key}'")
+    for change, words in (
+        ({"format": 99}, "is damaged: format 99; this peftlab reads 1"),
+        ({"methods": [{"method": "magic"}]}, "is damaged: unknown method 'magic': known are"),
+        ({"methods": [{"method": "lora", "rank": 3}]}, "is damaged: bad hyper-parameters for lora"),
+        ({"methods": [{"method": "lora", "r": 0}]}, "is damaged: r=0: allowed is at least 1"),
+        ({"methods": [{"method": "lora", "target_modules": 7}]}, "is damaged: target_modules=7"),
+        ({"methods": "lora"}, "is damaged"),
+        ({"methods": 3}, "is damaged"),
+        ({"methods": []}, "no method"),
+        ({"methods": [{"method": "lora", "r": 5, "target_modules": ["o"]}]}, "do not match|is "),
+    ):
+        path.write_text(json.dumps(good | change))
+        refused(base, adapter, words)
+    path.write_text(json.dumps(good))
+    attach(base, adapter).detach()
+
+
+def test_an_adapter_of_another_base(base, adapter):
+    """Another family or shape, then the same shape with other weights."""
+    family = base.anatomy.family
+    other = tiny("llama" if family == "gpt2" else "gpt2")
+    with pytest.raises(ValueError, match=f"trained on tiny-{family} .*; {other.name} is "):
+        attach(other, adapter)
+    assert other.adapted_by is None and hook_count(other.model) == 0
+    with pytest.raises(ValueError, match=f"trained on other weights of tiny-{family}'s shape"):
+        attach(tiny(family, seed=1), adapter)
+    attach(base, adapter).detach()
+
+
+def test_a_base_of_another_depth(base, tmp_path):
+    import transformers
+
+    from peftlab.bases import Base
+
+    family = base.anatomy.family
+    deeper = config(family)
+    setattr(deeper, "n_layer" if family == "gpt2" else "num_hidden_layers", 3)
+    other = Base("deeper", transformers.AutoModelForCausalLM.from_config(deeper), tokenizer())
+    attach(other, LoRA(r=2, target_modules="all-linear")).save(tmp_path)
+    refused(base, tmp_path, "trained on deeper .*'layers': 3.*'layers': 2")

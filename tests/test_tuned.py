@@ -1,0 +1,165 @@
+"""Attaching and what an adapted base offers, beside what the property suite proves."""
+
+import json
+
+import pytest
+import torch
+from models import CASES, FAMILIES, adapted, hook_count, stir, tiny, token_ids
+from safetensors.torch import load_file
+
+from peftlab import FullFineTuning, LoRA, PromptTuning, attach
+from peftlab.training import move
+
+
+@pytest.fixture(params=FAMILIES)
+def base(request):
+    return tiny(request.param)
+
+
+def test_the_sites_reached_are_named(base):
+    tuned = attach(base, [LoRA(target_modules=["v", "q"]), PromptTuning(3)])
+    linears = ["layers.0.q", "layers.0.v", "layers.1.q", "layers.1.v"]
+    assert tuned.sites == [*linears, "input_embeddings"]
+    assert list(tuned.deltas) == linears
+    assert set(tuned.trainable) == {
+        "prompt_tuning.prompt",
+        *(f"lora.{name}.{factor}" for name in linears for factor in "AB"),
+    }
+    assert tuned.label == "LoRA + Prompt tuning"
+    assert (tuned.virtual_tokens, tuned.context) == (3, 45)
+    assert "5 sites" in repr(tuned) and f"{tuned.count().parameters:,}" in repr(tuned)
+
+
+def test_all_linear_is_every_target(base):
+    tuned = attach(base, LoRA(target_modules="all-linear"))
+    assert tuned.sites == list(base.anatomy.linears)
+
+
+def test_a_target_named_twice_is_one_target(base):
+    assert LoRA(target_modules=["q", "q", "v"]) == LoRA()
+    assert attach(base, LoRA(target_modules=["q", "q"])).count().measured > 0
+
+
+def test_the_count_in_percent_and_bytes(base):
+    count = attach(base, PromptTuning(4)).count()
+    assert (count.parameters, count.stored, count.file_bytes) == (96, 96, 384)
+    assert count.percent == 100 * 96 / sum(p.numel() for p in base.model.parameters())
+
+
+def test_a_saved_adapter_is_safetensors_and_json(base, tmp_path):
+    tuned = stir(attach(base, LoRA(r=2)))
+    folder = tuned.save(tmp_path / "deep" / "adapter")
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    assert load_file(folder / "adapter_model.safetensors").keys() == tuned.trainable.keys()
+    written = json.loads((folder / "adapter_config.json").read_text())
+    assert written["methods"] == [
+        {"method": "lora", "r": 2, "alpha": 16, "target_modules": ["q", "v"], "dropout": 0.0}
+    ]
+    assert written["base_digest"] == base.digest
+    tuned.merge()  # saving a merged adapter saves the same factors
+    again = load_file(tuned.save(tmp_path / "merged") / "adapter_model.safetensors")
+    assert all(torch.equal(again[name], tensor) for name, tensor in tuned.state().items())
+
+
+def test_a_float64_adapter_loads_onto_float32_rounded(tmp_path):
+    """Types follow the base: the tensors are those of the file, rounded once."""
+    folder = adapted("lora", "llama", torch.float64).save(tmp_path)
+    loaded = attach(tiny("llama"), folder)
+    for name, tensor in load_file(folder / "adapter_model.safetensors").items():
+        assert torch.equal(loaded.trainable[name], tensor.float())
+
+
+def test_methods_on_one_site_are_refused(base):
+    before = (base.fingerprint(), hook_count(base.model))
+    for methods, words in (
+        ([LoRA(), LoRA(r=2, target_modules=["v"])], "same site, layers.0.v"),
+        ([PromptTuning(3), PromptTuning(4)], "same site, input_embeddings"),
+        ([FullFineTuning(), LoRA()], "composes with no other"),
+        ([LoRA(), FullFineTuning()], "composes with no other"),
+        ([], "no method"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            attach(base, methods)
+        assert base.adapted_by is None
+        assert (base.fingerprint(), hook_count(base.model)) == before
+    assert not any(parameter.requires_grad for parameter in base.model.parameters())
+    attach(base, [LoRA(), LoRA(r=2, target_modules=["o"])])  # different sites compose
+
+
+def test_a_parameter_that_trains_unasked_is_found_and_nothing_stays(base):
+    stray = next(base.model.parameters())
+    stray.requires_grad_(True)
+    hooks = hook_count(base.model)
+    with pytest.raises(AssertionError, match="trains, but no method asked for it"):
+        attach(base, LoRA())
+    assert base.adapted_by is None and hook_count(base.model) == hooks
+
+
+def test_lora_and_prompt_do_what_each_does_alone():
+    """Composed, with one of the two at its neutral start or absent, it is the other."""
+    ids = token_ids(2, 6)
+    composed = attach(tiny("gpt2"), [LoRA(), PromptTuning(4, "text", "abcd")])
+    alone = attach(tiny("gpt2"), PromptTuning(4, "text", "abcd"))
+    assert torch.equal(composed(ids), alone(ids))  # B is zero
+    stir(composed)
+    with torch.no_grad():
+        composed.prompt.copy_(alone.prompt)
+    lora = attach(tiny("gpt2"), LoRA())
+    lora.load_state({name: t for name, t in composed.state().items() if name.startswith("lora")})
+    words = lora.tokenizer("abcd")["input_ids"]
+    joined = torch.cat([torch.tensor(words).expand(2, -1), ids], dim=1)
+    # The virtual tokens are those words, so LoRA alone that reads them says the same.
+    assert torch.equal(composed(ids), lora(joined)[:, 4:])
+
+
+def test_as_a_context_manager(base):
+    before = base.fingerprint()
+    with pytest.raises(RuntimeError, match="inside"), attach(base, FullFineTuning()) as tuned:
+        stir(tuned)
+        raise RuntimeError("inside")
+    assert base.fingerprint() == before and base.adapted_by is None
+    base.detach()  # nothing to do
+    attach(base, LoRA())
+    base.detach()
+    assert base.adapted_by is None
+
+
+@pytest.mark.parametrize("case", ["full", "lora", "prompt"])
+def test_what_was_detached_can_no_longer_change_or_claim_the_base(case, tmp_path):
+    tuned = adapted(case, "gpt2")
+    state = tuned.state()
+    base = tuned.detach()
+    before = base.fingerprint()
+    for act in (tuned.merge, lambda: tuned.load_state(state), lambda: tuned.save(tmp_path)):
+        with pytest.raises(RuntimeError, match="was detached"):
+            act()
+    newer = attach(base, LoRA())
+    tuned.detach()  # the old one's goodbye does not take the new one off
+    assert base.adapted_by is newer and newer.sites
+    newer.detach()
+    assert base.fingerprint() == before
+
+
+def test_moving_keeps_the_parameter_objects():
+    tuned = adapted("lora", "gpt2")
+    objects = {name: id(parameter) for name, parameter in tuned.trainable.items()}
+    move(tuned, "cpu")
+    assert {name: id(parameter) for name, parameter in tuned.trainable.items()} == objects
+
+
+def test_the_prompt_is_where_it_says(base):
+    tuned = attach(base, PromptTuning(4))
+    assert tuned.prompt is tuned.trainable["prompt_tuning.prompt"]
+    tuned.detach()
+    with pytest.raises(AttributeError, match="LoRA has no prompt"):
+        attach(base, LoRA()).prompt  # noqa: B018
+
+
+def test_methods_survive_their_description():
+    for case in CASES.values():
+        for method in case.methods:
+            described = json.loads(json.dumps(method.to_dict()))
+            assert type(method).from_dict(described) == method
