@@ -128,11 +128,11 @@ def adapted(case: str, family: str, dtype=torch.float32, seed: int = 0) -> Tuned
 
 
 @torch.no_grad()
-def stir(tuned: Tuned, seed: int = 0) -> Tuned:
+def stir(tuned: Tuned, seed: int = 0, size: float = 0.2) -> Tuned:
     """Add noise to every trained tensor, as training would: no factor is zero afterwards."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in tuned.trainable.values():
-        parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+        parameter += size * torch.randn(parameter.shape, generator=generator)
     return tuned
 
 
