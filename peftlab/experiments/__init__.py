@@ -1,0 +1,1 @@
+"""The commands that make what lies in `data/`: `python -m peftlab.experiments.NAME`."""
