@@ -158,6 +158,14 @@ def test_the_prompt_is_where_it_says(base):
         attach(base, LoRA()).prompt  # noqa: B018
 
 
+def test_a_vocabulary_larger_than_the_embedding_is_drawn_from_the_embedding(base):
+    """Some tokenizers have had tokens added that the model never got."""
+    base.tokenizer.add_tokens([f"<extra {i}>" for i in range(2000)])
+    tuned = attach(base, PromptTuning(40))
+    table = base.anatomy.embedding.weight
+    assert (tuned.prompt[:, None] == table).all(dim=2).any(dim=1).all()
+
+
 def test_methods_survive_their_description():
     for case in CASES.values():
         for method in case.methods:

@@ -64,7 +64,8 @@ class PromptTuning(Method):
         if self.init == "random":
             return torch.rand(count, d_model, generator=generator) - 0.5
         if self.init == "vocabulary":
-            ids = torch.randint(len(base.tokenizer), (count,), generator=generator)
+            known = min(len(base.tokenizer), len(table))
+            ids = torch.randint(known, (count,), generator=generator)
         else:
             text = base.tokenizer(self.init_text, add_special_tokens=False)["input_ids"]
             ids = torch.tensor((text * (count // len(text) + 1))[:count])
