@@ -1,0 +1,230 @@
+"""New facts, three methods, two budgets: `python -m peftlab.experiments.compare_facts`.
+
+Writes `data/results/compare_facts.json`. Its parts:
+
+- methods: LoRA, prompt tuning and full fine-tuning at a short and a long budget of steps;
+- ranks: LoRA on every linear weight at the short budget, by rank, alpha = 4 r;
+- targets: LoRA at the short budget with as many parameters as r = 8 on every linear weight has,
+  spent on fewer matrices;
+- scales: LoRA with r = 8 at the short budget, by alpha and learning rate, one seed, on dev.
+
+Every entry of the first three gets the same number of tries: four learning rates, each run once
+with a seed that is not used again, and the one with the most new facts right on dev is kept (on a
+tie, the best sum of all four numbers). It is then run on three seeds and scored on test. A
+learning rate at the end of its grid is marked, for a better one may lie outside.
+
+Each final run of full fine-tuning also reports its updates ΔW: the share of ‖ΔW‖² in the largest r
+singular values, averaged over the linear weights, the singular values of one, and the scores that
+remain when every linear ΔW is cut to its best rank-r approximation.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import torch
+
+import peftlab
+from peftlab._data import data_path
+from peftlab.bases import Base
+from peftlab.methods import FullFineTuning, LoRA, Method, PromptTuning
+from peftlab.probes import energy
+from peftlab.tasks import Task
+from peftlab.tuned import Tuned
+
+SEEDS = (0, 1, 2)
+TUNING_SEED = 100
+SHORT, LONG = 300, 900
+CUTS = (1, 2, 4, 8, 16, 32, 64, 128)
+SHOWN = "layers.3.up"
+GRIDS = {
+    "lora": (1e-3, 2e-3, 4e-3, 8e-3),
+    "prompt_tuning": (1e-2, 3e-2, 1e-1, 3e-1),
+    "full_fine_tuning": (3e-4, 1e-3, 3e-3, 1e-2),
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of the comparison: a method and its budget."""
+
+    part: str
+    method: Method
+    steps: int
+
+    def facts(self) -> dict:
+        return {"part": self.part, "steps": self.steps, **self.method.to_dict()}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run of an entry."""
+
+    entry: Entry
+    lr: float
+    seed: int
+    split: str
+    base: str
+    device: str
+
+
+def entries() -> list[Entry]:
+    """Everything that is compared, the longest first."""
+
+    def lora(r, targets="all-linear", alpha=None):
+        return LoRA(r=r, alpha=alpha or 4 * r, target_modules=targets)
+
+    methods = [lora(8), PromptTuning(), FullFineTuning()]
+    targets = [lora(36, ("q", "v")), lora(18, ("q", "k", "v", "o"))]
+    return [
+        *(Entry("methods", method, steps) for steps in (LONG, SHORT) for method in methods),
+        *(Entry("ranks", lora(r), SHORT) for r in (1, 4, 16, 32, 64)),
+        *(Entry("targets", method, SHORT) for method in targets),
+        *(Entry("scales", lora(8, alpha=alpha), SHORT) for alpha in (8, 128)),
+    ]
+
+
+def run(job: Job) -> dict:
+    """Train once and score on the job's split."""
+    base = peftlab.load(job.base, device=job.device)
+    task = peftlab.tasks.load("facts")
+    full = job.entry.method.name == "full_fine_tuning" and job.split == "test"
+    before = {name: linear.weight.clone() for name, linear in base.anatomy.linears.items()}
+    with peftlab.attach(base, job.entry.method, seed=job.seed) as tuned:
+        training = peftlab.train(
+            tuned,
+            task,
+            steps=job.entry.steps,
+            lr=job.lr,
+            seed=job.seed,
+            precision="fp32",
+            progress=False,
+            evaluate=False,
+        )
+        scores = task.score(tuned, getattr(task, job.split))
+        trained = tuned.count().parameters
+        update = {"update": look_at_update(base, tuned, task, before)} if full else {}
+    row = {
+        **job.entry.facts(),
+        "title": job.entry.method.title,
+        "trained": trained,
+        "lr": job.lr,
+        "seed": job.seed,
+        "seconds": round(training.seconds, 2),
+        **{name: round(score, 4) for name, score in scores.items()},
+    }
+    print(json.dumps(row), flush=True)
+    return row | update
+
+
+@torch.no_grad()
+def look_at_update(base: Base, tuned: Tuned, task: Task, before: dict) -> dict:
+    """The singular values of every linear ΔW, and what is left of the scores at a lower rank.
+
+    Cutting touches the linear weights alone; embeddings, norms and biases stay as trained.
+    """
+    linears = base.anatomy.linears
+    parts = {
+        name: torch.linalg.svd(linear.weight - before[name], full_matrices=False)
+        for name, linear in linears.items()
+    }
+    shares, cut = {}, {}
+    for r in (0, *CUTS):
+        for name, (U, S, V) in parts.items():
+            linears[name].weight.copy_(before[name] + U[:, :r] * S[:r] @ V[:r])
+        cut[r] = {name: round(score, 4) for name, score in task.score(tuned).items()}
+        if r:
+            kept = [energy(S.double().cpu(), r) for _, S, _ in parts.values()]
+            shares[r] = round(sum(kept) / len(kept), 4)
+    return {
+        "energy": shares,
+        "cut": cut,
+        "site": SHOWN,
+        "singular values": [float(f"{value:.4g}") for value in parts[SHOWN][1].tolist()],
+    }
+
+
+def best(tries: list[dict]) -> float:
+    """The learning rate with the most new facts right, and on a tie the best sum of scores."""
+
+    def merit(row: dict) -> tuple[float, float]:
+        scores = [row[k] for k in ("new_facts", "new_wordings", "known_facts", "valid_format")]
+        return row["new_facts"], sum(scores)
+
+    return max(tries, key=merit)["lr"]
+
+
+def compare(base: str, device: str, workers: int) -> dict:
+    """Tune every entry on dev, then run the chosen rate on all seeds."""
+    context = multiprocessing.get_context("spawn")
+    compared = entries()
+
+    def job(entry: Entry, lr: float, seed: int, split: str) -> Job:
+        return Job(entry, lr, seed, split, base, device)
+
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        tuning = [
+            job(entry, lr, TUNING_SEED, "dev")
+            for entry in compared
+            for lr in GRIDS[entry.method.name]
+        ]
+        tried = list(pool.map(run, tuning))
+        final = []
+        for entry in compared:
+            if entry.part != "scales":
+                rows = [row for row, one in zip(tried, tuning, strict=True) if one.entry == entry]
+                final += [job(entry, best(rows), seed, "test") for seed in SEEDS]
+        runs = list(pool.map(run, final))
+    for row in runs:
+        grid = GRIDS[row["method"]]
+        row["at_the_end_of_its_grid"] = row["lr"] in (grid[0], grid[-1])
+    return {"tried": tried, "runs": runs}
+
+
+def device_name(device: str) -> str:
+    """The hardware in words."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {os.cpu_count()} cores"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--base", default="tiny-gpt")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time")
+    parser.add_argument("--out", type=Path, default=data_path("results") / "compare_facts.json")
+    options = parser.parse_args()
+
+    start = time.perf_counter()
+    task = peftlab.tasks.load("facts")
+    before = task.score(peftlab.load(options.base, device=options.device))
+    results = compare(options.base, options.device, options.workers)
+    report = {
+        "command": "python -m peftlab.experiments.compare_facts "
+        f"--device {options.device} --workers {options.workers}",
+        "date": date.today().isoformat(),
+        "device": device_name(options.device),
+        "precision": "float32",
+        "batch size": 16,
+        "seconds": round(time.perf_counter() - start),
+        "base": options.base,
+        "seeds": SEEDS,
+        "tuning_seed": TUNING_SEED,
+        "grids": GRIDS,
+        "before": before,
+        **results,
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"{options.out}: {len(results['runs'])} runs in {report['seconds']} s")
+
+
+if __name__ == "__main__":
+    main()
