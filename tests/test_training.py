@@ -3,6 +3,7 @@
 import itertools
 import math
 import threading
+import time
 
 import pytest
 import torch
@@ -315,3 +316,20 @@ def test_a_setting_out_of_range_is_refused(options, words):
     assert not tuned.model.training
     tuned.detach()
     assert base.fingerprint() == before
+
+
+def test_the_clock_stops_while_the_dev_set_is_scored():
+    """Four evaluations that each take at least 0.3 s of waiting are not in the training time."""
+    task, waited = letters(), []
+
+    def score(model, examples=None):
+        start = time.perf_counter()
+        time.sleep(0.3)
+        waited.append(time.perf_counter() - start)
+        return {"exact": 0.0}
+
+    task.score = score
+    start = time.perf_counter()
+    record = run(attach(tiny("gpt2"), LoRA()), task, eval_every=1)
+    assert len(waited) == 4
+    assert record.seconds <= time.perf_counter() - start - sum(waited)
