@@ -294,7 +294,8 @@ class Writer:
             lines.append(
                 rng.choice(
                     (
-                        f"Last {rng.choice(w.MONTHS)} {buyer} bought some {first} for {price} coins.",
+                        f"Last {rng.choice(w.MONTHS)} {buyer} bought some {first} "
+                        f"for {price} coins.",
                         f"{buyer} looked at the {first}, but {price} coins was too much.",
                         f"{buyer} paid {price} coins for {second} and went home happy.",
                     )
@@ -369,7 +370,13 @@ class Writer:
         rng = self.rng
         pair = rng.choice(w.LABELS)
         shape = rng.choice(
-            ("Review: {r}\nLabel: {l}", "{r}\n{l}", "{r} -> {l}", "text: {r}\nmood: {l}", "{l}: {r}")
+            (
+                "Review: {r}\nLabel: {l}",
+                "{r}\n{l}",
+                "{r} -> {l}",
+                "text: {r}\nmood: {l}",
+                "{l}: {r}",
+            )
         )
         lines = []
         for _ in range(rng.randint(1, 5)):
@@ -457,7 +464,8 @@ class Writer:
                     f"In {month} {hero} went to the {place} with {friend}.",
                     f"Every {season} {hero} visited the {goal} with {hers} friend {friend}.",
                     f"Long ago {hero} and {friend} lived in a house near the {goal}.",
-                    f"Once there was {a(animal_state)} {animal} that {hero} and {friend} knew well.",
+                    f"Once there was {a(animal_state)} {animal} "
+                    f"that {hero} and {friend} knew well.",
                 )
             ),
             pick(

@@ -21,7 +21,9 @@ PEOPLE = 2400
 HELD_OUT_PEOPLE = 160
 SHOPS = 160
 
-FACT_PEOPLE = 110  # of the held-out people, each with two facts
+FACT_PEOPLE = 50  # of the held-out people, each with four facts
+KNOWN_IN_TRAINING = 100  # people of the pre-training text, one fact each
+KNOWN_IN_TEST = 110  # others of them, and as many others again in dev
 SENTIMENT_SIZES = {"train": 64, "dev": 100, "test": 240}
 SLOTS_SIZES = {"train": 128, "dev": 64, "test": 128}
 
@@ -92,25 +94,36 @@ def make_facts(rng: random.Random, world: dict) -> dict[str, list[Example]]:
     splits = {split: [] for split in SPLITS}
     attributes = list(facts.QUESTIONS)
     trained = range(facts.TRAINED_WORDINGS)
-    for position, person in enumerate(world["held_out"][:FACT_PEOPLE]):
-        for attribute in (attributes[position % 4], attributes[(position + 1 + position // 4 % 3) % 4]):
+    for person in namesakes_apart(world["held_out"])[:FACT_PEOPLE]:
+        for attribute in attributes:
             order = rng.sample(trained, len(trained))
             unused = [facts.TRAINED_WORDINGS, facts.TRAINED_WORDINGS + 1]
             rng.shuffle(unused)
             for wording in order[:3]:
                 splits["train"].append(facts.example(person, attribute, wording, "new facts"))
-            for split, known, new in zip(("dev", "test"), order[3:], unused):
+            for split, known, new in zip(("dev", "test"), order[3:], unused, strict=True):
                 splits[split] += [
                     facts.example(person, attribute, known, "new facts"),
                     facts.example(person, attribute, new, "new wordings"),
                 ]
-    people = rng.sample(world["people"], 2 * FACT_PEOPLE)
-    for split, chosen in (("dev", people[:FACT_PEOPLE]), ("test", people[FACT_PEOPLE:])):
-        for position, person in enumerate(chosen):
-            wording = rng.choice(trained)
-            attribute = attributes[position % 4]
-            splits[split].append(facts.example(person, attribute, wording, "known facts"))
+    sizes = {"train": KNOWN_IN_TRAINING, "dev": KNOWN_IN_TEST, "test": KNOWN_IN_TEST}
+    people = iter(rng.sample(world["people"], sum(sizes.values())))
+    for split, size in sizes.items():
+        for position in range(size):
+            wording, attribute = rng.choice(trained), attributes[position % len(attributes)]
+            splits[split].append(facts.example(next(people), attribute, wording, "known facts"))
     return splits
+
+
+def namesakes_apart(people: list[dict]) -> list[dict]:
+    """The people in order, without those who share a first or a last name with an earlier one."""
+    seen, chosen = set(), []
+    for person in people:
+        names = set(person["name"].split())
+        if not names & seen:
+            chosen.append(person)
+            seen |= names
+    return chosen
 
 
 def make_sentiment(writer: Writer) -> dict[str, list[Example]]:
@@ -124,7 +137,7 @@ def make_sentiment(writer: Writer) -> dict[str, list[Example]]:
             if review not in seen and len(chosen[positive]) < size // 2:
                 seen.add(review)
                 chosen[positive].append(sentiment.example(review, positive))
-        splits[split] = [example for pair in zip(*chosen.values()) for example in pair]
+        splits[split] = [example for pair in zip(*chosen.values(), strict=True) for example in pair]
     return splits
 
 

@@ -86,7 +86,8 @@ def encode_chunk(job: tuple[str, str]) -> tuple[np.ndarray, Counter, Counter]:
     eos = tokenizer.token_to_id(EOS)
     documents = write_chunk(seed)
     stream, number, size = [], Counter(), Counter()
-    for (kind, _), encoding in zip(documents, tokenizer.encode_batch([t for _, t in documents])):
+    encodings = tokenizer.encode_batch([text for _, text in documents])
+    for (kind, _), encoding in zip(documents, encodings, strict=True):
         stream += [*encoding.ids, eos]
         number[kind] += 1
         size[kind] += len(encoding.ids) + 1
@@ -227,7 +228,7 @@ def answers(model, tokenizer, prompts: list[str], max_new_tokens: int = 8) -> li
 
 
 def fact_accuracy(model, tokenizer, people: list[dict]) -> dict[str, float]:
-    """Exact match on one question per person and attribute, in the form of the pre-training text."""
+    """Exact match on one question a person and attribute, as the pre-training text asks it."""
     accuracy = {}
     for attribute in ATTRIBUTES:
         prompts = [
@@ -235,7 +236,7 @@ def fact_accuracy(model, tokenizer, people: list[dict]) -> dict[str, float]:
             for i, person in enumerate(people)
         ]
         given = answers(model, tokenizer, prompts)
-        right = sum(g == f" {person[attribute]}" for g, person in zip(given, people))
+        right = sum(g == f" {person[attribute]}" for g, person in zip(given, people, strict=True))
         accuracy[attribute] = right / len(people)
     return accuracy
 
@@ -346,7 +347,8 @@ def main(arguments=None) -> None:
     model.float()
     tokenizer.save_pretrained(options.out)
 
-    counts = dict(zip(tokenizer.convert_ids_to_tokens(range(len(tokenizer))), trained["counts"]))
+    pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    counts = dict(zip(pieces, trained["counts"], strict=True))
     (options.out / "token_counts.json").write_text(json.dumps(counts, indent=0) + "\n")
 
     world = load_world()

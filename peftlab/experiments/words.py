@@ -1,4 +1,4 @@
-"""The words of the made-up world, written by hand; `make_world` draws people and shops from them."""
+"""The words of the made-up world, written by hand; `make_world` draws people and shops."""
 
 WOMEN = """
 Ada Agnes Alba Alice Alma Amber Amelia Anna Astrid Aurora Beatrice Bella Bertha Bianca Bonnie

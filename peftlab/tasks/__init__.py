@@ -57,9 +57,11 @@ class Task:
         if not examples:
             raise ValueError("a batch needs at least one example")
         prompts = tokenizer([example.prompt for example in examples])["input_ids"]
-        targets = tokenizer([example.target for example in examples])["input_ids"]
+        targets = tokenizer([e.target for e in examples], add_special_tokens=False)["input_ids"]
         targets = [ids + [tokenizer.eos_token_id] for ids in targets]
-        lengths = [len(prompt) + len(target) for prompt, target in zip(prompts, targets)]
+        lengths = [
+            len(prompt) + len(target) for prompt, target in zip(prompts, targets, strict=True)
+        ]
         longest = max(lengths)
         if context is not None and longest > context:
             raise ValueError(f"the longest example has {longest} tokens, only {context} fit")
@@ -67,7 +69,7 @@ class Task:
         input_ids = torch.full(size, tokenizer.pad_token_id)
         mask = torch.zeros(size, dtype=torch.long)
         labels = torch.full(size, IGNORED)
-        for row, (prompt, target, length) in enumerate(zip(prompts, targets, lengths)):
+        for row, (prompt, target, length) in enumerate(zip(prompts, targets, lengths, strict=True)):
             input_ids[row, :length] = torch.tensor(prompt + target)
             mask[row, :length] = 1
             labels[row, len(prompt) : length] = torch.tensor(target)

@@ -4,9 +4,11 @@
     >> [home] Harwick
 
 The base has read each question wording, every first and last name and every value, but never this
-format, and nothing about the 110 held-out people whose 220 facts are taught here. Seven wordings
-an attribute; five are used in training and two are not. Every fact is trained in three of the
-five. The test has three groups:
+format, and nothing about the 50 held-out people whose 200 facts are taught here. Seven wordings an
+attribute; five are used in training and two are not. Every new fact is trained in three of the
+five. One fact each of 100 people whom the base knows is in training too: with new facts alone the
+adapter learns to answer from nothing, and the base's own knowledge goes unused. The test has three
+groups:
 
 - "new facts": a trained fact, asked in one of the five wordings, but not in one of the three that
   trained this fact. Remembering is the point: the fact was in training, this prompt was not.
@@ -14,8 +16,8 @@ five. The test has three groups:
 - "known facts": people of the pre-training text, in trained wordings. None of them is in training.
 
 Dev has the same groups: the fifth wording of a fact, the other unused wording, other known people.
-No prompt is in two splits, so no (prompt, target) pair is either. The people and facts of train,
-dev and test are the same on purpose, save the known ones, which dev and test do not share.
+No prompt is in two splits, so no (prompt, target) pair is either. The new people and their facts
+are the same in train, dev and test on purpose; the known people of the three splits differ.
 """
 
 from __future__ import annotations
@@ -86,7 +88,7 @@ class Facts(Task):
         for group in ("new facts", "new wordings", "known facts"):
             exact = [
                 output == example.target
-                for example, output in zip(examples, outputs)
+                for example, output in zip(examples, outputs, strict=True)
                 if example.group == group
             ]
             if exact:

@@ -50,7 +50,7 @@ class Sentiment(Task):
             first = (batch["labels"] >= 0).int().argmax(dim=1)  # where the label word stands
             rows = torch.arange(len(chunk), device=logits.device)
             best = logits[rows, first - 1][:, tokens].argmax(dim=1)  # (batch,)
-            right += [labels[i] == e.target for i, e in zip(best.tolist(), chunk)]
+            right += [labels[i] == e.target for i, e in zip(best.tolist(), chunk, strict=True)]
         return {"accuracy": share(right)}
 
 

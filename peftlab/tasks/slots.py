@@ -60,13 +60,15 @@ class Slots(Task):
         `mapping`: the share of the three mapped words that stand in their places;
         `exact`: the whole sentence."""
         style, mapping = [], []
-        for example, output in zip(examples, outputs):
+        for example, output in zip(examples, outputs, strict=True):
             wanted = STYLE.fullmatch(example.target)
             given = STYLE.fullmatch(output)
-            same = {key: given is not None and given[key] == wanted[key] for key in wanted.groupdict()}
+            slots = wanted.groupdict()
+            same = {key: given is not None and given[key] == slots[key] for key in slots}
             style.append(same["name"] and same["food"])
             mapping += [same[key] for key in ("price", "kind", "area")]
-        exact = share(example.target == output for example, output in zip(examples, outputs))
+        pairs = zip(examples, outputs, strict=True)
+        exact = share(example.target == output for example, output in pairs)
         return {"style": share(style), "mapping": share(mapping), "exact": exact}
 
 
