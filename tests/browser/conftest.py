@@ -1,0 +1,25 @@
+"""One JupyterLab for all browser tests, and a page for each."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from browser.fixtures import Lesson, browser_page, chromium_or_skip, jupyterlab, without_outputs
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory) -> tuple[str, Path]:
+    """The address of a JupyterLab, and the folder it serves."""
+    chromium_or_skip()
+    folder = tmp_path_factory.mktemp("lab")
+    with jupyterlab(folder, tmp_path_factory.mktemp("home")) as address:
+        yield address, folder
+
+
+@pytest.fixture
+def open_lesson(lab) -> Callable[[Path], Lesson]:
+    """Opens a copy of a notebook. When the test ends, no request may have left this machine."""
+    address, folder = lab
+    with browser_page() as (page, outside):
+        yield lambda path: Lesson(page, address, without_outputs(path, folder))
+        assert not outside, f"the page asked other machines for {sorted(outside)}"

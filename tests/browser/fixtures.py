@@ -1,0 +1,165 @@
+"""A real JupyterLab on this machine and a headless Chromium that looks at it."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import nbformat
+import pytest
+from playwright.sync_api import Page, expect, sync_playwright
+
+from peftlab.experiments.run_notebooks import chromium_arguments, find_chromium
+
+TOKEN = "peftlab"
+SECONDS = 1000  # Playwright counts in milliseconds
+
+
+def chromium_or_skip() -> str:
+    """Chromium's path; without one the test skips, or fails where PEFTLAB_REQUIRE_BROWSER is set."""
+    chromium = find_chromium()
+    if chromium is None:
+        message = "no Chromium on PATH (PEFTLAB_CHROMIUM may name one)"
+        if os.environ.get("PEFTLAB_REQUIRE_BROWSER"):
+            pytest.fail(message)
+        pytest.skip(message)
+    return chromium
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def wait_until_up(server: subprocess.Popen, address: str, log: Path, seconds: float = 60) -> None:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and server.poll() is None:
+        try:
+            opener.open(f"{address}/api/status?token={TOKEN}", timeout=5).close()
+            return
+        except OSError:
+            time.sleep(0.2)
+    raise RuntimeError(f"JupyterLab did not come up:\n{log.read_text()[-2000:]}")
+
+
+def write_settings(folder: Path) -> None:
+    """Cells that are scrolled away stay in the page, and no question about news covers it."""
+    settings = {
+        "notebook-extension/tracker": {"windowingMode": "none"},
+        "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+    }
+    for name, values in settings.items():
+        path = folder / f"{name}.jupyterlab-settings"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(values))
+
+
+@contextmanager
+def jupyterlab(folder: Path, home: Path) -> Iterator[str]:
+    """A JupyterLab that serves `folder`, with settings of its own in `home`; yields its address."""
+    write_settings(home / "settings/@jupyterlab")
+    own_places = {
+        "IPYTHONDIR": "ipython",
+        "JUPYTERLAB_SETTINGS_DIR": "settings",
+        "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
+        "JUPYTER_CONFIG_DIR": "config",
+        "JUPYTER_DATA_DIR": "data",
+        "JUPYTER_RUNTIME_DIR": "runtime",
+    }
+    environment = {**os.environ, **{name: str(home / place) for name, place in own_places.items()}}
+    port, log = free_port(), home / "jupyterlab.log"
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
+    command += [
+        f"--ServerApp.root_dir={folder}",
+        "--ServerApp.ip=127.0.0.1",
+        f"--ServerApp.port={port}",
+        "--ServerApp.port_retries=0",
+        f"--IdentityProvider.token={TOKEN}",
+        "--LabApp.news_url=None",
+        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+        "--LabApp.extension_manager=readonly",
+    ]
+    with log.open("w") as out:
+        server = subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=out)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        wait_until_up(server, address, log)
+        yield address
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+
+
+@contextmanager
+def browser_page() -> Iterator[tuple[Page, set[str]]]:
+    """A page in headless Chromium, and the set of requests for other machines (all refused)."""
+    chromium = chromium_or_skip()
+    outside: set[str] = set()
+
+    def stay_here(route, request):
+        if request.url.startswith(("http://127.0.0.1:", "data:", "blob:")):
+            route.continue_()
+        else:
+            outside.add(request.url)
+            route.abort()
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=chromium_arguments())
+        page = browser.new_page(viewport={"width": 1300, "height": 1000})
+        page.route("**/*", stay_here)
+        try:
+            yield page, outside
+        finally:
+            browser.close()
+
+
+def without_outputs(notebook: Path, folder: Path) -> Path:
+    """A copy of a notebook in `folder` as if it had never run: what appears later is new."""
+    copy = nbformat.read(notebook, as_version=4)
+    copy.metadata["kernelspec"] = {"display_name": "Python 3", "name": "python3"}
+    for cell in copy.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    nbformat.write(copy, folder / notebook.name)
+    return folder / notebook.name
+
+
+class Lesson:
+    """A notebook open in JupyterLab."""
+
+    def __init__(self, page: Page, address: str, notebook: Path):
+        self.page = page
+        self.sources = [
+            cell.source
+            for cell in nbformat.read(notebook, as_version=4).cells
+            if cell.cell_type == "code" and cell.source.strip()
+        ]
+        page.goto(f"{address}/lab/tree/{notebook.name}?reset&token={TOKEN}")
+        expect(page.locator(".jp-Notebook")).to_be_visible(timeout=60 * SECONDS)
+        status = page.locator("#jp-main-statusbar").get_by_text("Python 3 (ipykernel) | Idle")
+        expect(status).to_be_visible(timeout=60 * SECONDS)
+
+    def run_all(self, seconds: float = 180) -> None:
+        """Run > Run All Cells, until the last cell has a count; fails with a failing cell's text."""
+        self.page.locator(".lm-MenuBar-itemLabel", has_text="Run").first.click()
+        self.page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        done = "() => [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')]"
+        done += ".filter(p => /\\[\\d+\\]/.test(p.textContent)).length"
+        failure = "() => document.querySelector("
+        failure += "'.jp-OutputArea-output[data-mime-type=\"application/vnd.jupyter.error\"]'"
+        failure += ")?.textContent"
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            error = self.page.evaluate(failure)
+            assert not error, error
+            if self.page.evaluate(done) >= len(self.sources):
+                return
+            self.page.wait_for_timeout(250)
+        pytest.fail(f"the notebook was still running after {seconds} s")

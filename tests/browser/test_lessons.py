@@ -1,0 +1,48 @@
+"""A keyboard moves a lesson's slider in a real JupyterLab, and the page shows the new number."""
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from playwright.sync_api import expect
+
+import peftlab
+
+pytestmark = pytest.mark.browser
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+
+SLIDER = """
+import ipywidgets
+slider = ipywidgets.IntSlider(value=4, min=1, max=8)
+shown = ipywidgets.HTML("16 parameters")
+slider.observe(lambda change: setattr(shown, "value", f"{change['new'] ** 2} parameters"), "value")
+slider.add_class("peftlab-size")
+shown.add_class("peftlab-count")
+ipywidgets.VBox([slider, shown])
+"""
+
+
+def number(text: str) -> int:
+    """The first whole number in a text: '1,234 parameters' is 1234."""
+    return int(re.search(r"\d[\d,]*", text)[0].replace(",", ""))
+
+
+def test_the_machinery_on_a_slider_that_squares(open_lesson, tmp_path):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(SLIDER.strip())])
+    nbformat.write(notebook, tmp_path / "squares.ipynb")
+    lesson = open_lesson(tmp_path / "squares.ipynb")
+    lesson.run_all()
+    count = lesson.page.locator(".peftlab-count")
+    expect(count).to_contain_text("16 parameters")
+    handle = lesson.page.locator(".peftlab-size [role=slider]")
+    handle.focus()
+    handle.press("ArrowRight")
+    expect(count).to_contain_text("25 parameters")
+
+
+def test_a_failing_cell_fails_the_test(open_lesson, tmp_path):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 0")])
+    nbformat.write(notebook, tmp_path / "broken.ipynb")
+    with pytest.raises(AssertionError, match="ZeroDivisionError"):
+        open_lesson(tmp_path / "broken.ipynb").run_all()

@@ -1,0 +1,149 @@
+"""The command that executes and stores lessons, on tiny notebooks, and nbval's view of them."""
+
+import base64
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from browser.fixtures import chromium_or_skip
+
+from peftlab.experiments import run_notebooks
+from peftlab.experiments.run_notebooks import PLOTLY, PNG, STILL, WIDGET
+
+CONFTEST = Path(__file__).parents[1] / "conftest.py"
+
+FIGURE = """
+import plotly.graph_objects as go
+import plotly.io as pio
+pio.renderers.default = "plotly_mimetype"
+go.Figure(go.Scatter(x=[0.1, 0.2, 0.3], y=[1.0, 4.0, 9.0]), layout={"title": "squares"})
+"""
+PANEL = """
+import ipywidgets
+
+class Panel(ipywidgets.VBox):
+    def _repr_mimebundle_(self, **options):
+        bundle = super()._repr_mimebundle_(**options)
+        still = {"data": [{"type": "bar", "x": ["a", "b"], "y": [1, 2]}], "layout": {}}
+        return {**bundle, "application/vnd.peftlab.still+json": still}
+
+Panel([ipywidgets.IntSlider()])
+"""
+
+
+def write_notebook(path: Path, *sources: str) -> Path:
+    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": {"display_name": "Mine", "name": "mine"}, "colab": {}})
+    notebook.cells = [nbformat.v4.new_code_cell(source.strip()) for source in sources]
+    for cell in notebook.cells:
+        cell.metadata = {"tags": ["demo"], "reason": "because", "execution": {"shell": "now"}}
+    nbformat.write(notebook, path)
+    return path
+
+
+def red_square(figure: dict) -> str:
+    """A camera for where no browser is needed: the figure's size stands for the picture."""
+    return base64.b64encode(str(len(figure["data"])).encode()).decode()
+
+
+def nbval(path: Path) -> subprocess.CompletedProcess:
+    """nbval's strict comparison of one notebook, under the same conftest as the suite's."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval"]
+    command += ["--nbval-current-env", f"--rootdir={path.parent}", f"--confcutdir={path.parent}"]
+    return subprocess.run(
+        [*command, "-p", "conftest", str(path)],
+        env={**os.environ, "PYTHONPATH": f"{CONFTEST.parent}:{os.environ['PYTHONPATH']}"},
+        cwd=path.parent,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture
+def stored(tmp_path) -> Path:
+    path = write_notebook(tmp_path / "tiny.ipynb", "print(6 * 7)", FIGURE, PANEL)
+    run_notebooks.run(path, red_square)
+    return path
+
+
+def test_outputs_are_stored_in_order_and_metadata_is_tidy(stored):
+    notebook = nbformat.read(stored, as_version=4)
+    assert [cell.execution_count for cell in notebook.cells] == [1, 2, 3]
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert set(notebook.metadata) == {"kernelspec", "language_info"}
+    assert {frozenset(cell.metadata) for cell in notebook.cells} == {frozenset(["tags", "reason"])}
+    assert notebook.cells[0].outputs[0].text == "42\n"
+
+
+def test_figures_and_panels_get_a_picture_and_no_dead_widget(stored):
+    _, figure, panel = nbformat.read(stored, as_version=4).cells
+    assert set(figure.outputs[0].data) == {PLOTLY, PNG}
+    assert set(panel.outputs[0].data) == {STILL, PNG, "text/plain"}
+    assert WIDGET not in stored.read_text()
+
+
+def test_a_second_run_changes_nothing_and_draws_nothing(stored):
+    def no_camera(figure):
+        raise AssertionError("an unchanged figure was drawn again")
+
+    before = stored.read_bytes()
+    run_notebooks.run(stored, no_camera)
+    assert stored.read_bytes() == before
+
+
+def test_nbval_accepts_what_was_stored(stored):
+    assert "3 passed" in nbval(stored).stdout
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "accepted"),
+    [
+        ("9.0", "9.000001", True),  # another library's rounding
+        ("9.0", "9.1", False),  # a point that moved
+        ("squares", "cubes", False),  # a finding that changed
+    ],
+)
+def test_nbval_compares_figures_by_what_a_reader_sees(stored, old, new, accepted):
+    notebook = nbformat.read(stored, as_version=4)
+    data = notebook.cells[1].outputs[0].data
+    data[PLOTLY] = json.loads(json.dumps(data[PLOTLY]).replace(old, new))
+    nbformat.write(notebook, stored)
+    result = nbval(stored)
+    assert ("3 passed" if accepted else "1 failed, 2 passed") in result.stdout
+
+
+def test_check_writes_nothing(tmp_path, capsys):
+    path = write_notebook(tmp_path / "tiny.ipynb", "print(1)")
+    before = path.read_bytes()
+    assert run_notebooks.main(["tiny", "--check", "--folder", str(tmp_path)]) == 0
+    assert path.read_bytes() == before
+    assert "tiny.ipynb: " in capsys.readouterr().out
+
+
+def test_a_failing_notebook_is_not_written(tmp_path, capsys):
+    path = write_notebook(tmp_path / "tiny.ipynb", "print(1)", "1 / 0")
+    before = path.read_bytes()
+    assert run_notebooks.run_all([path], red_square) == 1
+    assert path.read_bytes() == before
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_an_unknown_notebook_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no_such"):
+        run_notebooks.main(["no_such", "--folder", str(tmp_path)])
+
+
+@pytest.mark.browser
+def test_chromium_draws_the_picture(tmp_path):
+    chromium_or_skip()
+    # Playwright's synchronous interface wants a thread with no event loop: a process of its own.
+    path = write_notebook(tmp_path / "tiny.ipynb", FIGURE)
+    command = [sys.executable, "-m", "peftlab.experiments.run_notebooks", str(path)]
+    subprocess.run(command, check=True)
+    png = base64.b64decode(nbformat.read(path, as_version=4).cells[0].outputs[0].data[PNG])
+    assert png.startswith(b"\x89PNG")
+    assert int.from_bytes(png[16:20]) == run_notebooks.WIDTH * run_notebooks.SCALE
+    assert 2_000 < len(png) < 100_000

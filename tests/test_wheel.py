@@ -1,0 +1,59 @@
+"""A wheel built from the tree works away from the checkout, its data included."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder)]
+    subprocess.run([*command, str(ROOT)], check=True, capture_output=True)
+    return next(folder.glob("*.whl"))
+
+
+def test_it_carries_the_package_and_its_data_and_nothing_else(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"peftlab"}
+    stored = {p.relative_to(ROOT).as_posix() for p in (ROOT / "data").rglob("*") if p.is_file()}
+    carried = {name.removeprefix("peftlab/") for name in names if name.startswith("peftlab/data/")}
+    assert carried == stored
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_it_works_outside_the_checkout(wheel, tmp_path):
+    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--target"]
+    subprocess.run([*pip, str(site), str(wheel)], check=True)
+    code = f"""
+from pathlib import Path
+import peftlab
+assert Path(peftlab.__file__).is_relative_to({str(site)!r}), peftlab.__file__
+from peftlab._data import data_path
+assert data_path().is_relative_to({str(site)!r}), data_path()
+base = peftlab.load("tiny-gpt")
+task = peftlab.tasks.load("facts")
+tuned = peftlab.attach(base, peftlab.LoRA(r=2))
+print(tuned.count().parameters, peftlab.count(peftlab.LoRA(r=2), base.anatomy.shape), len(task.test))
+"""
+    path = os.pathsep.join([str(site), os.environ["PYTHONPATH"]])
+    child = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=elsewhere,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 0, child.stderr
+    measured, closed_form, examples = map(int, child.stdout.split())
+    assert measured == closed_form > 0
+    assert examples > 0
