@@ -125,7 +125,7 @@ class Question:
     choices: dict[str, tuple[str, str]]
     compute: Callable[[], tuple[str, str]]
 
-    def __call__(self, answer: str | None = None) -> Verdict:
+    def __call__(self, answer: Any = None) -> Verdict:
         if answer is None or answer is ...:
             return Verdict("open", "Prediction: not made yet. Pick a letter, then run this again")
         letter = str(answer).strip().lower()
