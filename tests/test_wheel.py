@@ -43,7 +43,8 @@ assert data_path().is_relative_to({str(site)!r}), data_path()
 base = peftlab.load("tiny-gpt")
 task = peftlab.tasks.load("facts")
 tuned = peftlab.attach(base, peftlab.LoRA(r=2))
-print(tuned.count().parameters, peftlab.count(peftlab.LoRA(r=2), base.anatomy.shape), len(task.test))
+closed = peftlab.count(peftlab.LoRA(r=2), base.anatomy.shape)
+print(tuned.count().parameters, closed, len(task.test))
 """
     path = os.pathsep.join([str(site), os.environ["PYTHONPATH"]])
     child = subprocess.run(

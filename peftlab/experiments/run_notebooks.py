@@ -29,7 +29,7 @@ STILL = "application/vnd.peftlab.still+json"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 PNG = "image/png"
 CELL_METADATA = {"cellView", "jupyter", "reason", "tags"}
-WIDTH, HEIGHT, SCALE = 800, 450, 1.5  # a figure's size where its layout names none, and its sharpness
+WIDTH, HEIGHT, SCALE = 800, 450, 1.5  # where a figure names no size; and its sharpness
 
 Camera = Callable[[dict], str]
 
@@ -65,9 +65,7 @@ def camera() -> Iterator[Camera]:
         {data: figure.data, layout: figure.layout}, {format: 'png', ...size})"""
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=chromium, args=chromium_arguments()
-        )
+        browser = playwright.chromium.launch(executable_path=chromium, args=chromium_arguments())
         page = browser.new_page()
         page.add_script_tag(path=library)
 
@@ -158,7 +156,7 @@ def run(path: Path, picture: Camera | None) -> float:
 
 
 def find_notebooks(names: list[str], folder: Path) -> list[Path]:
-    """The notebooks called `names` (with or without the suffix, or as paths); all of them for []."""
+    """The notebooks called `names` (with or without suffix, or as paths); all of them for []."""
     if not names:
         return sorted(folder.glob("*.ipynb"))
     paths = [Path(n) if n.endswith(".ipynb") else folder / f"{n}.ipynb" for n in names]

@@ -2,8 +2,8 @@
 
     python -m peftlab.experiments.stamp_badges --repository https://github.com/you/peftlab
 
-The address lives in `peftlab.REPOSITORY`; every other place that shows it (the README, the package's
-metadata, Colab badges and set-up cells in the notebooks) is rewritten to agree.
+The address lives in `peftlab.REPOSITORY`; every other place that shows it (the README, the
+package's metadata, Colab badges and set-up cells in the notebooks) is rewritten to agree.
 """
 
 import argparse
@@ -20,7 +20,8 @@ def slug(repository: str) -> str:
     match = ADDRESS.fullmatch(repository.removesuffix(".git").rstrip("/"))
     if match is None:
         raise ValueError(
-            f"a repository is https://github.com/OWNER/NAME (Colab opens no other), not {repository!r}"
+            "a repository is https://github.com/OWNER/NAME (Colab opens no other), "
+            f"not {repository!r}"
         )
     return match[1]
 

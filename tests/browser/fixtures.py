@@ -22,7 +22,7 @@ SECONDS = 1000  # Playwright counts in milliseconds
 
 
 def chromium_or_skip() -> str:
-    """Chromium's path; without one the test skips, or fails where PEFTLAB_REQUIRE_BROWSER is set."""
+    """Chromium's path; without one it skips, or fails where PEFTLAB_REQUIRE_BROWSER is set."""
     chromium = find_chromium()
     if chromium is None:
         message = "no Chromium on PATH (PEFTLAB_CHROMIUM may name one)"
@@ -147,19 +147,21 @@ class Lesson:
         expect(status).to_be_visible(timeout=60 * SECONDS)
 
     def run_all(self, seconds: float = 180) -> None:
-        """Run > Run All Cells, until the last cell has a count; fails with a failing cell's text."""
+        """Run > Run All Cells, until the last cell has a count; fails with the text of an error."""
         self.page.locator(".lm-MenuBar-itemLabel", has_text="Run").first.click()
         self.page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
         done = "() => [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')]"
         done += ".filter(p => /\\[\\d+\\]/.test(p.textContent)).length"
-        failure = "() => document.querySelector("
-        failure += "'.jp-OutputArea-output[data-mime-type=\"application/vnd.jupyter.error\"]'"
-        failure += ")?.textContent"
+        failure = "() => [...document.querySelectorAll('.jp-OutputArea-output')]"
+        failure += ".map(o => o.textContent).find(t => t.includes('Traceback (most recent call'))"
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             error = self.page.evaluate(failure)
             assert not error, error
             if self.page.evaluate(done) >= len(self.sources):
+                self.page.wait_for_timeout(250)  # the last cell's output follows its count
+                error = self.page.evaluate(failure)
+                assert not error, error
                 return
             self.page.wait_for_timeout(250)
         pytest.fail(f"the notebook was still running after {seconds} s")

@@ -7,7 +7,7 @@ import nbformat
 import pytest
 from playwright.sync_api import expect
 
-import peftlab
+from peftlab.panels import allowed_sizes, count_view
 
 pytestmark = pytest.mark.browser
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
@@ -46,3 +46,23 @@ def test_a_failing_cell_fails_the_test(open_lesson, tmp_path):
     nbformat.write(notebook, tmp_path / "broken.ipynb")
     with pytest.raises(AssertionError, match="ZeroDivisionError"):
         open_lesson(tmp_path / "broken.ipynb").run_all()
+
+
+def test_lesson_06_counts_what_the_slider_says(open_lesson, record_property):
+    """The whole lesson runs; one press of an arrow key changes rank, count and figure."""
+    lesson = open_lesson(NOTEBOOKS / "06_lora.ipynb")
+    lesson.run_all()
+    count = lesson.page.locator(".peftlab-count").first
+    handle = lesson.page.locator(".peftlab-size [role=slider]").first
+    readout = lesson.page.locator(".peftlab-size .widget-readout").first
+    before, r = number(count.inner_text()), number(readout.inner_text())
+    handle.focus()
+    handle.press("ArrowRight")
+    expect(count).not_to_contain_text(f"{before:,} parameters")
+    now = number(readout.inner_text())
+    assert now > r
+    model = lesson.page.locator(".peftlab-model select").first.input_value()
+    on = lesson.page.locator(".peftlab-targets").first.locator("button.mod-active:visible")
+    targets = [button.inner_text() for button in on.all()]
+    assert now in allowed_sizes("LoRA", targets, model)
+    assert number(count.inner_text()) == count_view("LoRA", now, targets, model).parameters

@@ -36,7 +36,9 @@ Panel([ipywidgets.IntSlider()])
 
 
 def write_notebook(path: Path, *sources: str) -> Path:
-    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": {"display_name": "Mine", "name": "mine"}, "colab": {}})
+    notebook = nbformat.v4.new_notebook(
+        metadata={"kernelspec": {"display_name": "Mine", "name": "mine"}, "colab": {}}
+    )
     notebook.cells = [nbformat.v4.new_code_cell(source.strip()) for source in sources]
     for cell in notebook.cells:
         cell.metadata = {"tags": ["demo"], "reason": "because", "execution": {"shell": "now"}}

@@ -24,7 +24,9 @@ def tree(tmp_path):
 def test_every_place_is_rewritten_and_no_other(tree):
     changed = stamp(tree, f"https://github.com/{NEW}")
     assert sorted(path.name for path in changed) == ["06_lora.ipynb", "README.md", "__init__.py"]
-    assert (tree / "peftlab/__init__.py").read_text() == f'REPOSITORY = "https://github.com/{NEW}"\n'
+    assert (
+        tree / "peftlab/__init__.py"
+    ).read_text() == f'REPOSITORY = "https://github.com/{NEW}"\n'
     readme = (tree / "README.md").read_text()
     assert readme == COLAB.format(NEW) + "\nhttps://github.com/peftlab/other\n"
     assert (tree / "notebooks/06_lora.ipynb").read_text() == (
@@ -39,7 +41,9 @@ def test_stamping_there_and_back_is_the_identity(tree):
     assert {path: path.read_text() for path in before} == before
 
 
-@pytest.mark.parametrize("address", ["", "ada/lab", "https://example.com/a/b", "https://github.com/a"])
+@pytest.mark.parametrize(
+    "address", ["", "ada/lab", "https://example.com/a/b", "https://github.com/a"]
+)
 def test_an_address_that_colab_cannot_open_is_refused(address):
     with pytest.raises(ValueError, match="https://github.com/OWNER/NAME"):
         slug(address)
