@@ -45,7 +45,7 @@ class Verdict:
         return self.status == "passed"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Exercise:
     """A check of the learner's answer; call it with the answer.
 
@@ -76,6 +76,9 @@ class Exercise:
         except Exception as error:  # the learner's code may fail in any way: say how, go on
             return Verdict("wrong", f"{self.title}: your code stopped with {describe(error)}")
         return Verdict("passed", f"{self.title}: {praise or 'correct'}")
+
+    def __repr__(self) -> str:
+        return f"Exercise: {self.title}"  # the solution stays folded
 
     @property
     def source(self) -> str:
@@ -112,7 +115,7 @@ def exercise(title: str, solution: Any, **options) -> Callable[[Callable], Exerc
     return wrap
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Question:
     """A predict-first question: commit to a letter, then the answer is computed.
 
@@ -136,6 +139,9 @@ class Question:
         if letter == right:
             return Verdict("passed", f"Prediction: {letter} is right. {found}")
         return Verdict("wrong", f"Prediction: not {letter}. {self.choices[letter][1]} {found}")
+
+    def __repr__(self) -> str:
+        return f"Predict: {self.text}"
 
     def _repr_html_(self) -> str:
         rows = "".join(
