@@ -343,6 +343,7 @@ def main(arguments=None) -> None:
     model.save_pretrained(options.out)
     config = json.loads((options.out / "config.json").read_text())
     config["dtype"] = "float32"  # what it is to be loaded as
+    config["activation_function"] = "gelu_pytorch_tanh"  # gelu_new in one kernel instead of eight
     (options.out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     model.float()
     tokenizer.save_pretrained(options.out)

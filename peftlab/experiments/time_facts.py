@@ -21,7 +21,7 @@ from peftlab.training import train
 from peftlab.tuned import attach
 
 METHOD = LoRA(r=8, alpha=128, target_modules="all-linear")
-STEPS, RATE = 250, 2e-3
+STEPS, RATE = 220, 2e-3
 SEEDS = (0, 1, 2)
 
 

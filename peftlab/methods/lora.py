@@ -39,8 +39,8 @@ class LowRankDelta(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         x = x.to(self.A.dtype)  # a base in 16 bits still trains factors in 32
-        low = nn.functional.linear(self.dropout(x), self.A)  # *batch r
-        return nn.functional.linear(low, self.B) * self.scale
+        low = nn.functional.linear(self.dropout(x), self.A) * self.scale  # *batch r
+        return nn.functional.linear(low, self.B)
 
     def delta_weight(self) -> Float[Tensor, "d_out d_in"]:
         """ΔW itself, for merging and for looking."""
