@@ -203,8 +203,12 @@ def _prepare(tuned: Tuned, task: Task, run: Run, steps: int, arithmetic: str):
         mixed_precision="no" if arithmetic == "fp32" else arithmetic,
     )
     optimizer = torch.optim.AdamW(
-        tuned.trainable.values(), lr=run.lr, weight_decay=0.0, fused=True
-    )  # one call for all tensors: LoRA has many small ones
+        tuned.trainable.values(),
+        lr=run.lr,
+        weight_decay=0.0,
+        # On a CPU the default is a loop over the tensors, and LoRA has many small ones.
+        fused=True if tuned.device.type == "cpu" else None,
+    )
     order = torch.Generator().manual_seed(run.seed)
     loader = DataLoader(
         task.train,
