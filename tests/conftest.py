@@ -28,6 +28,7 @@ from jaxtyping import install_import_hook  # noqa: E402
 install_import_hook("peftlab", "beartype.beartype")
 
 import numpy as np  # noqa: E402
+import pytest  # noqa: E402
 import torch  # noqa: E402
 from nbval.plugin import IPyNbCell  # noqa: E402
 
@@ -78,3 +79,9 @@ def sanitize(cell, value, text_only=IPyNbCell.sanitize):
 
 
 IPyNbCell.sanitize = sanitize
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The checkout's top folder."""
+    return HERE.parent
