@@ -106,12 +106,7 @@ class LinearWeight:
     def _add(self, module, args, output):
         if self.merged:
             return output
-        start, stop = self.linear.rows
-        delta = self.delta(args[0]).to(output.dtype)
-        if stop - start == output.shape[-1]:
-            return output + delta
-        output[..., start:stop] += delta  # one part of a fused projection
-        return output
+        return self.linear.add_to(output, self.delta(args[0]).to(output.dtype))
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -119,13 +114,13 @@ class LinearWeight:
         if not self.merged:
             weight = self.linear.weight
             self.original = weight.clone()
-            weight += self.delta.delta_weight().to(weight.dtype)
+            self.linear.write(weight + self.delta.delta_weight().to(weight.dtype))
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Put the kept original back: restored, not subtracted."""
         if self.merged:
-            self.linear.weight.copy_(self.original)  # follows the model to its device
+            self.linear.write(self.original)  # follows the model to its device
             self.original = None
 
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from peftlab.bases.shapes import Shape
@@ -57,34 +58,77 @@ FAMILIES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Linear:
     """One linear weight W of shape (d_out, d_in), or the rows of a fused one that play this role.
 
-    GPT-2 stores its weights transposed (`Conv1D`, d_in first); `weight` is always (d_out, d_in),
-    and always a view: writing to it writes to the model.
+    GPT-2 stores its weights transposed (`Conv1D`, d_in first), and GPT-NeoX shuffles the rows of
+    q, k and v head by head; `weight` is always (d_out, d_in), with the rows in their own order.
     """
 
-    name: str  # "layers.3.q"
+    name: str  # "layers.3.q", "decoder.layers.3.cross.q"
     target: str
     layer: int
     module: nn.Module
-    rows: tuple[int, int]
+    rows: tuple[int, int] | Int[Tensor, " d_out"]  # start and stop, or every row by its number
     transposed: bool
 
     @property
+    def index(self) -> slice | Int[Tensor, " d_out"]:
+        """What picks the rows out of the module's weight, bias or output."""
+        return self.rows if isinstance(self.rows, Tensor) else slice(*self.rows)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the module plays this one role and no other."""
+        return self.d_out == self._stored.shape[0]
+
+    @property
+    def _stored(self) -> Float[Tensor, "all_rows d_in"]:
+        return self.module.weight.T if self.transposed else self.module.weight
+
+    @property
     def weight(self) -> Float[Tensor, "d_out d_in"]:
-        """The view of the model's own storage, (d_out, d_in)."""
-        weight = self.module.weight.T if self.transposed else self.module.weight
-        return weight[self.rows[0] : self.rows[1]]
+        """W: a view of the model's own storage, or a copy where the rows lie scattered.
+
+        Only `write` reaches the model in every family.
+        """
+        return self._stored[self.index]
+
+    @torch.no_grad()
+    def write(self, values: Float[Tensor, "d_out d_in"]) -> None:
+        """Put these values into the model, on its device and in its dtype.
+
+        Raises ValueError if they are not of the shape of W.
+        """
+        stored = self._stored
+        if values.shape != (self.d_out, self.d_in):
+            raise ValueError(
+                f"{self.name} is {self.d_out}×{self.d_in}, not {'×'.join(map(str, values.shape))}"
+            )
+        stored[self.index] = values.to(stored.device, stored.dtype)
+
+    def add_to(
+        self, output: Float[Tensor, "*batch all_rows"], delta: Float[Tensor, "*batch d_out"]
+    ) -> Float[Tensor, "*batch all_rows"]:
+        """The module's output plus delta in the columns that this weight computes.
+
+        A fused output is changed in place, so that q, k and v can be added one after the other.
+        """
+        if self.whole:
+            return output + delta
+        if isinstance(self.rows, Tensor):
+            return output.index_add_(-1, self.rows.to(output.device), delta)
+        output[..., self.index] += delta
+        return output
 
     @property
     def d_out(self) -> int:
-        return self.rows[1] - self.rows[0]
+        return len(self.rows) if isinstance(self.rows, Tensor) else self.rows[1] - self.rows[0]
 
     @property
     def d_in(self) -> int:
-        return self.module.weight.shape[0 if self.transposed else 1]
+        return self._stored.shape[1]
 
 
 class Anatomy:
