@@ -1,0 +1,133 @@
+"""Heads: a small trained layer over the last hidden states, in place of the language model's own.
+
+A head is described by a frozen dataclass and counted apart from the method. It starts at random,
+as in P-tuning v2, and reads the hidden states of the real tokens alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Head:
+    """A linear layer from d_model to a few classes."""
+
+    kind: ClassVar[str]
+
+    @property
+    def classes(self) -> int:
+        """Outputs for each token, or for each text."""
+        raise NotImplementedError
+
+    def parameters(self, d_model: int) -> int:
+        """d_model · classes + classes."""
+        return (d_model + 1) * self.classes
+
+    def build(self, d_model: int, generator: torch.Generator) -> nn.Linear:
+        """The layer: weights normal with σ = 0.02, biases zero."""
+        linear = nn.Linear(d_model, self.classes)
+        nn.init.normal_(linear.weight, std=0.02, generator=generator)
+        nn.init.zeros_(linear.bias)
+        return linear
+
+    def logits(
+        self,
+        linear: nn.Linear,
+        hidden: Float[Tensor, "batch seq d_model"],
+        mask: Int[Tensor, "batch seq"],
+    ) -> Tensor:
+        """(batch, seq, classes), or (batch, classes) of a head that reads the whole text."""
+        return linear(hidden.to(linear.weight.dtype))
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross entropy over the labels that are not −100, in nats."""
+        return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten())
+
+    def to_dict(self) -> dict:
+        """Ready for JSON."""
+        return {"head": self.kind, **asdict(self)}
+
+    @staticmethod
+    def from_dict(config: dict) -> Head:
+        """The inverse of `to_dict`. Raises ValueError for an unknown head."""
+        options = {key: value for key, value in config.items() if key != "head"}
+        if config.get("head") not in HEADS:
+            raise ValueError(f"unknown head {config.get('head')!r}: known are {', '.join(HEADS)}")
+        return HEADS[config["head"]](**options)
+
+
+@dataclass(frozen=True)
+class _Labelled(Head):
+    labels: tuple[str, ...]
+
+    def __post_init__(self):
+        object.__setattr__(self, "labels", tuple(self.labels))
+        if len(self.labels) < 2 or len(set(self.labels)) < len(self.labels):
+            raise ValueError(f"labels={self.labels}: two or more different labels are needed")
+
+    @property
+    def classes(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Tagging(_Labelled):
+    """A label for each token. Labels of a batch are (batch, seq), −100 where none is asked."""
+
+    kind: ClassVar[str] = "tagging"
+
+
+@dataclass(frozen=True)
+class Classification(_Labelled):
+    """One label for the whole text, read off the mean of its hidden states, or its first one.
+
+    Labels of a batch are (batch,).
+    """
+
+    pool: str = "mean"
+    kind: ClassVar[str] = "classification"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.pool not in ("mean", "first"):
+            raise ValueError(f"pool={self.pool!r}: allowed is mean, first")
+
+    def logits(self, linear, hidden, mask):
+        if self.pool == "mean":
+            weight = mask.to(hidden).unsqueeze(-1)
+            pooled = (hidden * weight).sum(dim=1) / weight.sum(dim=1)
+        else:
+            rows = torch.arange(len(hidden), device=hidden.device)
+            pooled = hidden[rows, mask.int().argmax(dim=1)]
+        return linear(pooled.to(linear.weight.dtype))
+
+
+@dataclass(frozen=True)
+class Spans(Head):
+    """Start and end of an answer: two numbers a token. Labels of a batch are (batch, 2)."""
+
+    kind: ClassVar[str] = "spans"
+
+    @property
+    def classes(self) -> int:
+        return 2
+
+    def logits(self, linear, hidden, mask):
+        scores = super().logits(linear, hidden, mask)
+        return scores.masked_fill(mask.unsqueeze(-1) == 0, torch.finfo(scores.dtype).min)
+
+    def loss(self, logits, labels):
+        """The mean of the two cross entropies over the tokens of the text."""
+        return F.cross_entropy(logits.float().transpose(1, 2).flatten(0, 1), labels.flatten())
+
+
+HEADS = {head.kind: head for head in (Tagging, Classification, Spans)}
