@@ -3,13 +3,13 @@
 A family is described once, by module paths. Sizes are read off the modules themselves, never
 guessed from a configuration. The logical targets are the same everywhere:
 
-    q k v o      the four projections of self-attention
+    q k v o      the four projections of an attention
     up down gate the projections of the MLP (gate only where the MLP is gated)
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -21,38 +21,147 @@ TARGETS = ("q", "k", "v", "o", "up", "down", "gate")
 
 
 @dataclass(frozen=True)
-class Family:
-    """Module paths of one architecture. (path, part, of) names one part of a fused matrix."""
+class Part:
+    """Where a block keeps one linear weight: a module's path, and which part of a fused one."""
 
-    embedding: str
+    path: str
+    part: int = 0
+    of: int = 1
+    by_head: bool = False  # each head has its rows of all parts together
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One stack of blocks. The linears go by target, T5's second attention by cross.target."""
+
+    path: str  # from the backbone, as are the other paths outside a block; "" is itself
     layers: str
-    linears: dict[str, tuple[str, int, int]]
+    linears: dict[str, Part]
 
 
+@dataclass(frozen=True)
+class Family:
+    """Module paths of one architecture."""
+
+    kind: str  # "decoder", "encoder" or "encoder-decoder"
+    embedding: str
+    stacks: dict[str, Stack]
+
+
+def _parts(paths: dict[str, str]) -> dict[str, Part]:
+    return {target: Part(path) for target, path in paths.items()}
+
+
+def _t5(attentions: dict[str, str], mlp: str) -> dict[str, Part]:
+    """One T5 block: the paths of its attentions by what goes before q k v o, and of its MLP."""
+    return _parts(
+        {f"{before}{t}": f"{path}.{t}" for before, path in attentions.items() for t in "qkvo"}
+        | {"up": f"{mlp}.wi", "down": f"{mlp}.wo"}
+    )
+
+
+_LLAMA = Family(
+    kind="decoder",
+    embedding="embed_tokens",
+    stacks={
+        "": Stack(
+            "",
+            "layers",
+            _parts({t: f"self_attn.{t}_proj" for t in "qkvo"})
+            | _parts({t: f"mlp.{t}_proj" for t in ("up", "down", "gate")}),
+        )
+    },
+)
+_BERT = Family(
+    kind="encoder",
+    embedding="embeddings.word_embeddings",
+    stacks={
+        "": Stack(
+            "",
+            "encoder.layer",
+            _parts(
+                {
+                    "q": "attention.self.query",
+                    "k": "attention.self.key",
+                    "v": "attention.self.value",
+                    "o": "attention.output.dense",
+                    "up": "intermediate.dense",
+                    "down": "output.dense",
+                }
+            ),
+        )
+    },
+)
 FAMILIES = {
     "gpt2": Family(
-        embedding="transformer.wte",
-        layers="transformer.h",
-        linears={
-            "q": ("attn.c_attn", 0, 3),  # one fused matrix computes q, k and v
-            "k": ("attn.c_attn", 1, 3),
-            "v": ("attn.c_attn", 2, 3),
-            "o": ("attn.c_proj", 0, 1),
-            "up": ("mlp.c_fc", 0, 1),
-            "down": ("mlp.c_proj", 0, 1),
+        kind="decoder",
+        embedding="wte",
+        stacks={
+            "": Stack(
+                "",
+                "h",
+                {
+                    "q": Part("attn.c_attn", 0, 3),  # one fused matrix computes q, k and v
+                    "k": Part("attn.c_attn", 1, 3),
+                    "v": Part("attn.c_attn", 2, 3),
+                    "o": Part("attn.c_proj"),
+                    "up": Part("mlp.c_fc"),
+                    "down": Part("mlp.c_proj"),
+                },
+            )
         },
     ),
-    "llama": Family(
-        embedding="model.embed_tokens",
-        layers="model.layers",
-        linears={
-            "q": ("self_attn.q_proj", 0, 1),
-            "k": ("self_attn.k_proj", 0, 1),
-            "v": ("self_attn.v_proj", 0, 1),
-            "o": ("self_attn.o_proj", 0, 1),
-            "up": ("mlp.up_proj", 0, 1),
-            "down": ("mlp.down_proj", 0, 1),
-            "gate": ("mlp.gate_proj", 0, 1),
+    "llama": _LLAMA,
+    "qwen2": _LLAMA,
+    "gpt_neox": Family(
+        kind="decoder",
+        embedding="embed_in",
+        stacks={
+            "": Stack(
+                "",
+                "layers",
+                {
+                    "q": Part("attention.query_key_value", 0, 3, by_head=True),
+                    "k": Part("attention.query_key_value", 1, 3, by_head=True),
+                    "v": Part("attention.query_key_value", 2, 3, by_head=True),
+                    "o": Part("attention.dense"),
+                    "up": Part("mlp.dense_h_to_4h"),
+                    "down": Part("mlp.dense_4h_to_h"),
+                },
+            )
+        },
+    ),
+    "bert": _BERT,
+    "roberta": _BERT,
+    "distilbert": Family(
+        kind="encoder",
+        embedding="embeddings.word_embeddings",
+        stacks={
+            "": Stack(
+                "",
+                "transformer.layer",
+                _parts({t: f"attention.{t}_lin" for t in "qkv"})
+                | _parts({"o": "attention.out_lin", "up": "ffn.lin1", "down": "ffn.lin2"}),
+            )
+        },
+    ),
+    "t5": Family(
+        kind="encoder-decoder",
+        embedding="shared",
+        stacks={
+            "encoder": Stack(
+                "encoder",
+                "block",
+                _t5({"": "layer.0.SelfAttention"}, "layer.1.DenseReluDense"),
+            ),
+            "decoder": Stack(
+                "decoder",
+                "block",
+                _t5(
+                    {"": "layer.0.SelfAttention", "cross.": "layer.1.EncDecAttention"},
+                    "layer.2.DenseReluDense",
+                ),
+            ),
         },
     ),
 }
@@ -132,27 +241,59 @@ class Linear:
 
 
 class Anatomy:
-    """The parts of one model that methods reach: `shape`, `embedding`, `linears`."""
+    """The parts of one model that methods reach.
+
+    shape      its numbers, with the head that it really has
+    stacks     what turns tokens or vectors into hidden states: {"": …}, or T5's "encoder" and
+               "decoder"; `backbone` is the only one, or the encoder
+    layers     the blocks of each stack
+    embedding  the token embedding (in T5 both stacks look up the same tensor)
+    linears    every linear weight by name, "layers.3.q"; in T5 the stack comes first, and the
+               decoder's second attention has "decoder.layers.3.cross.q"
+    """
 
     def __init__(self, model: nn.Module, name: str):
         family = FAMILIES[model.config.model_type]
-        self.family = model.config.model_type
-        self.shape = Shape.from_config(model.config, name=name)
-        self.embedding: nn.Embedding = model.get_submodule(family.embedding)
+        backbone = model.base_model  # the model without its head; in T5 and alone, itself
+        self.family, self.kind = model.config.model_type, family.kind
+        self.embedding: nn.Embedding = backbone.get_submodule(family.embedding)
+        self.shape = _measured_head(model, Shape.from_config(model.config, name=name))
+        self.stacks: dict[str, nn.Module] = {}
+        self.layers: dict[str, list[nn.Module]] = {}
         self.linears: dict[str, Linear] = {}
-        for layer, block in enumerate(model.get_submodule(family.layers)):
-            for target, (path, part, of) in family.linears.items():
-                module = block.get_submodule(path)
-                transposed = not isinstance(module, nn.Linear)
-                size = module.weight.shape[1 if transposed else 0] // of
-                rows = (part * size, (part + 1) * size)
-                site = f"layers.{layer}.{target}"
-                self.linears[site] = Linear(site, target, layer, module, rows, transposed)
+        for stack, where in family.stacks.items():
+            self.stacks[stack] = backbone.get_submodule(where.path)
+            self.layers[stack] = list(self.stacks[stack].get_submodule(where.layers))
+            for layer, block in enumerate(self.layers[stack]):
+                parts = where.linears
+                if self.shape.gated and "gate" not in parts:  # a newer T5
+                    up = parts["up"].path
+                    parts = parts | {"up": Part(f"{up}_1"), "gate": Part(f"{up}_0")}
+                for key, part in parts.items():
+                    site = f"{stack}.layers.{layer}.{key}".removeprefix(".")
+                    self.linears[site] = self._linear(site, layer, block, part)
+
+    def _linear(self, site: str, layer: int, block: nn.Module, part: Part) -> Linear:
+        module = block.get_submodule(part.path)
+        transposed = not isinstance(module, nn.Linear)
+        every = torch.arange(module.weight.shape[1 if transposed else 0])
+        if part.by_head:
+            rows = every.view(self.shape.heads, part.of, -1)[:, part.part].flatten()
+        else:
+            size = len(every) // part.of
+            rows = (part.part * size, (part.part + 1) * size)
+        return Linear(site, site.rsplit(".", 1)[-1], layer, module, rows, transposed)
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The stack that reads the input: the only one, or T5's encoder."""
+        return next(iter(self.stacks.values()))
 
     @property
     def targets(self) -> tuple[str, ...]:
         """The logical targets that this family has."""
-        return tuple(t for t in TARGETS if t in FAMILIES[self.family].linears)
+        found = {linear.target for linear in self.linears.values()}
+        return tuple(target for target in TARGETS if target in found)
 
     def select(self, targets: tuple[str, ...]) -> list[Linear]:
         """The linear weights with one of these roles, layer by layer.
@@ -165,3 +306,13 @@ class Anatomy:
                 f"unknown target {unknown[0]!r}: {self.family} has {', '.join(self.targets)}"
             )
         return [linear for linear in self.linears.values() if linear.target in targets]
+
+
+def _measured_head(model: nn.Module, shape: Shape) -> Shape:
+    """The shape with the head that stands on this model, and tied or not as it is loaded."""
+    head = model.get_output_embeddings()
+    if head is not None:
+        tied = head.weight is model.get_input_embeddings().weight
+        return replace(shape, head="masked_lm" if shape.kind == "encoder" else "lm", tied=tied)
+    pooler = getattr(model.base_model, "pooler", None)
+    return replace(shape, head="none" if pooler is None else "pooler")

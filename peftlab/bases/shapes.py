@@ -12,7 +12,7 @@ and v into one matrix) does not matter here.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from peftlab._data import data_path
@@ -20,6 +20,8 @@ from peftlab._data import data_path
 ATTENTION = ("q", "k", "v", "o")
 MLP = ("up", "down")
 GATED_MLP = ("up", "down", "gate")
+ENCODERS = ("bert", "roberta", "distilbert")
+RMS_NORMED = ("llama", "qwen2", "t5")
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,9 @@ class Shape:
     is T5's second stack, 0 elsewhere. `biased` lists the linear maps that carry a bias.
     `positions`, `segments` and `buckets` are the rows of learned position, segment and
     relative-position tables, 0 where a family has none.
+
+    `head` is what stands on the last hidden state: "lm", "masked_lm", "pooler" or "none". From a
+    config alone, decoders and T5 have "lm", BERT and RoBERTa "pooler", DistilBERT "none".
     """
 
     name: str
@@ -49,6 +54,7 @@ class Shape:
     positions: int = 0
     segments: int = 0
     buckets: int = 0
+    head: str = "lm"
 
     @classmethod
     def named(cls, name: str) -> "Shape":
@@ -68,6 +74,17 @@ class Shape:
         name = name or fields.get("_name_or_path") or family
         return cls(name=name, family=family, **FAMILIES[family](fields))
 
+    def without_head(self) -> "Shape":
+        """The same model without what stands on the last hidden state."""
+        return replace(self, head="none")
+
+    @property
+    def kind(self) -> str:
+        """ "decoder", "encoder" or "encoder-decoder"."""
+        if self.decoder_layers:
+            return "encoder-decoder"
+        return "encoder" if self.family in ENCODERS else "decoder"
+
     @property
     def targets(self) -> tuple[str, ...]:
         """The linear maps that an adapter can go to."""
@@ -85,14 +102,14 @@ class Shape:
 
     @property
     def norms(self) -> int:
-        """Normalisation layers: one a sublayer, and one more for every stack."""
+        """Normalisation layers: one a sublayer, one for every stack, one in a masked-LM head."""
         stacks = 2 if self.decoder_layers else 1
-        return self.attentions + self.blocks + stacks
+        return self.attentions + self.blocks + stacks + (self.head == "masked_lm")
 
     @property
     def norm_size(self) -> int:
         """Parameters of one: LayerNorm has a scale and a shift, RMSNorm only a scale."""
-        return (2 if self.family in ("gpt2", "bert") else 1) * self.d_model
+        return (1 if self.family in RMS_NORMED else 2) * self.d_model
 
     @property
     def d_kv(self) -> int:
@@ -118,10 +135,11 @@ class Shape:
         return [(copies, d_in, d_out)]
 
     def parameters(self) -> int:
-        """All parameters of the plain model: tables, linear maps, norms, and the head if not tied.
+        """All parameters of the plain model: tables, linear maps, norms and the head.
 
-        The classes counted are GPT2LMHeadModel, LlamaForCausalLM, Qwen2ForCausalLM, BertModel
-        (with its pooler) and T5ForConditionalGeneration.
+        The classes counted from a config are GPT2LMHeadModel, LlamaForCausalLM, Qwen2ForCausalLM,
+        GPTNeoXForCausalLM, BertModel and RobertaModel (with their poolers), DistilBertModel and
+        T5ForConditionalGeneration.
         """
         d = self.d_model
         linear = sum(
@@ -132,9 +150,19 @@ class Shape:
         tables = (self.vocab + self.positions + self.segments) * d
         if self.decoder_layers:  # T5: one table of relative positions in each stack
             tables += 2 * self.buckets * self.heads
-        head = 0 if self.tied else self.vocab * d
-        pooler = d * d + d if self.family == "bert" else 0
-        return tables + linear + self.norms * self.norm_size + head + pooler
+        return tables + linear + self.norms * self.norm_size + self._head_parameters()
+
+    def _head_parameters(self) -> int:
+        """Parameters of the head, its norm apart."""
+        d, untied = self.d_model, 0 if self.tied else self.vocab * self.d_model
+        if self.head == "lm":
+            return untied
+        if self.head == "pooler":
+            return d * d + d
+        if self.head == "masked_lm":  # a dense layer, then the decoder with its bias
+            twice = not self.tied and self.family != "distilbert"  # two biases, tied as a rule
+            return d * d + d + self.vocab * (2 if twice else 1) + untied
+        return 0
 
 
 def _gpt2(c: Mapping) -> dict:
@@ -176,6 +204,22 @@ def _qwen2(c: Mapping) -> dict:
     return _llama(c) | dict(biased=("q", "k", "v"))  # always, no option of the config
 
 
+def _gpt_neox(c: Mapping) -> dict:
+    d, heads = c["hidden_size"], c["num_attention_heads"]
+    return dict(
+        layers=c["num_hidden_layers"],
+        d_model=d,
+        heads=heads,
+        kv_heads=heads,
+        head_dim=d // heads,
+        d_ff=c["intermediate_size"],
+        vocab=c["vocab_size"],
+        context=c["max_position_embeddings"],
+        tied=c.get("tie_word_embeddings", False),
+        biased=(ATTENTION if c.get("attention_bias", True) else ()) + MLP,
+    )
+
+
 def _bert(c: Mapping) -> dict:
     d, heads = c["hidden_size"], c["num_attention_heads"]
     return dict(
@@ -187,9 +231,33 @@ def _bert(c: Mapping) -> dict:
         d_ff=c["intermediate_size"],
         vocab=c["vocab_size"],
         context=c["max_position_embeddings"],
+        tied=c.get("tie_word_embeddings", True),
         biased=ATTENTION + MLP,
         positions=c["max_position_embeddings"],
         segments=c.get("type_vocab_size", 2),
+        head="pooler",
+    )
+
+
+def _roberta(c: Mapping) -> dict:
+    padding = c.get("pad_token_id", 1)  # positions are counted from behind it: 514 rows, 512 used
+    return _bert(c) | dict(context=c["max_position_embeddings"] - padding - 1)
+
+
+def _distilbert(c: Mapping) -> dict:
+    return dict(
+        layers=c["n_layers"],
+        d_model=c["dim"],
+        heads=c["n_heads"],
+        kv_heads=c["n_heads"],
+        head_dim=c["dim"] // c["n_heads"],
+        d_ff=c["hidden_dim"],
+        vocab=c["vocab_size"],
+        context=c["max_position_embeddings"],
+        tied=c.get("tie_word_embeddings", True),
+        biased=ATTENTION + MLP,
+        positions=c["max_position_embeddings"],
+        head="none",
     )
 
 
@@ -210,7 +278,16 @@ def _t5(c: Mapping) -> dict:
     )
 
 
-FAMILIES = {"gpt2": _gpt2, "llama": _llama, "qwen2": _qwen2, "bert": _bert, "t5": _t5}
+FAMILIES = {
+    "gpt2": _gpt2,
+    "llama": _llama,
+    "qwen2": _qwen2,
+    "gpt_neox": _gpt_neox,
+    "bert": _bert,
+    "roberta": _roberta,
+    "distilbert": _distilbert,
+    "t5": _t5,
+}
 
 
 def _files() -> dict:
