@@ -35,6 +35,11 @@ class LanguageModel:
     virtual_tokens: int = 0
 
     @property
+    def kind(self) -> str:
+        """ "decoder", "encoder" or "encoder-decoder"."""
+        return self.anatomy.kind
+
+    @property
     def device(self) -> torch.device:
         """Where the model's weights are."""
         return self.anatomy.embedding.weight.device
@@ -144,6 +149,8 @@ class Base(LanguageModel):
         if family not in FAMILIES:
             raise ValueError(_unknown_family(name, family))
         if tokenizer is not None and tokenizer.pad_token_id is None:
+            if FAMILIES[family].kind != "decoder":  # a decoder never reads its padding
+                raise ValueError(f"{name!r}: {family} needs a tokenizer with a padding token")
             tokenizer.pad_token = tokenizer.eos_token
         self.name, self.model, self.tokenizer = name, model.eval(), tokenizer
         self.anatomy = Anatomy(model, name)
@@ -174,13 +181,26 @@ class Base(LanguageModel):
         self.model.to(device)
         return self
 
+    @property
+    def has_lm_head(self) -> bool:
+        """Whether the model predicts tokens, and not hidden states alone."""
+        return self.anatomy.has_lm_head
+
     def __repr__(self) -> str:
         shape = self.anatomy.shape
+        both = f" + {shape.decoder_layers}" if shape.decoder_layers else ""
         return (
-            f"{self.name}: {shape.family}, {shape.parameters():,} parameters, "
-            f"{shape.layers} layers, d_model {shape.d_model}, {shape.heads} heads, "
+            f"{self.name}: {shape.family}, {self.kind}, {shape.parameters():,} parameters, "
+            f"{shape.layers}{both} layers, d_model {shape.d_model}, {shape.heads} heads, "
             f"vocabulary {shape.vocab:,}, context {shape.context}, on {self.device}, frozen"
         )
+
+
+CLASSES = {
+    "decoder": transformers.AutoModelForCausalLM,
+    "encoder": transformers.AutoModelForMaskedLM,
+    "encoder-decoder": transformers.AutoModelForSeq2SeqLM,
+}
 
 
 def load(
@@ -192,8 +212,10 @@ def load(
 
     `name` is a base that ships with peftlab, a local folder in Hugging Face format, or a name on
     the Hugging Face hub. Weights are read from safetensors alone: other formats can run code.
-    Raises ValueError for a family that peftlab does not know or a damaged base, and
-    FileNotFoundError for a base that is nowhere to be found.
+    An encoder that was saved without its masked-LM head is loaded without one.
+    Raises ValueError for a family that peftlab does not know, for a damaged base, and for an
+    encoder or T5 whose tokenizer has no padding token; FileNotFoundError for a base that is
+    nowhere to be found.
     """
     shipped = data_path("bases")
     ours = sorted(path.parent.name for path in shipped.glob("*/config.json"))
@@ -216,25 +238,43 @@ def load(
         if family not in FAMILIES:
             raise ValueError(_unknown_family(str(name), family))
         try:
-            model, report = transformers.AutoModelForCausalLM.from_pretrained(
-                source,
-                dtype=dtype,
-                use_safetensors=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # refused below, by name
-            )
+            model, problems = _read(CLASSES[FAMILIES[family].kind], source, dtype)
+            if FAMILIES[family].kind == "encoder" and _head(model) <= problems.keys():
+                model, problems = _read(transformers.AutoModel, source, dtype)
+                pooler = {"pooler.dense.weight", "pooler.dense.bias"}
+                if pooler <= problems.keys():  # drawn by the class, not in the file
+                    model.pooler = None
+                    problems = {key: what for key, what in problems.items() if key not in pooler}
             tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         except OSError as error:
             raise FileNotFoundError(f"{missing} ({error})") from error
         except (RuntimeError, ValueError, safetensors.SafetensorError) as error:
             raise ValueError(f"{damaged}: {error}") from error
-    wrong_size = {key for key, *_ in report["mismatched_keys"]}
-    if random := sorted(wrong_size | set(report["missing_keys"])):  # drawn, not loaded
-        problem = "is not of the size in config.json" if random[0] in wrong_size else "is missing"
-        raise ValueError(f"{damaged}: {random[0]} {problem}")
+    if problems:
+        raise ValueError(f"{damaged}: {min(problems)} {problems[min(problems)]}")
     if len(tokenizer) < 2:
         raise FileNotFoundError(f"no tokenizer in {str(source)!r}")
     return Base(str(name), model.to(device), tokenizer)
+
+
+def _read(auto_class, source, dtype) -> tuple[transformers.PreTrainedModel, dict[str, str]]:
+    """The model, and what is wrong with each tensor that was drawn and not loaded."""
+    model, report = auto_class.from_pretrained(
+        source,
+        dtype=dtype,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # reported, by name
+    )
+    problems = dict.fromkeys(report["missing_keys"], "is missing")
+    wrong_size = (key for key, *_ in report["mismatched_keys"])
+    return model, problems | dict.fromkeys(wrong_size, "is not of the size in config.json")
+
+
+def _head(model: transformers.PreTrainedModel) -> set[str]:
+    """Names of the parameters outside the backbone, those that are tied to it left out."""
+    backbone = f"{model.base_model_prefix}."
+    return {name for name, _ in model.named_parameters() if not name.startswith(backbone)}
 
 
 def _unknown_family(name: str, family: str) -> str:

@@ -285,6 +285,11 @@ class Anatomy:
         return Linear(site, site.rsplit(".", 1)[-1], layer, module, rows, transposed)
 
     @property
+    def has_lm_head(self) -> bool:
+        """Whether the model predicts tokens, and not hidden states alone."""
+        return self.shape.head in ("lm", "masked_lm")
+
+    @property
     def backbone(self) -> nn.Module:
         """The stack that reads the input: the only one, or T5's encoder."""
         return next(iter(self.stacks.values()))
