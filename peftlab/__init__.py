@@ -12,18 +12,32 @@ import warnings
 
 from peftlab.accounting import count
 from peftlab.bases import load
-from peftlab.methods import FullFineTuning, LoRA, PromptTuning
+from peftlab.methods import (
+    DeepPromptTuning,
+    FullFineTuning,
+    LoRA,
+    PrefixTuning,
+    PromptAndPrefix,
+    PromptTuning,
+    PTuning,
+    PTuningV2,
+)
 from peftlab.training import train
 from peftlab.tuned import Tuned, attach
 
 __version__ = "0.1.0"
 REPOSITORY = "https://github.com/peftlab/peftlab"
 
-_ROOMS = ("accounting", "exercises", "figures", "panels", "probes", "tasks")
+_ROOMS = ("accounting", "exercises", "figures", "heads", "panels", "probes", "tasks")
 
 __all__ = [
+    "DeepPromptTuning",
     "FullFineTuning",
     "LoRA",
+    "PTuning",
+    "PTuningV2",
+    "PrefixTuning",
+    "PromptAndPrefix",
     "PromptTuning",
     "Tuned",
     "attach",

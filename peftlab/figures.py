@@ -26,6 +26,8 @@ _STYLE = {
     "p_tuning": (ORANGE, "diamond-open"),
     "prefix_tuning": (GREEN, "square"),
     "p_tuning_v2": (GREEN, "square-open"),
+    "deep_prompt_tuning": (ORANGE, "hourglass"),
+    "prompt_and_prefix": (GREEN, "bowtie"),
     "lora": (BLUE, "triangle-up"),
     "dora": (BLUE, "triangle-down"),
     "pissa": (BLUE, "triangle-left"),

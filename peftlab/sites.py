@@ -1,83 +1,277 @@
 """The five sites: each one changes what a frozen model computes, and undoes it bit for bit.
 
 Each site is a context manager. Entering it reaches into the model, leaving it takes everything
-back, whatever happened in between. Nothing here knows any method. Three sites are here so far:
+back, whatever happened in between. Nothing here knows any method. Here so far:
 
-    InputEmbeddings     virtual tokens before the input
+    InputEmbeddings     virtual tokens among the embedded input, or anew at every layer
+    KeysValues          virtual keys and values in attention
     LinearWeight        a delta beside one linear weight W
     ExistingParameters  some of the model's own parameters unfrozen
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
 
-from peftlab.bases import Linear
+from peftlab import attention
+from peftlab.attention import AttentionSite, Prefix
+from peftlab.bases import Anatomy, Linear
+
+Read = Callable[[], dict[str, Tensor]]  # the tensors of a soft prompt, now
 
 
 class InputEmbeddings:
-    """Virtual tokens P (P, d_model) in front of the embedded input of a causal language model.
+    """Virtual tokens among the embedded input of one stack of layers.
 
         x = [P; E(tokens)]        positions 0 … P−1 for the virtual tokens, P … for the real ones
 
-    A hook before the model's forward puts them in, and one behind it drops their logits, so that
-    the output has the shape of the input. While decoding with a cache, the virtual tokens are
-    already inside the cache: only the mask and the positions are extended.
+    `read()["prompt"]` is P (P, d_model), or (batch, P, d_model) with one prompt for each row.
+    `placement` lists blocks as (count, where), where being "front", "back", "before X" or
+    "after X" of the first X, a token's id. A hook before the stack's forward puts the virtual
+    tokens in, and one behind it takes their hidden states out, so that heads, losses and callers
+    see the real tokens alone. T5's decoder is the exception: it attends to the virtual tokens'
+    states as well, as in the paper. While decoding with a cache the virtual tokens are inside the
+    cache: only the mask and the positions are extended.
+
+    With `every_layer`, `read()["prompt"]` is (layers, P, d_model): what the virtual tokens have
+    become at a layer's input is dropped, and that layer's own vectors stand in their place.
     """
 
     name = "input_embeddings"
 
-    def __init__(self, model: nn.Module, embedding: nn.Embedding, prompt: nn.Parameter):
-        self.model, self.embedding, self.prompt = model, embedding, prompt
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        read: Read,
+        placement: Iterable[tuple[int, str, int | None]],
+        every_layer: bool = False,
+    ):
+        self.anatomy, self.read, self.placement = anatomy, read, tuple(placement)
+        self.count = sum(count for count, _, _ in self.placement)
+        self.every_layer = every_layer
+        self.stack_name, self.stack = next(iter(anatomy.stacks.items()))
+        self.has_positions = anatomy.takes_positions
+        # In front of everything, padding included, where positions are told and not counted.
+        self.simple = self.has_positions and all(w == "front" for _, w, _ in self.placement)
+        self.real: Tensor | None = None  # (batch, seq): where the real tokens are now, if moved
 
     def __enter__(self):
-        self.hooks = [
-            self.model.register_forward_pre_hook(self._put_in_front, with_kwargs=True),
-            self.model.register_forward_hook(self._drop_logits, with_kwargs=True),
+        hooks = [
+            self.stack.register_forward_pre_hook(self._put_in, with_kwargs=True),
+            self.stack.register_forward_hook(self._take_out),
         ]
+        decoder = self.anatomy.stacks.get("decoder")
+        if decoder is not None:
+            hooks.append(decoder.register_forward_pre_hook(self._widen_mask, with_kwargs=True))
+        if self.every_layer:
+            for layer, block in enumerate(self.anatomy.layers[self.stack_name][1:], start=1):
+                hook = self._replace(layer)
+                hooks.append(block.register_forward_pre_hook(hook, with_kwargs=True))
+        self.hooks = hooks
         return self
 
     def __exit__(self, *_):
         for hook in self.hooks:
             hook.remove()
+        self.real = None
 
-    def _put_in_front(self, model, args, kwargs):
-        if args:  # the first positional argument of every causal model is input_ids
+    def _put_in(self, stack, args, kwargs):
+        if args:  # the first positional argument of every stack is input_ids
             kwargs = {**kwargs, "input_ids": args[0]}
-        count = self.prompt.shape[0]
+        kwargs = {key: value for key, value in kwargs.items() if key != "cache_position"}
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
-        batch, length = ids.shape
+        embedded = kwargs.get("inputs_embeds")
+        if embedded is None:
+            embedded = self.anatomy.embedding(ids)  # batch seq d_model
+        batch, length, _ = embedded.shape
         cache = kwargs.get("past_key_values")
         cached = cache.get_seq_length() if cache is not None else 0
         if mask is None:
-            mask = ids.new_ones(batch, length + max(cached - count, 0))
+            real = length + max(cached - self.count, 0)
+            mask = torch.ones(batch, real, dtype=torch.long, device=embedded.device)
         positions = kwargs.get("position_ids")
-        if positions is None:
-            positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -length:]
-        kwargs = {key: value for key, value in kwargs.items() if key != "cache_position"}
-        kwargs["attention_mask"] = torch.cat([mask.new_ones(batch, count), mask], dim=1)
-        kwargs["position_ids"] = positions + count
-        if cached == 0:
-            embedded = self.embedding(ids)  # batch seq d_model
-            prompt = self.prompt.to(embedded.dtype).expand(batch, -1, -1)
-            first = torch.arange(count, device=ids.device).expand(positions.shape[0], -1)
-            kwargs["inputs_embeds"] = torch.cat([prompt, embedded], dim=1)
-            kwargs["position_ids"] = torch.cat([first, kwargs["position_ids"]], dim=1)
-            kwargs["input_ids"] = None
-            if kwargs.get("labels") is not None:
-                labels = kwargs["labels"]
-                kwargs["labels"] = torch.cat([labels.new_full((batch, count), -100), labels], dim=1)
+        if positions is None and self.has_positions:
+            positions = self.anatomy.positions(mask)[:, -length:]
+        if cached:
+            self.real = None
+            order, _ = self._order(mask, None)
+            kwargs["attention_mask"] = self._arrange(order, mask, 1)
+            if self.has_positions:
+                kwargs["position_ids"] = positions + self.count
+            return (), kwargs
+        prompt = self.read()["prompt"]
+        first = (prompt[..., 0, :, :] if self.every_layer else prompt).to(embedded.dtype)
+        order, at = self._order(mask, ids)
+        kwargs["attention_mask"] = self._arrange(order, mask, 1)
+        kwargs["inputs_embeds"] = self._arrange(order, embedded, first)
+        kwargs["input_ids"] = None
+        if self.has_positions:
+            positions = positions.expand(batch, -1)
+            kwargs["position_ids"] = self._arrange(order, *self._positions(positions, at))
+        if order is None:
+            here = torch.arange(self.count + length, device=embedded.device).expand(batch, -1)
+        else:
+            here = order.argsort(dim=1)  # where each of [virtual; real] went
+        self.virtual, self.real = here[:, : self.count], here[:, self.count :]
         return (), kwargs
 
-    def _drop_logits(self, model, args, kwargs, output):
-        if kwargs.get("inputs_embeds") is not None:
-            full = kwargs["inputs_embeds"].shape[1]
-            if output.logits.shape[1] == full:  # generation may ask for the last logits only
-                output.logits = output.logits[:, self.prompt.shape[0] :]
+    def _positions(self, real: Tensor, at: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Positions of the real tokens and of the virtual ones, (batch, seq) and (batch, P)."""
+        start = self.anatomy.first_position
+        mine = torch.arange(self.count, device=real.device).expand(len(real), -1)
+        if at is None:
+            return real + self.count, mine + start
+        before = (at[:, None, :] <= torch.arange(real.shape[1], device=real.device)[:, None]).sum(2)
+        ends = torch.cat([real, real[:, -1:] + 1], dim=1)
+        anchored = ends.gather(1, at)  # the position of the token that each one stands before
+        front = torch.tensor(self._each("front"), device=real.device)
+        return real + before, mine + torch.where(front, start, anchored)
+
+    def _each(self, where: str) -> list[bool]:
+        return [w == where for count, w, _ in self.placement for _ in range(count)]
+
+    def _order(self, mask: Tensor, ids: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """How [virtual; real] is put in order, and the real token that each virtual one precedes.
+
+        Without `ids` (while decoding) only the mask is wanted, where virtual tokens are all alike:
+        they are counted as standing in front.
+        """
+        if self.simple:
+            return None, None
+        first = mask.int().argmax(dim=1)  # (batch,)
+        columns = []
+        for count, where, token in self.placement:
+            if where == "front" or ids is None:
+                at = first
+            elif where == "back":
+                at = mask.shape[1] - mask.flip(1).int().argmax(dim=1)
+            else:
+                hits = (ids == token) & mask.bool()
+                if not hits.any(dim=1).all():
+                    row = int((~hits.any(dim=1)).nonzero()[0])
+                    raise ValueError(f"row {row} has no token {token} to put virtual tokens at")
+                at = hits.int().argmax(dim=1) + (where == "after")
+            columns.append(at[:, None].expand(-1, count))
+        at = torch.cat(columns, dim=1)  # batch virtual
+        tokens = torch.arange(mask.shape[1], device=mask.device).expand(len(mask), -1)
+        return torch.cat([2 * at, 2 * tokens + 1], dim=1).argsort(dim=1, stable=True), at
+
+    def _arrange(self, order: Tensor | None, real: Tensor, virtual: Tensor | int) -> Tensor:
+        """[virtual; real] of every row, in order."""
+        if isinstance(virtual, int):
+            virtual = real.new_full((len(real), self.count), virtual)
+        elif virtual.ndim < real.ndim:
+            virtual = virtual.expand(len(real), *virtual.shape)
+        elif len(virtual) != len(real):
+            raise ValueError(f"{len(virtual)} prompts for a batch of {len(real)} rows")
+        joined = torch.cat([virtual, real], dim=1)
+        if order is None:
+            return joined
+        return joined.gather(
+            1, order.view(*order.shape, *[1] * (joined.ndim - 2)).expand_as(joined)
+        )
+
+    def _take_out(self, stack, args, output):
+        if self.real is not None and "decoder" not in self.anatomy.stacks:
+            hidden = output.last_hidden_state
+            if self.simple:
+                output.last_hidden_state = hidden[:, self.count :]
+            else:
+                where = self.real[:, :, None].expand(-1, -1, hidden.shape[2])
+                output.last_hidden_state = hidden.gather(1, where)
         return output
+
+    def _widen_mask(self, decoder, args, kwargs):
+        """T5's decoder sees the encoder's virtual tokens too."""
+        mask, states = kwargs.get("encoder_attention_mask"), kwargs.get("encoder_hidden_states")
+        if mask is not None and states is not None and mask.shape[1] < states.shape[1]:
+            order, _ = self._order(mask, None)
+            kwargs = {**kwargs, "encoder_attention_mask": self._arrange(order, mask, 1)}
+        return args, kwargs
+
+    def _replace(self, layer: int):
+        def hook(block, args, kwargs):
+            if self.real is None:
+                return args, kwargs
+            hidden = args[0] if args else kwargs["hidden_states"]
+            own = self.read()["prompt"][..., layer, :, :].to(hidden.dtype)
+            own = own.expand(len(hidden), -1, -1)
+            where = self.virtual[:, :, None].expand_as(own)
+            hidden = hidden.scatter(1, where, own)
+            if args:
+                return (hidden, *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": hidden}
+
+        return hook
+
+
+class KeysValues:
+    """Virtual keys and values in front of those of the text, in some attention sublayers.
+
+        softmax(q [P_k; K]ᵀ / √d) [P_v; V]
+
+    `read()` gives P_k and P_v, (sublayers, kv_heads, P, head_dim) each, or with a batch in front.
+    The queries' positions stay 0 … T−1; with `shift_positions` they begin at P, as they do when a
+    library passes the prefix as a cache; in T5's decoder the relative bias then reaches the prefix.
+    """
+
+    def __init__(
+        self, anatomy: Anatomy, sites: list[AttentionSite], read: Read, shift_positions: bool
+    ):
+        self.anatomy, self.sites, self.read, self.shift = anatomy, sites, read, shift_positions
+        self.names = [f"{site.name}.kv" for site in sites]
+        self.now: dict[str, Tensor] = {}
+
+    def __enter__(self):
+        prefixes = {site.module: self._prefix(i, site) for i, site in enumerate(self.sites)}
+        with ExitStack() as stack:
+            stack.enter_context(attention.dispatched(self.anatomy.model))
+            stack.enter_context(attention.prefixed(prefixes))
+            for module in self.anatomy.stacks.values():
+                hook = module.register_forward_pre_hook(self._begin, with_kwargs=True)
+                stack.callback(hook.remove)
+            self.undo = stack.pop_all()
+        return self
+
+    def __exit__(self, *_):
+        self.undo.close()
+        self.now = {}
+
+    def _begin(self, stack, args, kwargs):
+        """Read the prefix once a forward, and shift the positions where that is asked."""
+        self.now = self.read()
+        if self.shift and self.anatomy.takes_positions:
+            count, positions = self.now["P_k"].shape[-2], kwargs.get("position_ids")
+            if positions is None:
+                ids = args[0] if args else kwargs.get("input_ids")
+                ids = kwargs.get("inputs_embeds") if ids is None else ids
+                cache = kwargs.get("past_key_values")
+                start = cache.get_seq_length() if cache is not None else 0
+                positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
+                positions = positions + self.anatomy.first_position
+            kwargs = {**kwargs, "position_ids": positions + count}
+        return args, kwargs
+
+    def _prefix(self, index: int, site: AttentionSite) -> Prefix:
+        def read() -> tuple[Tensor, Tensor]:
+            return self.now["P_k"][..., index, :, :, :], self.now["P_v"][..., index, :, :, :]
+
+        first = self.anatomy.layers[site.stack][0]
+        biased = [m for m in first.modules() if getattr(m, "has_relative_attention_bias", False)]
+        if not self.shift or site.cross or site.stack != "decoder" or not biased:
+            return Prefix(read)
+
+        def bias(queries: int, keys: int) -> Tensor:
+            """T5's learned bias between the last `queries` of `keys` and the prefix before them."""
+            count = self.now["P_k"].shape[-2]
+            whole = biased[0].compute_bias(count + keys, count + keys)  # 1 heads keys keys
+            return whole[:, :, -queries:, :count]
+
+        return Prefix(read, bias)
 
 
 class LinearWeight:

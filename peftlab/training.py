@@ -52,6 +52,7 @@ class Run:
     precision: str
     lr: float
     batch_size: int
+    head_lr: float | None = None
     steps: int = 0
     seconds: float = 0.0
     interrupted: bool = False
@@ -77,7 +78,7 @@ def precision_for(device: torch.device | str, precision: str = "auto") -> str:
 
 
 def target_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross entropy of the next token over the labels that are not −100."""
+    """Mean cross entropy of a decoder's next token over the labels that are not −100."""
     return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())
 
 
@@ -90,8 +91,8 @@ class _Objective(nn.Module):
         self.model = tuned.model
         self.trainable = nn.ParameterList(tuned.trainable.values())
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-        return target_loss(self.tuned(input_ids, attention_mask), labels)
+    def forward(self, **batch: Tensor) -> Tensor:
+        return self.tuned.batch_loss(batch)
 
 
 def train(
@@ -99,6 +100,7 @@ def train(
     task: Task,
     steps: int = 200,
     lr: float | None = None,
+    head_lr: float = 5e-3,
     batch_size: int = 16,
     seed: int = 0,
     eval_every: int = 0,
@@ -112,10 +114,10 @@ def train(
 ) -> Run:
     """Train the adapter on `task.train`.
 
-    `lr` is the first method's own default unless given. `eval_every` scores the dev set every so
-    many steps (0: never); with `evaluate`, the test set is scored before and after. The same seed
-    on the same machine gives the same result. Raises ValueError for a setting out of range or a
-    batch that does not fit the context.
+    `lr` is the first method's own default unless given; a head takes `head_lr`. `eval_every`
+    scores the dev set every so many steps (0: never); with `evaluate`, the test set is scored
+    before and after. The same seed on the same machine gives the same result. Raises ValueError
+    for a setting out of range or a batch that does not fit the context.
     """
     least = {"steps": 1, "batch_size": 1, "eval_every": 0, "warmup": 0}
     for name, value in zip(least, (steps, batch_size, eval_every, warmup), strict=True):
@@ -126,9 +128,11 @@ def train(
         raise ValueError("the deltas are merged: call unmerge() before training")
     if device is not None:
         move(tuned, device)
-    lr = tuned.methods[0].learning_rate if lr is None else lr
-    if not 0 < lr < math.inf:
-        raise ValueError(f"lr={lr}: allowed is a number above 0")
+    if lr is None:
+        lr = tuned.methods[0].learning_rate if tuned.methods else head_lr
+    for name, rate in (("lr", lr), ("head_lr", head_lr)):
+        if not 0 < rate < math.inf:
+            raise ValueError(f"{name}={rate}: allowed is a number above 0")
     arithmetic = precision_for(tuned.device, precision)
     run = Run(
         tuned.label,
@@ -138,6 +142,7 @@ def train(
         arithmetic,
         lr,
         min(batch_size, len(task.train)),
+        head_lr if tuned.head else None,
     )
     if evaluate:
         run.before = task.score(tuned)
@@ -191,8 +196,11 @@ def train(
 def move(tuned: Tuned, device: str | torch.device) -> None:
     """Move a base and what is attached to it to a device, keeping the same Parameter objects."""
     tuned.base.to(device)
-    for parameter in tuned.trainable.values():
-        parameter.data = parameter.data.to(device)
+    for module in (*tuned.modules.values(), tuned.linear):
+        if module is not None:
+            module.to(device)
+    for kept in tuned.kept.values():
+        kept.update({key: tensor.to(device) for key, tensor in kept.items()})
 
 
 def _prepare(tuned: Tuned, task: Task, run: Run, steps: int, arithmetic: str):
@@ -203,8 +211,7 @@ def _prepare(tuned: Tuned, task: Task, run: Run, steps: int, arithmetic: str):
         mixed_precision="no" if arithmetic == "fp32" else arithmetic,
     )
     optimizer = torch.optim.AdamW(
-        tuned.trainable.values(),
-        lr=run.lr,
+        _groups(tuned, run),
         weight_decay=0.0,
         # On a CPU the default is a loop over the tensors, and LoRA has many small ones.
         fused=True if tuned.device.type == "cpu" else None,
@@ -216,10 +223,18 @@ def _prepare(tuned: Tuned, task: Task, run: Run, steps: int, arithmetic: str):
         shuffle=True,
         drop_last=True,
         generator=order,
-        collate_fn=lambda examples: task.batch(examples, tuned.tokenizer, context=tuned.context),
+        collate_fn=lambda examples: task.batch_for(tuned, examples),
     )
     objective, optimizer, loader = accelerator.prepare(_Objective(tuned), optimizer, loader)
     return objective, optimizer, _endless(loader), accelerator
+
+
+def _groups(tuned: Tuned, run: Run) -> list[dict]:
+    """The methods' parameters, and a head's with a learning rate of their own."""
+    head = [p for name, p in tuned.trainable.items() if name.startswith("head.")]
+    rest = [p for name, p in tuned.trainable.items() if not name.startswith("head.")]
+    groups = [{"params": rest, "lr": run.lr}, {"params": head, "lr": run.head_lr}]
+    return [group for group in groups if group["params"]]
 
 
 def _endless(loader: DataLoader) -> Iterator[dict[str, Tensor]]:

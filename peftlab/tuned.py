@@ -19,7 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peftlab.bases import Base, LanguageModel
+from peftlab.heads import Head
 from peftlab.methods import Method
+from peftlab.soft import Source
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FORMAT = 1
@@ -27,12 +29,16 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Count:
-    """How large an adapter is: `parameters` in closed form, and `measured`, which equals it."""
+    """How large an adapter is: `parameters` in closed form, and `measured`, which equals it.
+
+    `stored` is what is left after training. `head` is counted apart from all of these.
+    """
 
     parameters: int
     measured: int
     stored: int
     base: int
+    head: int = 0
 
     @property
     def percent(self) -> float:
@@ -41,59 +47,77 @@ class Count:
 
     @property
     def file_bytes(self) -> int:
-        """Bytes of the stored tensors in float32."""
-        return 4 * self.stored
+        """Bytes of the stored tensors in float32, the head's included."""
+        return 4 * (self.stored + self.head)
 
     def __repr__(self) -> str:
+        head = f" and {self.head:,} of a head" if self.head else ""
         return (
-            f"{self.parameters:,} trainable parameters, {self.percent:.3f}% of {self.base:,}; "
-            f"{self.file_bytes:,} bytes stored in float32"
+            f"{self.parameters:,} trainable parameters, {self.percent:.3f}% of {self.base:,}"
+            f"{head}; {self.file_bytes:,} bytes stored in float32"
         )
 
 
 class Tuned(LanguageModel):
     """A base with one or more methods attached. Make one with `peftlab.attach`."""
 
-    def __init__(self, base: Base, methods: list[Method], seed: int = 0):
+    def __init__(self, base: Base, methods: list[Method], seed: int = 0, head: Head | None = None):
         if base.adapted_by is not None:
             raise RuntimeError(
                 f"{base.name} already carries {base.adapted_by.label}: call detach() first, "
                 "or attach several methods together as a list"
             )
-        if not methods:
+        if not methods and head is None:
             raise ValueError("no method to attach")
+        if head is not None and base.kind != "encoder":
+            raise ValueError(f"a head goes on an encoder; {base.name} is a {base.kind} model")
         if len(methods) > 1 and any(method.exclusive for method in methods):
             alone = next(method for method in methods if method.exclusive)
             raise ValueError(f"{alone.title} trains every parameter: it composes with no other")
-        self.base, self.methods = base, list(methods)
+        self.base, self.methods, self.head = base, list(methods), head
         self.name, self.model, self.tokenizer = base.name, base.model, base.tokenizer
         self.anatomy = base.anatomy
         self.base_parameters = base.anatomy.shape.parameters()
         generator = torch.Generator().manual_seed(seed)
         self.trainable: dict[str, nn.Parameter] = {}
-        self.deltas: dict[str, nn.Module] = {}
+        self.modules: dict[str, nn.Module] = {}
+        self.sources: dict[str, Source] = {}
+        self.kept: dict[str, dict[str, torch.Tensor]] = {}
         self._sites, virtual = [], 0
         with ExitStack() as stack:  # an error below undoes what was attached so far
             for method in self.methods:
-                attachment = method.attach(base, generator)
+                attachment = method.attach(base, generator, headless=head is not None)
                 stack.push(attachment.stack)
                 self._claim(attachment)
                 virtual += attachment.virtual_tokens
-            if not self._sites:
+            if not self._sites and methods:
                 raise ValueError(f"{self.label} reached no site of {base.name}")
+            self.linear = self._build_head(generator)
             self._audit()
             self._stack = stack.pop_all()
         self.virtual_tokens = virtual
+        self._head_now: dict[str, torch.Tensor] | None = None
         base.adapted_by = self
         self.train(base.model.training)  # new modules start with dropout on
 
     def _claim(self, attachment) -> None:
-        names = {getattr(site, "name", site) for site in attachment.sites}
+        names = {name for site in attachment.sites for name in _names(site)}
         if twice := names & set(self.sites):
             raise ValueError(f"two methods want the same site, {sorted(twice)[0]}")
         self._sites += attachment.sites
         self.trainable.update(attachment.trainable)
-        self.deltas.update(attachment.modules)
+        self.modules.update(attachment.modules)
+        self.sources.update(attachment.sources)
+
+    def _build_head(self, generator: torch.Generator) -> nn.Linear | None:
+        """The head's layer, drawn after the methods' tensors and trained with them."""
+        if self.head is None:
+            return None
+        linear = self.head.build(self.anatomy.shape.d_model, generator)
+        weight = self.anatomy.embedding.weight
+        linear.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+        self.trainable |= {f"head.{name}": p for name, p in linear.named_parameters()}
+        return linear
 
     def _audit(self) -> None:
         """What the model would train is exactly what the methods said, and nothing else."""
@@ -105,34 +129,63 @@ class Tuned(LanguageModel):
     @property
     def label(self) -> str:
         """The methods' titles, for messages and legends."""
-        return " + ".join(method.title for method in self.methods)
+        return " + ".join(method.title for method in self.methods) or "Head alone"
 
     @property
     def sites(self) -> list[str]:
         """The names of the sites that the methods reached."""
-        return [getattr(site, "name", site) for site in self._sites]
+        return [name for site in self._sites for name in _names(site)]
 
     @property
-    def prompt(self) -> nn.Parameter:
-        """The virtual tokens P (num_virtual_tokens, d_model)."""
-        if "prompt_tuning.prompt" not in self.trainable:
-            raise AttributeError(f"{self.label} has no prompt")
-        return self.trainable["prompt_tuning.prompt"]
+    def deltas(self) -> dict[str, nn.Module]:
+        """The deltas beside linear weights, by the weight's name."""
+        return {k: m for k, m in self.modules.items() if hasattr(m, "delta_weight")}
+
+    @property
+    def prompt(self) -> torch.Tensor:
+        """The virtual tokens P (num_virtual_tokens, d_model): as they train, or as made now."""
+        return self._made("prompt")
+
+    @property
+    def prefix(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """P_k and P_v, (sublayers, kv_heads, num_virtual_tokens, head_dim) each."""
+        return self._made("P_k"), self._made("P_v")
+
+    def _made(self, key: str) -> torch.Tensor:
+        for source in self.sources.values():
+            made = source()
+            if key in made:
+                return made[key]
+        raise AttributeError(f"{self.label} has no {'prompt' if key == 'prompt' else 'prefix'}")
 
     def train(self, mode: bool = True) -> None:
-        """Dropout of the base and of the deltas on or off. Never changes a weight."""
+        """Dropout of the base and of what is attached, on or off. Never changes a weight."""
         self.model.train(mode)
-        for delta in self.deltas.values():
-            delta.train(mode)
+        for module in self.modules.values():
+            module.train(mode)
+
+    def _head_logits(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        linear = self.linear
+        if self._head_now is not None:
+            kept = {key: self._head_now[f"head.{key}"] for key in ("weight", "bias")}
+
+            def linear(x):
+                return nn.functional.linear(x, **kept)
+
+            linear.weight = kept["weight"]
+        return self.head.logits(linear, hidden, mask)
 
     def count(self) -> Count:
         """Trainable parameters, in closed form and measured; the two are asserted equal."""
         shape = self.anatomy.shape
+        head = 0
+        if self.head is not None:
+            head, shape = self.head.parameters(shape.d_model), shape.without_head()
         closed = sum(method.parameters(shape) for method in self.methods)
-        measured = sum(parameter.numel() for parameter in self.trainable.values())
+        measured = sum(p.numel() for p in self.trainable.values()) - head
         assert closed == measured, f"closed form {closed:,}, measured {measured:,}"
         stored = sum(method.stored(shape) for method in self.methods)
-        return Count(closed, measured, stored, self.base_parameters)
+        return Count(closed, measured, stored, self.base_parameters, head)
 
     @property
     def merged(self) -> bool:
@@ -175,12 +228,71 @@ class Tuned(LanguageModel):
     def __exit__(self, *_) -> None:
         self.detach()
 
+    @torch.no_grad()
     def state(self) -> dict[str, torch.Tensor]:
-        """The trained tensors on the CPU, by name."""
-        return {name: p.detach().cpu().clone().contiguous() for name, p in self.trainable.items()}
+        """What is stored, on the CPU, by name: the trained tensors, and of a soft prompt that a
+        network makes, what it made."""
+        folded = {
+            f"{name}.{key}": tensor
+            for name, source in self.sources.items()
+            for key, tensor in source.module().items()
+        }
+        plain = {
+            name: p for name, p in self.trainable.items() if name.split(".")[0] not in self.sources
+        }
+        tensors = plain | folded
+        return {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
+
+    def keep(self, name: str, folder: str | Path | None = None) -> None:
+        """Remember the soft prompts (and the head) of now, or of a saved adapter, as `name`.
+
+        Raises ValueError if a method here is not a soft prompt, for only those can be swapped
+        from row to row, and if the folder's adapter is not of the same kind and size.
+        """
+        self._check_attached()
+        if strange := [m.title for m in self.methods if m.name not in self.sources]:
+            raise ValueError(f"{strange[0]} cannot be kept and swapped: soft prompts can")
+        state = self.state()
+        if folder is not None:
+            config, saved = _read(folder)
+            _check_base(config, self.base)
+            _check_shapes(saved, state)
+            state = saved
+        device = self.device
+        self.kept[name] = {key: tensor.to(device) for key, tensor in state.items()}
+
+    def use(self, names: str | list[str] | tuple[str, ...] | None) -> None:
+        """Put kept soft prompts in place: one for every row, or a list with one for each row.
+
+        None goes back to those that train. Raises KeyError for a name that was not kept, and
+        ValueError for different rows under a head, which is one for the whole batch.
+        """
+        self._check_attached()
+        wanted = [names] if isinstance(names, str) else list(names or [])
+        if unknown := [name for name in wanted if name not in self.kept]:
+            raise KeyError(f"nothing was kept as {unknown[0]!r}: there are {sorted(self.kept)}")
+        several = not isinstance(names, str)
+        if wanted and several and self.head is not None:
+            raise ValueError("a head is one for the whole batch: use one name")
+        for name, source in self.sources.items():
+            source.instead = None
+            if wanted:
+                rows = [self._kept_of(name, row) for row in wanted]
+                stacked = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+                source.instead = stacked if several else rows[0]
+        self._head_now = self.kept[names] if isinstance(names, str) and self.head else None
+
+    def _kept_of(self, source: str, row: str) -> dict[str, torch.Tensor]:
+        start = f"{source}."
+        kept = self.kept[row].items()
+        return {key.removeprefix(start): t for key, t in kept if key.startswith(start)}
 
     def save(self, folder: str | Path) -> Path:
-        """Write the trained tensors (safetensors) and the methods (JSON) into a folder."""
+        """Write what is stored (safetensors) and the methods (JSON) into a folder.
+
+        A network that makes a soft prompt is left behind: the folder holds what it made, and the
+        method without it. `trained_as` in the JSON still says what was trained.
+        """
         self._check_attached()
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -189,7 +301,9 @@ class Tuned(LanguageModel):
             "base": self.name,
             "base_shape": _shape_facts(self.base),
             "base_digest": self.base.digest,
-            "methods": [method.to_dict() for method in self.methods],
+            "methods": [method.folded().to_dict() for method in self.methods],
+            "trained_as": [method.to_dict() for method in self.methods],
+            "head": self.head.to_dict() if self.head else None,
         }
         save_file(self.state(), folder / WEIGHTS, metadata={"format": "pt"})
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
@@ -202,30 +316,9 @@ class Tuned(LanguageModel):
         Raises FileNotFoundError where there is none, and ValueError if the files are damaged or
         were trained on a base of another shape. On an error nothing stays attached.
         """
-        folder = Path(folder)
-        for name in (CONFIG, WEIGHTS):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"no {name} in {str(folder)!r}: no adapter was saved there")
-        try:
-            config = json.loads((folder / CONFIG).read_text())
-            tensors = load_file(folder / WEIGHTS)
-            if config["format"] != FORMAT:
-                raise ValueError(f"format {config['format']}; this peftlab reads {FORMAT}")
-            methods = [Method.from_dict(method) for method in config["methods"]]
-            trained_on, shape, digest = (config[f"base{key}"] for key in ("", "_shape", "_digest"))
-        except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-            problem = f"{CONFIG} has no {error}" if isinstance(error, KeyError) else error
-            raise ValueError(f"the adapter in {str(folder)!r} is damaged: {problem}") from error
-        if shape != (here := _shape_facts(base)):
-            raise ValueError(
-                f"this adapter was trained on {trained_on} {shape}; {base.name} is {here}"
-            )
-        if digest != base.digest:
-            raise ValueError(
-                f"this adapter was trained on other weights of {trained_on}'s shape than "
-                f"those of {base.name} here: it would be noise on them"
-            )
-        tuned = cls(base, methods)
+        config, tensors = _read(folder)
+        _check_base(config, base)
+        tuned = cls(base, config["methods"], head=config["head"])
         try:
             tuned.load_state(tensors)
         except BaseException:
@@ -237,16 +330,59 @@ class Tuned(LanguageModel):
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
         """Copy tensors by name. All are checked before the first is copied."""
         self._check_attached()
-        if missing := self.trainable.keys() ^ tensors.keys():
-            raise ValueError(f"the adapter's tensors do not match: {sorted(missing)[0]}")
-        for name, tensor in tensors.items():
-            if (wanted := self.trainable[name].shape) != tensor.shape:
-                raise ValueError(f"{name} is {tuple(tensor.shape)}; {tuple(wanted)} is needed")
+        _check_shapes(tensors, self.trainable)
         for name, tensor in tensors.items():
             self.trainable[name].copy_(tensor)
 
     def __repr__(self) -> str:
         return f"{self.label} on {self.name}: {len(self.sites)} sites, {self.count()!r}"
+
+
+def _names(site) -> list[str]:
+    """What a site is called; a site of several places has a name for each."""
+    return getattr(site, "names", None) or [getattr(site, "name", site)]
+
+
+def _read(folder: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """A saved adapter: its configuration, methods and head made, and its tensors."""
+    folder = Path(folder)
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"no {name} in {str(folder)!r}: no adapter was saved there")
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        tensors = load_file(folder / WEIGHTS)
+        if config["format"] != FORMAT:
+            raise ValueError(f"format {config['format']}; this peftlab reads {FORMAT}")
+        config["methods"] = [Method.from_dict(method) for method in config["methods"]]
+        config["head"] = Head.from_dict(config["head"]) if config["head"] else None
+        for key in ("base", "base_shape", "base_digest", "trained_as"):
+            config[key]
+    except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        problem = f"{CONFIG} has no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"the adapter in {str(folder)!r} is damaged: {problem}") from error
+    return config, tensors
+
+
+def _check_base(config: dict, base: Base) -> None:
+    """Raise ValueError unless the adapter was trained on this base."""
+    trained_on, shape = config["base"], config["base_shape"]
+    if shape != (here := _shape_facts(base)):
+        raise ValueError(f"this adapter was trained on {trained_on} {shape}; {base.name} is {here}")
+    if config["base_digest"] != base.digest:
+        raise ValueError(
+            f"this adapter was trained on other weights of {trained_on}'s shape than "
+            f"those of {base.name} here: it would be noise on them"
+        )
+
+
+def _check_shapes(tensors: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    """Raise ValueError unless these are the wanted tensors, by name and size."""
+    if missing := wanted.keys() ^ tensors.keys():
+        raise ValueError(f"the adapter's tensors do not match: {sorted(missing)[0]}")
+    for name, tensor in tensors.items():
+        if (size := wanted[name].shape) != tensor.shape:
+            raise ValueError(f"{name} is {tuple(tensor.shape)}; {tuple(size)} is needed")
 
 
 def _shape_facts(base: Base) -> dict:
@@ -261,14 +397,21 @@ def _shape_facts(base: Base) -> dict:
     }
 
 
-def attach(base: Base, methods: Method | list[Method] | str | Path, seed: int = 0) -> Tuned:
+def attach(
+    base: Base,
+    methods: Method | list[Method] | str | Path,
+    seed: int = 0,
+    head: Head | None = None,
+) -> Tuned:
     """Attach a method, a list of methods, or an adapter folder to a frozen base.
 
-    `seed` draws the initial values. Raises RuntimeError if something is attached already, and
-    ValueError if a method does not fit the base; on an error the base is untouched.
+    `head` stands in place of an encoder's own language-model head and trains with the methods;
+    with an empty list it trains alone. `seed` draws the initial values. Raises RuntimeError if
+    something is attached already, and ValueError if a method does not fit the base; on an error
+    the base is untouched.
     """
     if isinstance(methods, (str, Path)):
         return Tuned.load(base, methods)
     if isinstance(methods, Method):
         methods = [methods]
-    return Tuned(base, methods, seed)
+    return Tuned(base, methods, seed, head)

@@ -26,18 +26,28 @@ __all__ = ["FAMILIES", "TARGETS", "Anatomy", "Base", "LanguageModel", "Linear", 
 
 
 class LanguageModel:
-    """What a base and an adapted base have in common: call, generate, loss."""
+    """What a base and an adapted base have in common: call, generate, loss.
+
+    `head` is the head that stands in place of the language model's own, None on a plain base.
+    """
 
     name: str
     model: transformers.PreTrainedModel
     tokenizer: transformers.PreTrainedTokenizerBase
     anatomy: Anatomy
     virtual_tokens: int = 0
+    head = None
 
     @property
     def kind(self) -> str:
         """ "decoder", "encoder" or "encoder-decoder"."""
         return self.anatomy.kind
+
+    @property
+    def sentinel(self) -> str:
+        """What an encoder-decoder was taught to fill, if it was taught by corrupted spans."""
+        known = "<extra_id_0>" in self.tokenizer.get_vocab()
+        return "<extra_id_0>" if known and self.kind == "encoder-decoder" else ""
 
     @property
     def device(self) -> torch.device:
@@ -53,38 +63,75 @@ class LanguageModel:
         self,
         input_ids: Int[Tensor, "batch seq"],
         attention_mask: Int[Tensor, "batch seq"] | None = None,
+        decoder_input_ids: Int[Tensor, "batch targets"] | None = None,
     ) -> Float[Tensor, "batch seq vocab"]:
         """Logits of every real token; virtual tokens are used and not shown.
 
-        Positions count the unmasked tokens, so that padding on either side changes nothing.
-        Raises ValueError if the batch is longer than the context.
+        An encoder-decoder needs `decoder_input_ids` and gives the logits of those; under a head
+        the head's logits are given. Positions count the unmasked tokens, so that padding on
+        either side changes nothing. Raises ValueError if the batch is longer than the context.
         """
         self._check_length(input_ids.shape[1])
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-        return self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=positions,
-            use_cache=False,
-        ).logits
+        given = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if self.anatomy.takes_positions:
+            given["position_ids"] = self.anatomy.positions(attention_mask)
+        if self.head is not None:
+            hidden = self.anatomy.backbone(**given).last_hidden_state
+            return self._head_logits(hidden, attention_mask)
+        if self.kind == "encoder":
+            if self.anatomy.shape.head != "masked_lm":
+                raise ValueError(f"{self.name} has no head of its own: attach it with one")
+            return self.model(**given).logits
+        if self.kind == "encoder-decoder":
+            if decoder_input_ids is None:
+                raise ValueError(f"{self.name} is an encoder-decoder: give decoder_input_ids")
+            given["decoder_input_ids"] = decoder_input_ids
+        return self.model(**given, use_cache=False).logits
+
+    def aligned(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits and the labels they are to predict, (batch, n, vocab) and (batch, n).
+
+        A decoder predicts the token after; the others the one at the same place. Under a head
+        both are the head's own.
+        """
+        given = {key: tensor for key, tensor in batch.items() if key != "labels"}
+        logits, labels = self(**given), batch["labels"]
+        if self.kind == "decoder" and self.head is None:
+            return logits[:, :-1], labels[:, 1:]
+        return logits, labels
+
+    def batch_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Mean cross entropy over the labels that are not −100, in nats."""
+        logits, labels = self.aligned(batch)
+        if self.head is not None:
+            return self.head.loss(logits, labels)
+        return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
 
     @torch.no_grad()
     def generate(self, prompts: list[str], max_new_tokens: int = 32) -> list[str]:
         """Greedy continuations of a batch of prompts, up to the end-of-text token.
 
-        Only the new text is returned. Raises ValueError if a prompt is empty, or if the longest
-        prompt and the new tokens do not fit the context together.
+        Only the new text is returned. Raises ValueError if a prompt is empty, if the longest
+        prompt and the new tokens do not fit the context together, and for an encoder.
         """
+        if self.kind == "encoder":
+            raise ValueError(f"{self.name} is an encoder: it fills gaps and does not generate")
         if not prompts:
             return []
-        batch = self.tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+        decoder, side = self.kind == "decoder", "left" if self.kind == "decoder" else "right"
+        texts = [prompt + self.sentinel for prompt in prompts]
+        batch = self.tokenizer(texts, return_tensors="pt", padding=True, padding_side=side)
         batch = {key: batch[key].to(self.device) for key in ("input_ids", "attention_mask")}
-        if not batch["attention_mask"].any(dim=1).all():
+        if not all(prompts) or not batch["attention_mask"].any(dim=1).all():
             raise ValueError("an empty prompt: at least one token is needed to continue from")
         length = batch["input_ids"].shape[1]
-        self._check_length(length + max_new_tokens)
+        self._check_length(length + max_new_tokens if decoder else length)
+        if not decoder:
+            start = torch.tensor([self.decoder_start], device=self.device)
+            batch["decoder_input_ids"] = start.expand(len(prompts), -1)
+            length = start.shape[1]
         with self._evaluating():
             out = self.model.generate(
                 **batch,
@@ -95,12 +142,21 @@ class LanguageModel:
             )
         return self.tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
 
+    @property
+    def decoder_start(self) -> list[int]:
+        """What an encoder-decoder's answer begins with: its start token, and its sentinel."""
+        sentinel = [self.tokenizer.convert_tokens_to_ids(self.sentinel)] if self.sentinel else []
+        return [self.model.config.decoder_start_token_id, *sentinel]
+
     @torch.no_grad()
     def loss(self, texts: list[str], batch_size: int = 32) -> float:
         """Mean cross entropy of the next token over all texts, in nats per token.
 
-        Raises ValueError if a text does not fit the context, or if none has a second token.
+        Raises ValueError if a text does not fit the context, if none has a second token, and for
+        a model that is not a decoder.
         """
+        if self.kind != "decoder":
+            raise ValueError(f"{self.name} is no decoder: it does not predict running text")
         total, tokens = 0.0, 0
         with self._evaluating():
             for start in range(0, len(texts), batch_size):

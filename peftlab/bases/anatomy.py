@@ -10,11 +10,13 @@ guessed from a configuration. The logical targets are the same everywhere:
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from peftlab.attention import AttentionSite, observe
 from peftlab.bases.shapes import Shape
 
 TARGETS = ("q", "k", "v", "o", "up", "down", "gate")
@@ -253,6 +255,7 @@ class Anatomy:
     """
 
     def __init__(self, model: nn.Module, name: str):
+        self.model = model
         family = FAMILIES[model.config.model_type]
         backbone = model.base_model  # the model without its head; in T5 and alone, itself
         self.family, self.kind = model.config.model_type, family.kind
@@ -293,6 +296,25 @@ class Anatomy:
     def backbone(self) -> nn.Module:
         """The stack that reads the input: the only one, or T5's encoder."""
         return next(iter(self.stacks.values()))
+
+    @cached_property
+    def attentions(self) -> list[AttentionSite]:
+        """Every attention sublayer that a prefix can reach, found by running the model once."""
+        return observe(self.model, self.layers)
+
+    @property
+    def takes_positions(self) -> bool:
+        """Whether the model can be told the positions of its tokens; T5 has only distances."""
+        return self.kind != "encoder-decoder"
+
+    @property
+    def first_position(self) -> int:
+        """The position of the first token: RoBERTa's table begins with rows that are not used."""
+        return self.shape.positions - self.shape.context if self.family == "roberta" else 0
+
+    def positions(self, mask: Int[Tensor, "batch seq"]) -> Int[Tensor, "batch seq"]:
+        """The position of every token, counted without the padding on either side."""
+        return (mask.cumsum(dim=1) - 1).clamp(min=0) + self.first_position
 
     @property
     def targets(self) -> tuple[str, ...]:

@@ -16,7 +16,8 @@ class FullFineTuning(Method):
 
         θ ← θ − η · g(∇L(θ))        θ: all parameters, tied ones once
 
-    Trained: all of θ. Stored: all of θ, one full model for every task.
+    Trained: all of θ. Stored: all of θ, one full model for every task. Under a head, θ is the
+    backbone: the language model's own head is out of use and stays as it was.
     The original tensors are kept aside while it is attached, so detaching restores them.
     It is the yardstick that every parameter-efficient method is measured against.
     """
@@ -27,8 +28,9 @@ class FullFineTuning(Method):
     exclusive: ClassVar[bool] = True
 
     def reach(self, base, attachment, generator):
-        names = [name for name, _ in base.model.named_parameters()]  # a tied tensor comes once
-        site = attachment.stack.enter_context(ExistingParameters(base.model, names))
+        module = base.anatomy.backbone if attachment.headless else base.model
+        names = [name for name, _ in module.named_parameters()]  # a tied tensor comes once
+        site = attachment.stack.enter_context(ExistingParameters(module, names))
         attachment.sites.append("parameters: all")
         attachment.trainable.update(site.parameters)
 

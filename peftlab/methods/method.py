@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from contextlib import ExitStack
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import nn
 
 from peftlab.bases import Base, Shape
+
+if TYPE_CHECKING:
+    from peftlab.soft import Source
 
 METHODS: dict[str, type[Method]] = {}
 
@@ -18,13 +21,16 @@ METHODS: dict[str, type[Method]] = {}
 class Attachment:
     """What a method put on a base: the sites it holds and the parameters that train.
 
-    `trainable` maps a site's name to a module or a parameter. Closing `stack` undoes everything.
+    `sources` are what soft prompts are read from. `headless` says that a head stands in place of
+    the language model's own. Closing `stack` undoes everything.
     """
 
     stack: ExitStack
+    headless: bool = False
     sites: list = dataclasses.field(default_factory=list)
     trainable: dict[str, nn.Parameter] = dataclasses.field(default_factory=dict)
     modules: dict[str, nn.Module] = dataclasses.field(default_factory=dict)
+    sources: dict[str, Source] = dataclasses.field(default_factory=dict)
     virtual_tokens: int = 0
 
 
@@ -41,10 +47,10 @@ class Method:
         super().__init_subclass__(**kwargs)
         METHODS[cls.name] = cls
 
-    def attach(self, base: Base, generator: torch.Generator) -> Attachment:
+    def attach(self, base: Base, generator: torch.Generator, headless: bool = False) -> Attachment:
         """Reach the sites and create the parameters. On an error nothing stays behind."""
         stack = ExitStack()
-        attachment = Attachment(stack)
+        attachment = Attachment(stack, headless)
         try:
             self.reach(base, attachment, generator)
         except BaseException:
@@ -63,6 +69,10 @@ class Method:
     def stored(self, shape: Shape) -> int:
         """How many numbers a saved adapter holds."""
         return self.parameters(shape)
+
+    def folded(self) -> Method:
+        """The method that the stored tensors belong to: itself, unless something is left behind."""
+        return self
 
     def to_dict(self) -> dict:
         """Name and hyper-parameters, ready for JSON."""

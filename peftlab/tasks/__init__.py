@@ -1,8 +1,9 @@
 """What is learned: examples of a task, how they become a batch, and how an answer is scored.
 
-`load("sentiment" | "facts" | "slots")` reads the examples from `data/tasks/`, where
-`python -m peftlab.experiments.make_world` put them. Train, dev and test share no (prompt, target)
-pair; each task's module says what else they share and why.
+`load(name)`, with one of `NAMES`, reads the examples from `data/tasks/`, where
+`python -m peftlab.experiments.make_world` put them; `load("letters", skill="sort")` is one of six
+skills. Train, dev and test share no (prompt, target) pair; each task's module says what else they
+share and why.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
     from peftlab.bases import LanguageModel
 
-NAMES = ("sentiment", "facts", "slots")
+WITHOUT_HEAD = ("sentiment", "facts", "slots", "letters")  # answered in words
+NAMES = (*WITHOUT_HEAD, "entities", "speech", "reading")
 IGNORED = -100  # the label that cross entropy leaves out
 
 
@@ -45,27 +47,92 @@ class Task:
     main: ClassVar[str]  # the headline metric
     max_new_tokens: ClassVar[int]
 
+    head: ClassVar = None  # the head that the task needs, None for the model's own
+    example: ClassVar[type[Example]] = Example  # what its files hold
+
+    @classmethod
+    def load(cls) -> Task:
+        """The task with its examples from `data/tasks/`."""
+        folder = data_path("tasks", cls.name)
+        return cls(**{split: read(folder / f"{split}.jsonl", cls.example) for split in SPLITS})
+
+    def batch_for(self, model: LanguageModel, examples: list[Example]) -> dict[str, torch.Tensor]:
+        """`batch` as this model takes it, on its device."""
+        return self.batch(
+            examples, model.tokenizer, model.device, context=model.context, kind=model.kind
+        )
+
     def batch(
-        self, examples: list[Example], tokenizer, device="cpu", context: int | None = None
+        self,
+        examples: list[Example],
+        tokenizer,
+        device="cpu",
+        context: int | None = None,
+        kind: str = "decoder",
     ) -> dict[str, torch.Tensor]:
         """Right-padded ids, mask and labels; the loss counts the target and its end of text only.
 
-        Raises ValueError if the longest example has more tokens than `context`.
+        Of a decoder the input is prompt and target; of an encoder-decoder the prompt with a gap
+        behind it, where `decoder_input_ids` has the target; of an encoder the prompt and one
+        masked token, which the target has to be. Raises ValueError if the longest example has
+        more tokens than `context`, or an encoder's target more than one.
         """
-        import torch
-
         if not examples:
             raise ValueError("a batch needs at least one example")
+        make = {"decoder": self._running, "encoder": self._cloze, "encoder-decoder": self._pairs}
+        batch = make[kind](examples, tokenizer)
+        longest = batch["input_ids"].shape[1]
+        if context is not None and longest > context:
+            raise ValueError(f"the longest example has {longest} tokens, only {context} fit")
+        return {key: tensor.to(device) for key, tensor in batch.items()}
+
+    def _cloze(self, examples: list[Example], tokenizer) -> dict[str, torch.Tensor]:
+        """Prompt and mask token for an encoder; the label is the target, at the mask."""
+        import torch
+
+        texts = [example.prompt + tokenizer.mask_token for example in examples]
+        batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
+        targets = tokenizer([e.target for e in examples], add_special_tokens=False)["input_ids"]
+        if long := [e.target for e, ids in zip(examples, targets, strict=True) if len(ids) != 1]:
+            raise ValueError(f"an encoder fills one token; {long[0]!r} is not one")
+        masked = batch["input_ids"] == tokenizer.mask_token_id
+        masked &= masked.flip(1).cumsum(dim=1).flip(1) == 1  # the last one of each row
+        labels = torch.where(masked, torch.tensor(targets), IGNORED)
+        return {**{k: batch[k] for k in ("input_ids", "attention_mask")}, "labels": labels}
+
+    def _pairs(self, examples: list[Example], tokenizer) -> dict[str, torch.Tensor]:
+        """Prompt with a gap for the encoder, what fills it for the decoder."""
+        import torch
+
+        gap = "<extra_id_0>" if "<extra_id_0>" in tokenizer.get_vocab() else ""
+        texts = [example.prompt + gap for example in examples]
+        batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
+        start = [tokenizer.pad_token_id, *([tokenizer.convert_tokens_to_ids(gap)] if gap else [])]
+        targets = tokenizer([e.target for e in examples], add_special_tokens=False)["input_ids"]
+        longest = max(map(len, targets))
+        given = torch.full((len(examples), len(start) + longest), tokenizer.pad_token_id)
+        labels = torch.full_like(given, IGNORED)
+        for row, ids in enumerate(targets):
+            given[row, : len(start) + len(ids)] = torch.tensor(start + ids)
+            wanted = torch.tensor([*ids, tokenizer.eos_token_id])
+            labels[row, len(start) - 1 : len(start) + len(ids)] = wanted
+        return {
+            **{k: batch[k] for k in ("input_ids", "attention_mask")},
+            "decoder_input_ids": given,
+            "labels": labels,
+        }
+
+    def _running(self, examples: list[Example], tokenizer) -> dict[str, torch.Tensor]:
+        """Prompt and target in one line, for a decoder."""
+        import torch
+
         prompts = tokenizer([example.prompt for example in examples])["input_ids"]
         targets = tokenizer([e.target for e in examples], add_special_tokens=False)["input_ids"]
         targets = [ids + [tokenizer.eos_token_id] for ids in targets]
         lengths = [
             len(prompt) + len(target) for prompt, target in zip(prompts, targets, strict=True)
         ]
-        longest = max(lengths)
-        if context is not None and longest > context:
-            raise ValueError(f"the longest example has {longest} tokens, only {context} fit")
-        size = (len(examples), longest)
+        size = (len(examples), max(lengths))
         input_ids = torch.full(size, tokenizer.pad_token_id)
         mask = torch.zeros(size, dtype=torch.long)
         labels = torch.full(size, IGNORED)
@@ -73,8 +140,7 @@ class Task:
             input_ids[row, :length] = torch.tensor(prompt + target)
             mask[row, :length] = 1
             labels[row, len(prompt) : length] = torch.tensor(target)
-        batch = {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
-        return {key: tensor.to(device) for key, tensor in batch.items()}
+        return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
 
     def score(
         self,
@@ -101,18 +167,22 @@ def share(values) -> float:
     return sum(values) / len(values)
 
 
-def load(name: str) -> Task:
-    """The task called `name`, one of `NAMES`, with its examples from `data/tasks/`."""
+def load(name: str, **options) -> Task:
+    """The task called `name`, one of `NAMES`, with its examples from `data/tasks/`.
+
+    The only option is the `skill` of the letters.
+    """
     if name not in NAMES:
         raise ValueError(f"no task {name!r}; there are {', '.join(NAMES)}")
-    module = importlib.import_module(f"peftlab.tasks.{name}")
-    splits = {split: read(data_path("tasks", name, f"{split}.jsonl")) for split in SPLITS}
-    return module.TASK(**splits)
+    shared = {"entities": "tagging", "speech": "tagging"}  # two tasks in one module
+    module = importlib.import_module(f"peftlab.tasks.{shared.get(name, name)}")
+    task = module.TASKS[name] if name in shared else module.TASK
+    return task.load(**options)
 
 
 SPLITS = ("train", "dev", "test")
 
 
-def read(path) -> list[Example]:
+def read(path, kind: type[Example] = Example) -> list[Example]:
     """The examples in a file with one JSON object a line."""
-    return [Example(**json.loads(line)) for line in path.read_text().splitlines()]
+    return [kind(**json.loads(line)) for line in path.read_text().splitlines()]

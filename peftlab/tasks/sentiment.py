@@ -40,16 +40,18 @@ class Sentiment(Task):
 
         examples = self.test if examples is None else examples
         labels = list(LABELS.values())
-        tokens = [model.tokenizer(label)["input_ids"][0] for label in labels]
+        tokens = [
+            model.tokenizer(label, add_special_tokens=False)["input_ids"][0] for label in labels
+        ]
         right = []
         for start in range(0, len(examples), batch_size):
             chunk = examples[start : start + batch_size]
-            batch = self.batch(chunk, model.tokenizer, model.device)
+            batch = self.batch_for(model, chunk)
             with torch.no_grad():
-                logits = model(batch["input_ids"], batch["attention_mask"])  # (batch, seq, vocab)
-            first = (batch["labels"] >= 0).int().argmax(dim=1)  # where the label word stands
+                logits, wanted = model.aligned(batch)  # (batch, n, vocab), (batch, n)
+            first = (wanted >= 0).int().argmax(dim=1)  # where the label word is predicted
             rows = torch.arange(len(chunk), device=logits.device)
-            best = logits[rows, first - 1][:, tokens].argmax(dim=1)  # (batch,)
+            best = logits[rows, first][:, tokens].argmax(dim=1)  # (batch,)
             right += [labels[i] == e.target for i, e in zip(best.tolist(), chunk, strict=True)]
         return {"accuracy": share(right)}
 

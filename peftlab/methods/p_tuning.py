@@ -1,0 +1,159 @@
+"""P-tuning (v1): a prompt that a small network makes, placed where a template says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from peftlab.bases import Base, Shape
+from peftlab.methods.method import Method, require
+from peftlab.methods.prompt_tuning import check_context
+from peftlab.sites import InputEmbeddings
+from peftlab.soft import (
+    PROMPT_INITS,
+    Flat,
+    PromptEncoder,
+    check_init,
+    initial_prompt,
+    mlp_widths,
+    put,
+    seeded,
+)
+
+ENCODERS = ("lstm", "mlp", "attention", "embedding")
+SIZES = ("lama", "few-shot", "peft")
+
+
+@dataclass(frozen=True)
+class PTuning(Method):
+    """P-tuning, the first version.
+
+        P = g(E)      E (num_virtual_tokens, d_model) and g train, all else is frozen
+
+    Trained: the table E and the network g. Stored: P alone, num_virtual_tokens · d_model numbers;
+    g is run a last time and thrown away. Only the input layer is touched.
+
+    `encoder` is g: "lstm" (two directions, then an MLP), "mlp", "attention" (a variant that
+    sources describe, in neither the paper nor its code), or "embedding" for none, which is what
+    is left after training. `sizes` follows the paper's code for LAMA (LSTM of d_model / 2 in each
+    direction, MLP d → d → d), that for few-shot SuperGLUE (LSTM of d_model in each direction, MLP
+    2 d → d → d) or PEFT's (hidden `encoder_hidden_size`, by default d_model; MLP 2 h → 2 h → d
+    behind the LSTM, d → h → h → d alone).
+
+    `placement` puts blocks of virtual tokens where a template has them: (count, where) pairs,
+    where being "front", "back" (not on decoders), "before X" or "after X" of the first token X.
+    The paper's (3, 3, 3) around a cloze is
+    [(3, "front"), (3, "before [MASK]"), (3, "after [MASK]")].
+
+    Liu et al. 2021, arXiv:2103.10385, section 3; numbers from the authors' code.
+    """
+
+    num_virtual_tokens: int = 9
+    encoder: str = "lstm"
+    sizes: str = "lama"
+    encoder_hidden_size: int | None = None
+    encoder_num_layers: int = 2
+    placement: tuple[tuple[int, str], ...] | list | None = None
+    init: str = "vocabulary"
+    init_text: str | None = None
+
+    name: ClassVar[str] = "p_tuning"
+    title: ClassVar[str] = "P-tuning"
+
+    def __post_init__(self):
+        require("num_virtual_tokens", self.num_virtual_tokens, 1)
+        require("encoder_num_layers", self.encoder_num_layers, 1)
+        if self.encoder not in ENCODERS:
+            raise ValueError(f"encoder={self.encoder!r}: allowed is {', '.join(ENCODERS)}")
+        if self.sizes not in SIZES:
+            raise ValueError(f"sizes={self.sizes!r}: allowed is {', '.join(SIZES)}")
+        if self.encoder_hidden_size is not None:
+            require("encoder_hidden_size", self.encoder_hidden_size, 1)
+        if self.encoder_hidden_size is not None and self.sizes != "peft":
+            raise ValueError('encoder_hidden_size is an option of sizes="peft"')
+        if self.sizes == "peft" and self.encoder == "attention":
+            raise ValueError('sizes="peft" has no attention encoder: use lstm or mlp')
+        check_init(self.init, self.init_text, PROMPT_INITS)
+        self._check_placement()
+
+    def _check_placement(self) -> None:
+        if self.placement is None:
+            return
+        blocks = tuple((count, where) for count, where in self.placement)
+        for count, where in blocks:
+            require("a count of placement", count, 1)
+            if where not in ("front", "back") and not where.startswith(("before ", "after ")):
+                raise ValueError(f"{where!r}: allowed is front, back, 'before X', 'after X'")
+        total, wanted = sum(count for count, _ in blocks), self.num_virtual_tokens
+        if total != wanted:
+            raise ValueError(f"placement has {total} virtual tokens, num_virtual_tokens={wanted}")
+        object.__setattr__(self, "placement", blocks)
+
+    @property
+    def learning_rate(self) -> float:
+        """The step size that works: a network magnifies its own steps."""
+        return 0.1 if self.encoder == "embedding" else 3e-3
+
+    def hidden(self, d_model: int) -> int:
+        """The width of the encoder's middle."""
+        if self.encoder == "lstm" and self.sizes == "lama" and d_model % 2:
+            raise ValueError(f'd_model={d_model} is odd: sizes="lama" halves it')
+        if self.sizes == "peft":
+            return self.encoder_hidden_size or d_model
+        return d_model // 2 if self.sizes == "lama" else d_model
+
+    def reach(self, base, attachment, generator):
+        check_context(self.num_virtual_tokens, base.anatomy.shape)
+        count, d = self.num_virtual_tokens, base.anatomy.shape.d_model
+        table = initial_prompt(base, self.init, self.init_text, count, generator)
+        if self.encoder == "embedding":
+            module = Flat({"prompt": table})
+        else:
+            with seeded(generator):
+                module = PromptEncoder(
+                    table, self.encoder, self.sizes, self.hidden(d), self.encoder_num_layers
+                )
+        read = put(base, attachment, self.name, module)
+        site = InputEmbeddings(base.anatomy, read, self.blocks(base))
+        attachment.sites.append(attachment.stack.enter_context(site))
+        attachment.virtual_tokens = count
+
+    def blocks(self, base: Base) -> list[tuple[int, str, int | None]]:
+        """The placement with token ids. Raises ValueError for a text that is not one token."""
+        resolved = []
+        for count, where in self.placement or [(self.num_virtual_tokens, "front")]:
+            side, _, text = where.partition(" ")
+            token = None
+            if text:
+                ids = base.tokenizer(text, add_special_tokens=False)["input_ids"]
+                if len(ids) != 1:
+                    raise ValueError(f"{text!r} is {len(ids)} tokens of {base.name}: one is needed")
+                token = ids[0]
+            elif side == "back" and base.kind == "decoder":
+                raise ValueError("on a decoder nothing can stand behind a text that goes on")
+            resolved.append((count, side, token))
+        return resolved
+
+    def parameters(self, shape: Shape) -> int:
+        """The table and the network; see the class for the sizes."""
+        check_context(self.num_virtual_tokens, shape)
+        d = shape.d_model
+        total = self.num_virtual_tokens * d
+        if self.encoder == "embedding":
+            return total
+        h = self.hidden(d)
+        if self.encoder == "lstm":
+            wide = [d] + [2 * h] * (self.encoder_num_layers - 1)
+            total += sum(2 * (4 * h * (w + h) + 8 * h) for w in wide)
+        if self.encoder == "attention":
+            total += 4 * d * d + 4 * d
+        widths = mlp_widths(self.encoder, self.sizes, h, d)
+        return total + sum((i + 1) * o for i, o in zip(widths, widths[1:], strict=False))
+
+    def stored(self, shape: Shape) -> int:
+        """num_virtual_tokens · d_model."""
+        return self.num_virtual_tokens * shape.d_model
+
+    def folded(self) -> Method:
+        """The prompt that the network makes."""
+        return self if self.encoder == "embedding" else replace(self, encoder="embedding")

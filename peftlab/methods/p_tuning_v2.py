@@ -1,0 +1,49 @@
+"""P-tuning v2: prefix tuning for understanding, with a head, a depth and a length for each task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from peftlab.methods.method import require
+from peftlab.methods.prefix_tuning import PrefixTuning
+
+
+@dataclass(frozen=True)
+class PTuningV2(PrefixTuning):
+    """P-tuning v2: the keys and values of prefix tuning, in the upper `depth` layers or in all.
+
+        h = softmax(q [P_k; K]ᵀ / √d) [P_v; V]
+
+    Without `prefix_projection` and at full depth these are prefix tuning's own tensors: what the
+    paper adds is where they are used (tagging and classification by a small head that starts at
+    random, see `peftlab.heads`), a length for each task, no reparameterisation by default, and
+    several tasks on one base. The input is not touched.
+
+    `depth` counts layers from the last one down; of T5, in each stack.
+
+    Liu et al. 2022, arXiv:2110.07602, section 3.
+    """
+
+    depth: int | None = None
+
+    name: ClassVar[str] = "p_tuning_v2"
+    title: ClassVar[str] = "P-tuning v2"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.depth is not None:
+            require("depth", self.depth, 1)
+
+    def takes(self, site, shape):
+        layers = shape.decoder_layers if site.stack == "decoder" else shape.layers
+        return self.depth is None or site.layer >= layers - self.depth
+
+    def sublayers(self, shape):
+        """Attention sublayers in the upper `depth` layers."""
+        if self.depth is None:
+            return shape.attentions
+        if self.depth > max(shape.layers, shape.decoder_layers):
+            raise ValueError(f"depth={self.depth}: allowed is 1 to {shape.layers}")
+        decoder = min(self.depth, shape.decoder_layers)
+        return min(self.depth, shape.layers) + 2 * decoder

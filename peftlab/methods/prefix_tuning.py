@@ -1,0 +1,126 @@
+"""Prefix tuning: trainable keys and values in front of those of the text, in every layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from peftlab.attention import AttentionSite
+from peftlab.bases import Base, Shape
+from peftlab.methods.method import Method, require
+from peftlab.sites import KeysValues
+from peftlab.soft import (
+    PREFIX_INITS,
+    Flat,
+    PrefixMLP,
+    check_init,
+    initial_prefix,
+    put,
+    seeded,
+)
+
+
+@dataclass(frozen=True)
+class PrefixTuning(Method):
+    """Prefix tuning.
+
+        h = softmax(q [P_k; K]ᵀ / √d) [P_v; V]      P_k, P_v (P, d_kv) in every attention
+
+    Trained: P_k and P_v, 2 · P · d_kv numbers for each attention sublayer; T5's decoder has two
+    in each layer. With `prefix_projection` they are made by an MLP from a table (P, d_model):
+    W₂ tanh(W₁ E + b₁) + b₂ with `encoder_hidden_size` numbers in the middle, trained in their
+    place and thrown away afterwards. Stored: P_k and P_v either way.
+
+    `init` is where a flat prefix starts: "text" is the keys and values of `init_text` (repeated
+    or cut to length), "vocabulary" those of tokens drawn at random, "random" N(0, 1), "zero" all
+    zeros, which is not a no-op: a key of zeros still takes its share of the softmax. With the MLP
+    the start is what torch's own initialisation of the MLP makes of a N(0, 1) table.
+
+    `shift_positions` lets the text's positions begin after the prefix, as where a library passes
+    the prefix as a cache.
+
+    Li and Liang 2021, arXiv:2101.00190, sections 4.1 to 4.3.
+    """
+
+    num_virtual_tokens: int = 20
+    prefix_projection: bool = False
+    encoder_hidden_size: int = 512
+    init: str = "vocabulary"
+    init_text: str | None = None
+    shift_positions: bool = False
+
+    name: ClassVar[str] = "prefix_tuning"
+    title: ClassVar[str] = "Prefix tuning"
+
+    def __post_init__(self):
+        require("num_virtual_tokens", self.num_virtual_tokens, 1)
+        require("encoder_hidden_size", self.encoder_hidden_size, 1)
+        check_init(self.init, self.init_text, PREFIX_INITS)
+        if self.prefix_projection and self.init == "text":
+            raise ValueError('init="text" needs prefix_projection=False: the MLP makes the start')
+
+    @property
+    def learning_rate(self) -> float:
+        """The step size that works: an MLP magnifies its own steps, so it takes smaller ones."""
+        return 3e-3 if self.prefix_projection else 0.1
+
+    def reach(self, base, attachment, generator):
+        sites = self.select(base)
+        self._check_length(base.anatomy.shape)
+        count = self.num_virtual_tokens
+        if self.prefix_projection:
+            table = torch.randn(count, base.anatomy.shape.d_model, generator=generator)
+            with seeded(generator):
+                module = PrefixMLP(table, self.encoder_hidden_size, sites)
+        else:
+            module = Flat(initial_prefix(base, sites, self.init, self.init_text, count, generator))
+        read = put(base, attachment, self.name, module)
+        site = KeysValues(base.anatomy, sites, read, self.shift_positions)
+        attachment.sites.append(attachment.stack.enter_context(site))
+        attachment.virtual_tokens = count if self.shift_positions else 0
+
+    def select(self, base: Base) -> list[AttentionSite]:
+        """The attention sublayers that get a prefix. Raises ValueError if the base has none."""
+        sites = [site for site in base.anatomy.attentions if self.takes(site, base.anatomy.shape)]
+        if not sites:
+            raise ValueError(
+                f"{base.name} computes attention in a way that no prefix reaches: "
+                "its family does not use transformers' attention registry"
+            )
+        return sites
+
+    def takes(self, site: AttentionSite, shape: Shape) -> bool:
+        """Whether this attention sublayer gets a prefix: here all do."""
+        return True
+
+    def sublayers(self, shape: Shape) -> int:
+        """How many attention sublayers get a prefix."""
+        return shape.attentions
+
+    def parameters(self, shape: Shape) -> int:
+        """2 · P · d_kv for each sublayer, or the table and the MLP that make them."""
+        self._check_length(shape)
+        out = 2 * self.sublayers(shape) * shape.d_kv
+        if not self.prefix_projection:
+            return self.num_virtual_tokens * out
+        m, d = self.encoder_hidden_size, shape.d_model
+        return self.num_virtual_tokens * d + (d + 1) * m + (m + 1) * out
+
+    def stored(self, shape: Shape) -> int:
+        """2 · P · d_kv for each sublayer."""
+        return self.folded().parameters(shape)
+
+    def folded(self) -> Method:
+        """The flat prefix that the MLP makes."""
+        if not self.prefix_projection:
+            return self
+        return replace(self, prefix_projection=False)
+
+    def _check_length(self, shape: Shape) -> None:
+        if self.shift_positions and self.num_virtual_tokens >= shape.context:
+            raise ValueError(
+                f"num_virtual_tokens={self.num_virtual_tokens} with shift_positions: "
+                f"{shape.name} has {shape.context} positions, one at least for the input"
+            )
