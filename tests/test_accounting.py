@@ -1,18 +1,26 @@
 """Closed forms against models built without memory, and against a table of known counts."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from transformers import (
     BertConfig,
     BertModel,
+    DistilBertConfig,
+    DistilBertModel,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    RobertaConfig,
+    RobertaModel,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -26,7 +34,10 @@ CLASSES = {
     "gpt2": (GPT2Config, GPT2LMHeadModel),
     "llama": (LlamaConfig, LlamaForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "gpt_neox": (GPTNeoXConfig, GPTNeoXForCausalLM),
     "bert": (BertConfig, BertModel),
+    "roberta": (RobertaConfig, RobertaModel),
+    "distilbert": (DistilBertConfig, DistilBertModel),
     "t5": (T5Config, T5ForConditionalGeneration),
 }
 
@@ -53,6 +64,18 @@ MODULES = {
     | {"up": ("DenseReluDense.wi", ".wi_1"), "gate": (".wi_0",), "down": ("DenseReluDense.wo",)},
 }
 MODULES["qwen2"] = MODULES["llama"]
+MODULES["roberta"] = MODULES["bert"]
+MODULES["distilbert"] = {t: (f".{t}_lin",) for t in "qkv"} | {
+    "o": (".out_lin",),
+    "up": ("ffn.lin1",),
+    "down": ("ffn.lin2",),
+}
+MODULES["gpt_neox"] = {t: (".query_key_value",) for t in "qkv"} | {
+    "o": ("attention.dense",),
+    "up": (".dense_h_to_4h",),
+    "down": (".dense_4h_to_h",),
+}
+FUSED = ("gpt2", "gpt_neox")
 
 TOY = dict(  # a small Llama with grouped heads
     model_type="llama",
@@ -79,6 +102,40 @@ T5_V1_1 = dict(  # gated MLP, untied head, as in the models that prompt tuning w
 )
 BIASED = TOY | dict(attention_bias=True, mlp_bias=True, head_dim=48, tie_word_embeddings=True)
 CONFIGS = {p.stem: json.loads(p.read_text()) for p in sorted(data_path("configs").glob("*.json"))}
+# Written by hand from the config.json of FacebookAI/roberta-base, distilbert-base-uncased and
+# EleutherAI/pythia-160m on the Hugging Face hub.
+ROBERTA_BASE = CONFIGS["bert-base"] | dict(
+    model_type="roberta",
+    max_position_embeddings=514,
+    type_vocab_size=1,
+    vocab_size=50265,
+    pad_token_id=1,
+)
+DISTILBERT = dict(
+    model_type="distilbert",
+    dim=768,
+    hidden_dim=3072,
+    n_layers=6,
+    n_heads=12,
+    max_position_embeddings=512,
+    vocab_size=30522,
+)
+PYTHIA_160M = dict(
+    model_type="gpt_neox",
+    hidden_size=768,
+    intermediate_size=3072,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    max_position_embeddings=2048,
+    vocab_size=50304,
+    tie_word_embeddings=False,
+)
+CONFIGS |= {
+    "roberta-base": ROBERTA_BASE,
+    "distilbert-base": DISTILBERT,
+    "pythia-160m": PYTHIA_160M,
+    "toy-neox": PYTHIA_160M | dict(attention_bias=False, tie_word_embeddings=True),
+}
 CONFIGS |= {"toy-gqa": TOY, "toy-t5-v1.1": T5_V1_1, "toy-biased": BIASED}
 
 
@@ -99,12 +156,12 @@ def measured_matrices(shape, model, target):
     for name, module in model.named_modules():
         if not name.endswith(MODULES[shape.family][target]):
             continue
-        if shape.family == "bert" and target == "down" and "attention" in name:
+        if shape.family in ("bert", "roberta") and target == "down" and "attention" in name:
             continue
         d_in, d_out = module.weight.shape
         if shape.family != "gpt2":  # a Linear holds (d_out, d_in), GPT-2's Conv1D (d_in, d_out)
             d_in, d_out = d_out, d_in
-        elif target in ("q", "k", "v"):
+        if shape.family in FUSED and target in ("q", "k", "v"):
             d_out //= 3  # one fused matrix for the three
         sizes.append((d_in, d_out))
     return sizes
@@ -136,6 +193,47 @@ def test_norms_equal_the_model(pair):
     norms = [m for m in model.modules() if "norm" in type(m).__name__.lower()]
     assert shape.norms == len(norms)
     assert {shape.norm_size} == {sum(p.numel() for p in m.parameters()) for m in norms}
+
+
+@pytest.mark.parametrize(
+    ("name", "model_class"),
+    [
+        ("bert-base", "BertForMaskedLM"),
+        ("roberta-base", "RobertaForMaskedLM"),
+        ("distilbert-base", "DistilBertForMaskedLM"),
+    ],
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_masked_lm_head_equals_the_model(name, model_class, tied):
+    """And without any head, what is left is the model's backbone."""
+    model_class = getattr(transformers, model_class)
+    fields = {k: v for k, v in CONFIGS[name].items() if k not in ("source", "model_type")}
+    config = model_class.config_class(**fields, tie_word_embeddings=tied)
+    with torch.device("meta"):
+        model = model_class(config)
+    shape = replace(as_shape(config), head="masked_lm")
+    assert shape.parameters() == sum(p.numel() for p in model.parameters())
+    backbone = sum(p.numel() for p in model.base_model.parameters())
+    assert shape.without_head().parameters() == backbone
+    assert as_shape(config).without_head() == shape.without_head()
+
+
+# Pythia's table of sizes (Biderman et al. 2023, arXiv:2304.01373) counts every parameter, and
+# those that are not embeddings; RoBERTa (arXiv:1907.11692) and DistilBERT (arXiv:1910.01108)
+# print millions.
+@pytest.mark.parametrize(
+    ("name", "published", "unit"),
+    [
+        ("pythia-160m", 162_322_944, 1),
+        ("roberta-base", 125, 10**6),
+        ("distilbert-base", 66, 10**6),
+    ],
+)
+def test_published_sizes(name, published, unit):
+    shape = as_shape(CONFIGS[name])
+    assert round(shape.parameters() / unit) == published
+    if name == "pythia-160m":
+        assert shape.parameters() - 2 * shape.vocab * shape.d_model == 85_056_000
 
 
 @pytest.mark.parametrize("r", [1, 8, 13])

@@ -40,7 +40,8 @@ def test_unknown_name_lists_the_known_ones():
 
 
 def test_unknown_family_lists_the_known_ones():
-    with pytest.raises(ValueError, match="unknown family 'mamba'; known: gpt2, llama, qwen2"):
+    known = "gpt2, llama, qwen2, gpt_neox, bert, roberta, distilbert, t5"
+    with pytest.raises(ValueError, match=f"unknown family 'mamba'; known: {known}"):
         as_shape({"model_type": "mamba"})
 
 
@@ -61,6 +62,45 @@ def test_t5_counts_self_and_cross_attention_of_both_stacks():
     assert shape.matrices("q") == [(36, 768, 768)]  # 12 encoder, 12 decoder, 12 cross
     assert shape.matrices("up") == [(24, 768, 3072)]
     assert shape.norms == 2 * 12 + 3 * 12 + 2
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "head"),
+    [
+        ("gpt2", "decoder", "lm"),
+        ("qwen2.5-0.5b", "decoder", "lm"),
+        ("bert-base", "encoder", "pooler"),
+        ("t5-base", "encoder-decoder", "lm"),
+    ],
+)
+def test_kind_and_head_of_the_named(name, kind, head):
+    shape = Shape.named(name)
+    assert (shape.kind, shape.head) == (kind, head)
+    headless = shape.without_head()
+    assert (headless.kind, headless.head) == (kind, "none")
+    assert headless.norms == shape.norms and headless.matrices("q") == shape.matrices("q")
+
+
+def test_a_tied_head_costs_nothing_and_an_untied_one_a_table():
+    tied, untied = Shape.named("gpt2"), Shape.named("llama-2-7b")
+    assert tied.without_head().parameters() == tied.parameters()
+    assert untied.parameters() - untied.without_head().parameters() == 32000 * 4096
+
+
+def test_roberta_counts_positions_from_behind_the_padding():
+    fields = dict(
+        model_type="roberta",
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=514,
+        type_vocab_size=1,
+        vocab_size=10,
+    )
+    shape = as_shape(fields)
+    assert (shape.context, shape.positions, shape.segments) == (512, 514, 1)
+    assert as_shape(fields | dict(pad_token_id=0)).context == 513
 
 
 def test_optional_fields_default_as_in_transformers():
