@@ -1,7 +1,10 @@
-"""Make the small world and the three tasks on it: `python -m peftlab.experiments.make_world`.
+"""Make the small world and the tasks on it: `python -m peftlab.experiments.make_world`.
 
-Writes `data/world/world.json` and `data/tasks/*/{train,dev,test}.jsonl`. The same seed gives the
-same bytes. Names are drawn pair by pair: a first and a last name together belong to one class
+Writes `data/world/world.json`, `data/tasks/*/{train,dev,test}.jsonl`, and for the letters
+`data/tasks/letters/*/`. The same seed gives the same bytes. A new task has a stream of random
+numbers to itself, so that it changes no other.
+
+Names are drawn pair by pair: a first and a last name together belong to one class
 (`documents.name_class`), so a held-out person's name is always a new combination of names that the
 base has read, and the values of a held-out person's attributes are values that others have too.
 """
@@ -9,13 +12,16 @@ base has read, and the values of a held-out person's attributes are values that 
 import argparse
 import json
 import random
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 from peftlab._data import data_path
 from peftlab.experiments import words as w
 from peftlab.experiments.documents import FIRST_NAMES, HELD_OUT, KNOWN, Writer, name_class
-from peftlab.tasks import SPLITS, Example, facts, sentiment, slots
+from peftlab.experiments.tagged import TaggedWriter
+from peftlab.tasks import SPLITS, Example, facts, letters, sentiment, slots
+from peftlab.tasks.reading import Question
 
 PEOPLE = 2400
 HELD_OUT_PEOPLE = 160
@@ -26,6 +32,8 @@ KNOWN_IN_TRAINING = 100  # people of the pre-training text, one fact each
 KNOWN_IN_TEST = 110  # others of them, and as many others again in dev
 SENTIMENT_SIZES = {"train": 64, "dev": 100, "test": 240}
 SLOTS_SIZES = {"train": 128, "dev": 64, "test": 128}
+HEAD_SIZES = {"train": 256, "dev": 100, "test": 240}  # entities, speech and reading
+LETTERS_SIZES = {"train": 512, "dev": 100, "test": 200}  # each skill
 
 
 def make_person(rng: random.Random, name: str) -> dict:
@@ -151,6 +159,33 @@ def make_slots(writer: Writer) -> dict[str, list[Example]]:
     return {split: [next(examples) for _ in range(size)] for split, size in SLOTS_SIZES.items()}
 
 
+def make_tagged(write: Callable[[], Example]) -> dict[str, list[Example]]:
+    """What a `TaggedWriter` writes; nobody is in two of its texts, so none in two splits."""
+    return {split: [write() for _ in range(size)] for split, size in HEAD_SIZES.items()}
+
+
+def make_reading(writer: TaggedWriter) -> dict[str, list[Question]]:
+    """Wordings that training lacks are in every second example of dev and test."""
+    return {
+        split: [writer.reading(new_wording=split != "train" and i % 2 == 1) for i in range(size)]
+        for split, size in HEAD_SIZES.items()
+    }
+
+
+def make_letters(rng: random.Random, skill: str) -> dict[str, list[Example]]:
+    """Inputs of which no two have the same letters, order apart."""
+    distinct = {}
+    while len(distinct) < sum(LETTERS_SIZES.values()):
+        if skill == "double_histogram":
+            pool = rng.sample(letters.ALPHABET[:-1], rng.randint(2, 4))
+            given = rng.choices(pool, k=rng.randint(4, 8))
+        else:
+            given = rng.sample(letters.ALPHABET[:-1], rng.randint(3, 6))
+        distinct.setdefault(tuple(sorted(given)), letters.example(skill, given))
+    examples = iter(distinct.values())
+    return {split: [next(examples) for _ in range(size)] for split, size in LETTERS_SIZES.items()}
+
+
 def world_text(world: dict) -> str:
     """JSON with one person or shop a line, so that a change can be read."""
     parts = []
@@ -175,7 +210,13 @@ def main() -> None:
         "facts": make_facts(random.Random(f"facts {options.seed}"), world),
         "sentiment": make_sentiment(writer),
         "slots": make_slots(writer),
+        "entities": make_tagged(TaggedWriter(f"entities {options.seed}", world).entities),
+        "speech": make_tagged(TaggedWriter(f"speech {options.seed}", world).speech),
+        "reading": make_reading(TaggedWriter(f"reading {options.seed}", world)),
     }
+    for skill in letters.SKILLS:
+        rng = random.Random(f"{skill} {options.seed}")
+        tasks[f"letters/{skill}"] = make_letters(rng, skill)
     files = {"world/world.json": world_text(world)}
     for task, splits in tasks.items():
         for split, examples in splits.items():
