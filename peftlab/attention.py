@@ -225,7 +225,7 @@ def observe(model: PreTrainedModel, layers: dict[str, list[nn.Module]]) -> list[
     try:
         model.eval()
         with dispatched(model):
-            model(input_ids=tokens, **given)
+            model(input_ids=tokens, attention_mask=torch.ones_like(tokens), **given)
     finally:
         model.train(training)
         for module in place:

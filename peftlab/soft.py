@@ -25,24 +25,27 @@ PREFIX_INITS = ("vocabulary", "text", "random", "zero")
 class Source:
     """What a site reads at every forward: the tensors of a module, or others put in their place.
 
-    While nothing can have changed (no gradient, the same parameters), a module is run once.
+    Inside `held()` nothing trains, and the module is run once for all forwards.
     """
 
     def __init__(self, module: nn.Module):
         self.module = module
         self.instead: dict[str, Tensor] | None = None
-        self._seen: tuple | None = None
-        self._made: dict[str, Tensor] = {}
+        self._made: dict[str, Tensor] | None = None
 
     def __call__(self) -> dict[str, Tensor]:
         if self.instead is not None:
             return self.instead
-        if torch.is_grad_enabled() or self.module.training:
-            return self.module()
-        seen = tuple((p.data_ptr(), p._version) for p in self.module.parameters())
-        if seen != self._seen:
-            self._made, self._seen = self.module(), seen
-        return self._made
+        return self.module() if self._made is None else self._made
+
+    @contextlib.contextmanager
+    def held(self):
+        """Inside, what the module makes now is what every forward reads."""
+        self._made = self.module()
+        try:
+            yield
+        finally:
+            self._made = None
 
 
 class Flat(nn.Module):
@@ -185,12 +188,20 @@ def keys_values(
 ) -> dict[str, Float[Tensor, "sites kv_heads virtual head_dim"]]:
     """The keys and values of a text's tokens in every sublayer, positions from 0 on.
 
-    An encoder-decoder reads the text on both sides.
+    An encoder-decoder reads the text on both sides. Virtual tokens of another method take no part.
     """
     ids = ids[None]
-    given = {"decoder_input_ids": ids} if base.kind == "encoder-decoder" else {}
-    with base._evaluating(), attention.recorded(base.model, sites) as records:
-        base.model(input_ids=ids, **given)
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if base.kind == "encoder-decoder":
+        given["decoder_input_ids"] = ids
+    else:
+        given["position_ids"] = base.anatomy.positions(given["attention_mask"])
+    with (
+        base._evaluating(),
+        base.anatomy.alone(),
+        attention.recorded(base.model, sites) as records,
+    ):
+        base.model(**given)
     made = {
         "P_k": torch.stack([records[site.name].key[0] for site in sites]),
         "P_v": torch.stack([records[site.name].value[0] for site in sites]),
