@@ -487,6 +487,16 @@ def test_a_t5_with_a_head_of_its_own_is_counted_with_it(tmp_path):
     assert loaded.anatomy.shape.parameters() == sum(p.numel() for p in loaded.model.parameters())
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_folder_without_a_tokenizer_is_refused(family, tmp_path):
+    """transformers makes one of special tokens alone, and says nothing."""
+    on_disk(specimen(family).model, tmp_path)
+    for path in tmp_path.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises((FileNotFoundError, ValueError), match="tokenizer"):
+        peftlab.load(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "t5"])
 def test_encoders_need_a_padding_token(name):
     bare = tokenizer()

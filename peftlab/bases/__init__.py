@@ -1,8 +1,8 @@
 """Frozen models: finding them, loading them, running them.
 
-`load` gives a `Base`: a causal language model whose parameters are frozen, its tokenizer and its
-anatomy. `LanguageModel` is the surface that a base and an adapted base share, so that tasks and
-probes need not know which of the two they were given.
+`load` gives a `Base`: a decoder, an encoder or an encoder-decoder whose parameters are frozen, its
+tokenizer and its anatomy. `LanguageModel` is the surface that a base and an adapted base share, so
+that tasks and probes need not know which of the two they were given.
 """
 
 from __future__ import annotations
@@ -308,7 +308,7 @@ def load(
             raise ValueError(f"{damaged}: {error}") from error
     if problems:
         raise ValueError(f"{damaged}: {min(problems)} {problems[min(problems)]}")
-    if len(tokenizer) < 2:
+    if len(tokenizer) - len(tokenizer.all_special_tokens) < 2:  # made up, for want of a file
         raise FileNotFoundError(f"no tokenizer in {str(source)!r}")
     return Base(str(name), model.to(device), tokenizer)
 
