@@ -80,6 +80,9 @@ class InputEmbeddings:
         self.real = None
 
     def _put_in(self, stack, args, kwargs):
+        if self.anatomy.bare:
+            self.real = None
+            return args, kwargs
         if args:  # the first positional argument of every stack is input_ids
             kwargs = {**kwargs, "input_ids": args[0]}
         kwargs = {key: value for key, value in kwargs.items() if key != "cache_position"}

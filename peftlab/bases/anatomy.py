@@ -9,6 +9,7 @@ guessed from a configuration. The logical targets are the same everywhere:
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -261,6 +262,7 @@ class Anatomy:
         self.family, self.kind = model.config.model_type, family.kind
         self.embedding: nn.Embedding = backbone.get_submodule(family.embedding)
         self.shape = _measured_head(model, Shape.from_config(model.config, name=name))
+        self.bare = False  # True: what is attached in front of the model stands aside
         self.stacks: dict[str, nn.Module] = {}
         self.layers: dict[str, list[nn.Module]] = {}
         self.linears: dict[str, Linear] = {}
@@ -300,7 +302,17 @@ class Anatomy:
     @cached_property
     def attentions(self) -> list[AttentionSite]:
         """Every attention sublayer that a prefix can reach, found by running the model once."""
-        return observe(self.model, self.layers)
+        with self.alone():
+            return observe(self.model, self.layers)
+
+    @contextlib.contextmanager
+    def alone(self):
+        """Inside, the model runs without the virtual tokens that are attached to it."""
+        before, self.bare = self.bare, True
+        try:
+            yield
+        finally:
+            self.bare = before
 
     @property
     def takes_positions(self) -> bool:
