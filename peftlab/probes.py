@@ -1,13 +1,113 @@
-"""What happened inside: nearest tokens of a prompt, the spectrum of an update, forgetting."""
+"""What happened inside: attention and its gate, nearest tokens of a prompt, the spectrum of an
+update, forgetting."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from peftlab.attention import Record, attention_weights, recorded, weighted_sum
 from peftlab.bases import Base, LanguageModel
+
+
+@dataclass
+class AttentionMap:
+    """Attention of one text in every sublayer: `records` by sublayer, and the tokens as text.
+
+    The rows of `weights(name)` are the queries, `tokens`; its columns are the virtual tokens,
+    if any, and then `keys(name)`. In T5 the queries of the decoder are `targets`.
+    """
+
+    records: dict[str, Record]
+    tokens: list[str]
+    targets: list[str]
+
+    def weights(self, name: str) -> Float[Tensor, "heads queries keys"]:
+        """Attention weights of one sublayer; each row sums to 1."""
+        return self.records[name].weights[0]
+
+    def queries(self, name: str) -> list[str]:
+        """The tokens that ask in this sublayer."""
+        return self.targets if name.startswith("decoder.") else self.tokens
+
+    def keys(self, name: str) -> list[str]:
+        """The names of the columns: P1, P2, … and the tokens that are attended to."""
+        record, inner = self.records[name], name.startswith("decoder.")
+        real = self.targets if inner and not name.endswith(".cross") else self.tokens
+        more = record.key.shape[2] - record.virtual - len(real)  # virtual tokens of the input
+        return [f"P{i + 1}" for i in range(record.virtual + more)] + list(real)
+
+    def gate(self, name: str) -> Float[Tensor, "heads queries"]:
+        """λ: the share of each query's attention that goes to the prefix, from 0 to 1."""
+        record = self.records[name]
+        return record.weights[0, :, :, : record.virtual].sum(dim=-1)
+
+
+@torch.no_grad()
+def attention_map(model: LanguageModel, text: str, target: str = "") -> AttentionMap:
+    """Run one text and record every attention sublayer that a prefix can reach.
+
+    An encoder-decoder reads `target` in its decoder. Raises ValueError for an empty text.
+    """
+    encoded = model.tokenizer([text], return_tensors="pt").to(model.device)
+    ids = encoded["input_ids"]
+    if ids.shape[1] == 0:
+        raise ValueError("an empty text: there is nothing to attend to")
+    given, targets = {}, []
+    if model.kind == "encoder-decoder":
+        answer = model.tokenizer(target, add_special_tokens=False)["input_ids"]
+        answer = torch.tensor([model.decoder_start + answer], device=model.device)
+        given, targets = {"decoder_input_ids": answer}, _pieces(model, answer[0])
+    with model._evaluating(), recorded(model.model, model.anatomy.attentions) as records:
+        model(ids, encoded["attention_mask"], **given)
+    return AttentionMap(dict(records), _pieces(model, ids[0]), targets)
+
+
+def _pieces(model: LanguageModel, ids: Tensor) -> list[str]:
+    return [model.tokenizer.decode([i]) for i in ids.tolist()]
+
+
+@dataclass
+class Gate:
+    """One attention sublayer taken apart: output = (1 − λ) · text + λ · prefix.
+
+    `gate` is λ (batch, heads, queries, 1); the others are (batch, heads, queries, head_dim):
+    `output` as the model computed it, `text` attention over the text alone and `prefix` over the
+    virtual keys alone, both from the same queries.
+    """
+
+    gate: Tensor
+    output: Tensor
+    text: Tensor
+    prefix: Tensor
+
+    @property
+    def error(self) -> float:
+        """The largest difference between the two sides."""
+        mixed = (1 - self.gate) * self.text + self.gate * self.prefix
+        return (self.output - mixed).abs().max().item()
+
+
+def gate(record: Record) -> Gate:
+    """Take one recorded attention with a prefix apart.
+
+    He et al. 2022, arXiv:2110.04366, equation 7. Raises ValueError if there is no prefix.
+    """
+    count = record.virtual
+    if count == 0:
+        raise ValueError("no prefix was attended to here")
+
+    def alone(part: slice) -> Tensor:
+        added = None if record.mask is None else record.mask[..., part]
+        weights = attention_weights(record.query, record.key[:, :, part], added, record.scaling)
+        return weighted_sum(weights, record.value[:, :, part])
+
+    share = record.weights[..., :count].sum(dim=-1, keepdim=True)
+    return Gate(share, record.output, alone(slice(count, None)), alone(slice(count)))
 
 
 def nearest_tokens(

@@ -164,6 +164,14 @@ class Tuned(LanguageModel):
         for module in self.modules.values():
             module.train(mode)
 
+    @torch.no_grad()
+    def generate(self, prompts: list[str], max_new_tokens: int = 32) -> list[str]:
+        """As of a base; a network that makes a soft prompt is run once for the whole batch."""
+        with ExitStack() as stack, self._evaluating():
+            for source in self.sources.values():
+                stack.enter_context(source.held())
+            return super().generate(prompts, max_new_tokens)
+
     def _head_logits(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         linear = self.linear
         if self._head_now is not None:
