@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from jaxtyping import Float
@@ -69,7 +69,8 @@ class Record:
     output: Tensor
 
 
-_PREFIXES: WeakKeyDictionary[nn.Module, Prefix] = WeakKeyDictionary()
+# Weak on both sides: a model that is dropped with its prefix is not kept alive from here.
+_PREFIXES: WeakKeyDictionary[nn.Module, ref[Prefix]] = WeakKeyDictionary()
 _RECORDERS: WeakKeyDictionary[nn.Module, Callable[[nn.Module, Record], None]] = WeakKeyDictionary()
 
 
@@ -93,6 +94,11 @@ def attend(
         raise ValueError(f"{type(module).__name__} caps its scores: peftlab does not")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     virtual, prefix = 0, _PREFIXES.get(module)
+    prefix = None if prefix is None else prefix()
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(
+            ~attention_mask, torch.finfo(query.dtype).min
+        )
     if prefix is not None:
         extra_key, extra_value = (
             (t if t.ndim == 4 else t.expand(len(key), -1, -1, -1)).to(key.dtype)
@@ -172,8 +178,8 @@ def dispatched(model: PreTrainedModel):
 def prefixed(prefixes: dict[nn.Module, Prefix]):
     """Inside, these attention modules read these prefixes."""
     if taken := [module for module in prefixes if module in _PREFIXES]:
-        raise ValueError(f"{type(taken[0]).__name__} has a prefix already")
-    _PREFIXES.update(prefixes)
+        raise ValueError(f"two methods want the same site, the prefix of {type(taken[0]).__name__}")
+    _PREFIXES.update({module: ref(prefix) for module, prefix in prefixes.items()})
     try:
         yield
     finally:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
@@ -83,9 +84,10 @@ class InputEmbeddings:
         if self.anatomy.bare:
             self.real = None
             return args, kwargs
-        if args:  # the first positional argument of every stack is input_ids
-            kwargs = {**kwargs, "input_ids": args[0]}
-        kwargs = {key: value for key, value in kwargs.items() if key != "cache_position"}
+        if args:
+            names = signature(stack.forward).parameters
+            kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        kwargs.pop("cache_position", None)
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
         embedded = kwargs.get("inputs_embeds")
         if embedded is None:
@@ -101,17 +103,21 @@ class InputEmbeddings:
             positions = self.anatomy.positions(mask)[:, -length:]
         if cached:
             self.real = None
-            order, _ = self._order(mask, None)
+            order, _ = self._order(mask)
             kwargs["attention_mask"] = self._arrange(order, mask, 1)
             if self.has_positions:
                 kwargs["position_ids"] = positions + self.count
             return (), kwargs
         prompt = self.read()["prompt"]
         first = (prompt[..., 0, :, :] if self.every_layer else prompt).to(embedded.dtype)
-        order, at = self._order(mask, ids)
+        if ids is None and any(token is not None for *_, token in self.placement):
+            raise ValueError("virtual tokens stand at a token of the text: input_ids are needed")
+        order, at = self._order(mask, ids, inside=True)
         kwargs["attention_mask"] = self._arrange(order, mask, 1)
         kwargs["inputs_embeds"] = self._arrange(order, embedded, first)
         kwargs["input_ids"] = None
+        if kwargs.get("token_type_ids") is not None:
+            kwargs["token_type_ids"] = self._arrange(order, kwargs["token_type_ids"], 0)
         if self.has_positions:
             positions = positions.expand(batch, -1)
             kwargs["position_ids"] = self._arrange(order, *self._positions(positions, at))
@@ -129,26 +135,29 @@ class InputEmbeddings:
         if at is None:
             return real + self.count, mine + start
         before = (at[:, None, :] <= torch.arange(real.shape[1], device=real.device)[:, None]).sum(2)
-        ends = torch.cat([real, real[:, -1:] + 1], dim=1)
-        anchored = ends.gather(1, at)  # the position of the token that each one stands before
-        front = torch.tensor(self._each("front"), device=real.device)
-        return real + before, mine + torch.where(front, start, anchored)
+        earlier = at.argsort(dim=1, stable=True).argsort(dim=1)  # virtual tokens to the left
+        ahead = real.gather(1, at.clamp(max=real.shape[1] - 1))  # of the token that it precedes
+        behind = real.gather(1, (at - 1).clamp(min=0)) + 1  # padding may follow: count from before
+        where = [where for count, where, _ in self.placement for _ in range(count)]
+        front = torch.tensor([w == "front" for w in where], device=real.device)
+        follows = torch.tensor([w in ("after", "back") for w in where], device=real.device)
+        anchored = torch.where(front, start, torch.where(follows, behind, ahead))
+        return real + before, earlier + anchored
 
-    def _each(self, where: str) -> list[bool]:
-        return [w == where for count, w, _ in self.placement for _ in range(count)]
-
-    def _order(self, mask: Tensor, ids: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def _order(
+        self, mask: Tensor, ids: Tensor | None = None, inside: bool = False
+    ) -> tuple[Tensor | None, Tensor | None]:
         """How [virtual; real] is put in order, and the real token that each virtual one precedes.
 
-        Without `ids` (while decoding) only the mask is wanted, where virtual tokens are all alike:
-        they are counted as standing in front.
+        Unless `inside` the text, which is not known while decoding, they all stand in front: of
+        the mask alone that is the same, for there virtual and real tokens are alike.
         """
         if self.simple:
             return None, None
         first = mask.int().argmax(dim=1)  # (batch,)
         columns = []
         for count, where, token in self.placement:
-            if where == "front" or ids is None:
+            if where == "front" or not inside:
                 at = first
             elif where == "back":
                 at = mask.shape[1] - mask.flip(1).int().argmax(dim=1)
@@ -192,7 +201,7 @@ class InputEmbeddings:
         """T5's decoder sees the encoder's virtual tokens too."""
         mask, states = kwargs.get("encoder_attention_mask"), kwargs.get("encoder_hidden_states")
         if mask is not None and states is not None and mask.shape[1] < states.shape[1]:
-            order, _ = self._order(mask, None)
+            order, _ = self._order(mask)
             kwargs = {**kwargs, "encoder_attention_mask": self._arrange(order, mask, 1)}
         return args, kwargs
 
