@@ -64,7 +64,7 @@ class LanguageModel:
         input_ids: Int[Tensor, "batch seq"],
         attention_mask: Int[Tensor, "batch seq"] | None = None,
         decoder_input_ids: Int[Tensor, "batch targets"] | None = None,
-    ) -> Float[Tensor, "batch seq vocab"]:
+    ) -> Float[Tensor, "batch *tokens outputs"]:
         """Logits of every real token; virtual tokens are used and not shown.
 
         An encoder-decoder needs `decoder_input_ids` and gives the logits of those; under a head
