@@ -177,8 +177,8 @@ def make_letters(rng: random.Random, skill: str) -> dict[str, list[Example]]:
     distinct = {}
     while len(distinct) < sum(LETTERS_SIZES.values()):
         if skill == "double_histogram":
-            pool = rng.sample(letters.ALPHABET[:-1], rng.randint(2, 4))
-            given = rng.choices(pool, k=rng.randint(4, 8))
+            pool = rng.sample(letters.ALPHABET[:-1], rng.randint(2, 3))
+            given = rng.choices(pool, k=rng.randint(4, 6))
         else:
             given = rng.sample(letters.ALPHABET[:-1], rng.randint(3, 6))
         distinct.setdefault(tuple(sorted(given)), letters.example(skill, given))
