@@ -1,0 +1,23 @@
+"""How near two ways to the same number must be.
+
+In float64 the two differ by rounding alone. The same way in float32 says how much rounding that
+is: E, the largest difference between float32 and float64 over the tensor compared. Each way lies
+within about E of the exact value and both within 2 E of each other; E is a sample and not a
+bound, so it is doubled, and in float64 it is 2⁻²⁹ times as large: 4 E · 2⁻²⁹. In float32, 4 E, and
+never more than 1e-5 of the largest entry: what is asked of every equivalence here.
+"""
+
+from __future__ import annotations
+
+from models import U32, U64
+from torch import Tensor
+
+
+def check(single: tuple[Tensor, Tensor], double: tuple[Tensor, Tensor], what: str = "") -> None:
+    """(one way, the other) in float32 and in float64: equal up to rounding in both."""
+    E = max((s.double() - d).abs().max() for s, d in zip(single, double, strict=True))
+    largest = double[0].abs().max()
+    apart, precisely = ((a - b).abs().max() for a, b in (single, double))
+    assert precisely <= 4 * E * U64 / U32, f"{what}: {precisely:.1e}, E {E:.1e}"
+    assert apart <= 4 * E, f"{what}: {apart:.1e}, E {E:.1e}"
+    assert apart <= 1e-5 * largest, f"{what}: {apart:.1e} of {largest:.1e}"
