@@ -1,4 +1,4 @@
-"""Prefix keys and values through the cache: a second implementation, which shares nothing with ours.
+"""Prefix keys and values through the cache: a second implementation, nothing shared with ours.
 
 Before every forward the prefix is put into a new cache as if its tokens had been read already.
 The model then shifts positions, attends to the prefix and lets T5's relative bias reach it, all by

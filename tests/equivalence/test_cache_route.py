@@ -58,7 +58,7 @@ def test_the_same_logits_and_gradients(family, side):
     """On padded batches. Of the prefix's gradient every entry is compared."""
     single, double = both(family, torch.float32, side), both(family, torch.float64, side)
     for name, one, other in zip(("logits", "P_k", "P_v"), single, double, strict=True):
-        check(one, other, name)
+        check(one, other, name, within=1e-5 if name == "logits" else None)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
