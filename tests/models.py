@@ -10,6 +10,7 @@ import copy
 import functools
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -27,6 +28,7 @@ from peftlab import (
     PTuningV2,
     Tuned,
     attach,
+    attention,
 )
 from peftlab.bases import CLASSES, Base, LanguageModel
 from peftlab.bases import FAMILIES as KNOWN
@@ -243,9 +245,11 @@ CASES = {
     "lora + prompt": Case([LoRA(target_modules=["k", "down"]), PromptTuning(3)]),
     "lora + prefix": Case([LoRA(target_modules=["q", "v"]), PrefixTuning(3)], plain=True),
     "prompt + prefix": Case([PromptTuning(2), PrefixTuning(3)], plain=True),
-    "head": Case([], head=TAGS, families=BERT),
-    "head full": Case([FullFineTuning()], head=SENSES, restored=False, families=BERT),
-    "head lora": Case([LoRA(r=3)], head=Spans(), merges=True, families=BERT),
+    "head": Case([], head=TAGS, families=BERT, starts_equal=True),
+    "head full": Case(
+        [FullFineTuning()], head=SENSES, starts_equal=True, restored=False, families=BERT
+    ),
+    "head lora": Case([LoRA(r=3)], head=Spans(), starts_equal=True, merges=True, families=BERT),
     "head v2": Case([PTuningV2(4)], head=TAGS, families=BERT, plain=True),
     "head prompt": Case([PromptTuning(3)], head=SENSES, families=BERT),
     "head p back": Case(
@@ -257,6 +261,9 @@ CASES = {
 }
 PAIRS = [(family, name) for name, case in CASES.items() for family in case.families]
 PLAIN = [(family, name) for family, name in PAIRS if CASES[name].plain]
+ON_EVERY = pytest.mark.parametrize("family, case", PAIRS)
+ON_PLAIN = pytest.mark.parametrize("family, case", PLAIN)
+ON_GENERATING = pytest.mark.parametrize("family, case", [p for p in PAIRS if p[0] in GENERATING])
 
 
 def put(case: str, base: Base, seed: int = 0) -> Tuned:
@@ -352,6 +359,28 @@ def hook_count(model: nn.Module) -> int:
     """Hooks of every kind on every module."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
+
+
+def surroundings(base: Base) -> dict:
+    """Everything of a base that attaching touches: equal before and after, or something stayed."""
+    model = base.model
+    return {
+        "tensors": base.fingerprint(),
+        "addresses": {name: p.data_ptr() for name, p in model.named_parameters()},
+        "hooks": hook_count(model),
+        "attention": [
+            part.config._attn_implementation
+            for part in model.modules()
+            if isinstance(part, transformers.PreTrainedModel)
+        ],
+        "prefixes": [m for m in model.modules() if m in attention._PREFIXES],
+        "recorders": [m for m in model.modules() if m in attention._RECORDERS],
+        "trains": [name for name, p in model.named_parameters() if p.requires_grad],
+        "gradients": [name for name, p in model.named_parameters() if p.grad is not None],
+        "dropout": any(module.training for module in model.modules()),
+        "bare": base.anatomy.bare,
+        "adapter": base.adapted_by,
+    }
 
 
 class Letters(Task):
