@@ -1,8 +1,9 @@
-"""Pre-train `tiny-gpt` on documents about the made-up world: `python -m
-peftlab.experiments.pretrain`.
+"""Pre-train a base on documents about the made-up world: `python -m
+peftlab.experiments.pretrain --base tiny-gpt`.
 
-Trains a byte-level BPE tokenizer and a GPT-2 model and writes them, with a datasheet, to
-`data/bases/tiny-gpt/`. Minutes on one GPU; `--steps 20 --distinct 200000` is a try on a CPU.
+Writes the model, its tokenizer and a datasheet to `data/bases/`. `tiny-gpt` brings a byte-level
+BPE tokenizer, which `tiny-llama`, `tiny-bert` and `tiny-t5` (see `architectures`) take over.
+Minutes on one GPU; `--steps 20 --distinct 200000 --lr 1e-3` is a try on a CPU.
 """
 
 import argparse
@@ -10,7 +11,9 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import platform
+import re
 import sys
 import time
 from collections import Counter
@@ -24,10 +27,9 @@ import transformers
 from torch.nn import functional as F
 
 from peftlab._data import data_path
+from peftlab.experiments.architectures import CONTEXT, EOS, PLANS
 from peftlab.experiments.documents import ATTRIBUTES, MIX, QUESTIONS, Writer, load_world
 
-EOS = "<eos>"
-CONTEXT = 256
 CHUNK = 10_000  # documents written by one call of a worker
 TOKENIZER_CHUNKS = 20
 MERGED = 5000  # vocabulary before rare pieces are dropped
@@ -137,97 +139,78 @@ class Corpus:
 # -- training ---------------------------------------------------------------------------------
 
 
-def build_model(vocabulary: int, options) -> transformers.GPT2LMHeadModel:
-    torch.manual_seed(options.seed)
-    config = transformers.GPT2Config(
-        vocab_size=vocabulary,
-        n_positions=CONTEXT,
-        n_embd=options.width,
-        n_layer=options.layers,
-        n_head=options.heads,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-        dtype="float32",
-    )
-    return transformers.GPT2LMHeadModel(config).to(options.device)
-
-
-def mean_loss(model, windows: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy (nats per token) of rows of CONTEXT + 1 tokens."""
-    device = windows.device.type
+def mean_loss(model, inputs: dict, labels: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy (nats per token) of the labels that are not to be ignored."""
+    device = labels.device.type
     with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
-        logits = model(windows[:, :-1], use_cache=False).logits  # (batch, context, vocab)
-    return F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
+        logits = model(**inputs).logits  # (batch, tokens, vocabulary)
+    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
 
 
-def train(model, corpus: Corpus, lr: float, steps: int, options) -> dict:
-    """AdamW with warm-up and a cosine to zero; embeddings, biases and norms are not decayed."""
+def is_decayed(name: str, parameter: torch.Tensor) -> bool:
+    """The matrices of the layers are; embeddings, biases and norms are not."""
+    inside = re.search(r"\.(h|layers?|block)\.\d", name) and "relative" not in name
+    return parameter.ndim == 2 and bool(inside)
+
+
+def train(model, feed, lr: float, steps: int, options, seconds: float | None = None) -> dict:
+    """AdamW with warm-up and a cosine to zero, for so many steps or seconds."""
     device = options.device
     generator = torch.Generator(device).manual_seed(options.seed)
-    decayed = [p for n, p in model.named_parameters() if p.ndim == 2 and ".h." in n]
-    plain = [p for n, p in model.named_parameters() if not (p.ndim == 2 and ".h." in n)]
+    decayed = [p for n, p in model.named_parameters() if is_decayed(n, p)]
+    plain = [p for n, p in model.named_parameters() if not is_decayed(n, p)]
     groups = [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=device == "cuda")
     warmup = min(300, steps // 10 + 1)
+    begun = time.perf_counter()
+
+    def done(step: int) -> float:
+        """Share of the steps, or of the seconds if there is a limit and it is nearer."""
+        spent = (time.perf_counter() - begun) / seconds if seconds else 0.0
+        return min(1.0, max(step / steps, spent))
+
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps))),
+        lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * done(step)))),
     )
     counts = torch.zeros(model.config.vocab_size, dtype=torch.long, device=device)
+    predicted = torch.zeros((), dtype=torch.long, device=device)
+    loss_of = torch.compile(mean_loss, dynamic=False) if options.compile else mean_loss
     curve, recent = [], []
     model.train()
     for step in range(steps):
-        windows = corpus.windows(options.batch_size, generator)
-        loss = mean_loss(model, windows)
+        inputs, labels, text = feed(options.batch_size, step, generator)
+        loss = loss_of(model, inputs, labels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad(set_to_none=True)
         recent.append(loss.detach())
-        counts += torch.bincount(windows[:, 1:].flatten(), minlength=len(counts))
-        if (step + 1) % max(1, steps // 50) == 0 or step + 1 == steps:
+        counts.scatter_add_(0, text.clamp(min=0).flatten(), (text >= 0).flatten().long())
+        predicted += (labels >= 0).sum()
+        stop = done(step + 1) == 1.0
+        if (step + 1) % max(1, steps // 50) == 0 or stop:
             curve.append([step + 1, round(torch.stack(recent).mean().item(), 4)])
             recent = []
             print(f"lr {lr:g} step {step + 1} loss {curve[-1][1]}", flush=True)
+        if stop:
+            break
     model.eval()
-    return {"curve": curve, "counts": counts.tolist()}
+    return {"curve": curve, "counts": counts.tolist(), "predicted": predicted.item()}
 
 
 # -- evaluation -------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def held_out_loss(model, corpus: Corpus, batches: int = 32) -> float:
-    generator = torch.Generator(corpus.stream.device).manual_seed(0)
-    losses = [mean_loss(model, corpus.windows(64, generator)).item() for _ in range(batches)]
+def held_out_loss(model, feed, device: str, batches: int = 32) -> float:
+    generator = torch.Generator(device).manual_seed(0)
+    losses = [mean_loss(model, *feed(64, step, generator)[:2]).item() for step in range(batches)]
     return sum(losses) / len(losses)
 
 
-@torch.no_grad()
-def answers(model, tokenizer, prompts: list[str], max_new_tokens: int = 8) -> list[str]:
-    """Greedy continuations up to the end of the line."""
-    out = []
-    for start in range(0, len(prompts), 512):
-        batch = tokenizer(
-            prompts[start : start + 512], return_tensors="pt", padding=True, padding_side="left"
-        ).to(model.device)
-        ids = model.generate(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-        )
-        new = ids[:, batch["input_ids"].shape[1] :]
-        out += [t.split("\n")[0] for t in tokenizer.batch_decode(new, skip_special_tokens=True)]
-    return out
-
-
-def fact_accuracy(model, tokenizer, people: list[dict]) -> dict[str, float]:
+def fact_accuracy(plan, model, tokenizer, people: list[dict]) -> dict[str, float]:
     """Exact match on one question a person and attribute, as the pre-training text asks it."""
     accuracy = {}
     for attribute in ATTRIBUTES:
@@ -235,45 +218,17 @@ def fact_accuracy(model, tokenizer, people: list[dict]) -> dict[str, float]:
             f"Q: {QUESTIONS[attribute][i % 7].format(n=person['name'])}\nA:"
             for i, person in enumerate(people)
         ]
-        given = answers(model, tokenizer, prompts)
+        given = plan.answers(model, tokenizer, prompts)
         right = sum(g == f" {person[attribute]}" for g, person in zip(given, people, strict=True))
         accuracy[attribute] = right / len(people)
     return accuracy
 
 
-@torch.no_grad()
-def samples(model, tokenizer, people: list[dict], seed: int) -> list[dict]:
-    """What the model writes after a few openings, greedily and by sampling."""
-    name = people[0]["name"]
-    openings = [
-        f"{name} ",
-        f"Q: Where does {name} live?\nA:",
-        "One summer morning",
-        "Weather for Harwick",
-        "name = The Royal Swan | kind = inn | food = soup | price = cheap | area = river\n",
-        "Review: The soup was not stale, the waiter was friendly and the room was dirty.\nLabel:",
-        "sort: d a c b ->",
-        EOS,
-        EOS,
-        EOS,
-    ]
-    torch.manual_seed(seed)
-    texts = []
-    for opening in openings:
-        ids = tokenizer(opening.rstrip(" "), return_tensors="pt").to(model.device)
-        for sampled in (False, True):
-            if opening == EOS and not sampled:
-                continue
-            options = {"do_sample": True, "temperature": 0.8} if sampled else {"do_sample": False}
-            out = model.generate(
-                input_ids=ids["input_ids"],
-                attention_mask=ids["attention_mask"],
-                max_new_tokens=90,
-                **options,
-            )
-            new = tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
-            texts.append({"opening": opening.rstrip(" "), "sampled": sampled, "text": new})
-    return texts
+def one_token_answers(fast: tokenizers.Tokenizer, people: list[dict]) -> float:
+    """Share of the answers that are one token: a single mask can hold no other."""
+    texts = [f" {person[attribute]}" for person in people for attribute in ATTRIBUTES]
+    encodings = fast.encode_batch(texts, add_special_tokens=False)
+    return sum(len(encoding.ids) == 1 for encoding in encodings) / len(texts)
 
 
 # -- the whole run ----------------------------------------------------------------------------
@@ -281,93 +236,88 @@ def samples(model, tokenizer, people: list[dict], seed: int) -> list[dict]:
 
 def parse(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--base", choices=PLANS, default="tiny-gpt")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=None, help="overrides --tokens")
     parser.add_argument("--tokens", type=float, default=4e8, help="tokens to train on")
+    parser.add_argument("--seconds", type=float, help="end the training by then")
     parser.add_argument("--distinct", type=float, default=2e8, help="tokens to write")
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--corpus", type=Path, help="documents to read, or to keep for others")
+    parser.add_argument("--batch-size", type=int, default=128, help=f"rows of {CONTEXT} tokens")
     parser.add_argument("--lr", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3])
     parser.add_argument("--trial-steps", type=int, default=600, help="to choose among several lr")
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--width", type=int, default=192)
-    parser.add_argument("--heads", type=int, default=6)
+    parser.add_argument("--layers", type=int, default=6, help="of tiny-gpt")
+    parser.add_argument("--width", type=int, default=192, help="of tiny-gpt")
+    parser.add_argument("--heads", type=int, default=6, help="of tiny-gpt")
+    parser.add_argument("--compile", action="store_true", help="with torch.compile, for a GPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=data_path("bases", "tiny-gpt"))
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
+    options.out = options.out or data_path("bases", options.base)
     options.steps = options.steps or int(options.tokens / (options.batch_size * CONTEXT))
     return options
 
 
-def main(arguments=None) -> None:
-    options = parse(arguments)
-    started = time.perf_counter()
-
-    def note(text: str) -> None:
-        print(f"[{time.perf_counter() - started:6.1f} s] {text}", flush=True)
-
+def written(options, note) -> tuple[tokenizers.Tokenizer, Corpus, Corpus]:
+    """The tokenizer, the documents to train on and the held-out ones."""
+    if options.corpus and options.corpus.exists():
+        state, corpus, held_out = pickle.loads(options.corpus.read_bytes())
+        return tokenizers.Tokenizer.from_str(state), corpus, held_out
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # in the workers, which are many already
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
         os.environ["TOKENIZERS_PARALLELISM"] = "true"
-        seeds = [f"tokenizer {options.seed} {i}" for i in range(TOKENIZER_CHUNKS)]
-        texts = [text for chunk in pool.map(write_chunk, seeds) for _, text in chunk]
-        note(f"{len(texts)} documents for the tokenizer")
-        fast = build_tokenizer(texts)
-        note(f"{fast.get_vocab_size()} tokens in the vocabulary")
+        if options.base == "tiny-gpt":
+            seeds = [f"tokenizer {options.seed} {i}" for i in range(TOKENIZER_CHUNKS)]
+            texts = [text for chunk in pool.map(write_chunk, seeds) for _, text in chunk]
+            note(f"{len(texts)} documents for the tokenizer")
+            fast = build_tokenizer(texts)
+            note(f"{fast.get_vocab_size()} tokens in the vocabulary")
+        else:
+            stored = data_path("bases", "tiny-gpt", "tokenizer.json")
+            fast = tokenizers.Tokenizer.from_file(str(stored))
         corpus = Corpus(pool, fast, f"train {options.seed}", int(options.distinct))
         held_out = Corpus(pool, fast, HELD_OUT_SEED, min(2_000_000, int(options.distinct)))
-        note(f"{len(corpus.stream):,} distinct tokens")
-    corpus.to(options.device), held_out.to(options.device)
-    torch.backends.cuda.matmul.allow_tf32 = True
+    if options.corpus:
+        part = options.corpus.with_suffix(".part")
+        part.write_bytes(pickle.dumps((fast.to_str(), corpus, held_out)))
+        part.rename(options.corpus)
+    return fast, corpus, held_out
 
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=fast, eos_token=EOS, pad_token=EOS, bos_token=EOS,
-        model_max_length=CONTEXT, clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+
+def try_rates(model, feeds, options, note) -> dict[float, float]:
+    """Held-out losses of short runs at each learning rate; the model is as before at the end."""
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     trials = {}
-    if len(options.lr) > 1:
-        for lr in options.lr:
-            model = build_model(len(tokenizer), options)
-            train(model, corpus, lr, options.trial_steps, options)
-            trials[lr] = round(held_out_loss(model, held_out), 4)
-            note(f"trial at lr {lr:g}: held-out loss {trials[lr]}")
-    lr = min(trials, key=trials.get) if trials else options.lr[0]
+    for lr in options.lr:
+        train(model, feeds[0], lr, options.trial_steps, options)
+        trials[lr] = round(held_out_loss(model, feeds[1], options.device), 4)
+        model.load_state_dict(before)
+        note(f"trial at lr {lr:g}: held-out loss {trials[lr]}")
+    return trials
 
-    model = build_model(len(tokenizer), options)
-    begun = time.perf_counter()
-    trained = train(model, corpus, lr, options.steps, options)
-    training_seconds = time.perf_counter() - begun
-    note("trained")
 
-    model.half()  # the stored numbers; everything below is measured on them
-    options.out.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(options.out)
-    config = json.loads((options.out / "config.json").read_text())
-    config["dtype"] = "float32"  # what it is to be loaded as
-    config["activation_function"] = "gelu_pytorch_tanh"  # gelu_new in one kernel instead of eight
-    (options.out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+def store(model, tokenizer, plan, out: Path) -> None:
+    """Writes the model in 16 bits, to be loaded in 32; afterwards it holds the stored numbers."""
+    out.mkdir(parents=True, exist_ok=True)
+    model.half().save_pretrained(out)
+    config = json.loads((out / "config.json").read_text())
+    config |= {"dtype": "float32"} | plan.stored
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     model.float()
-    tokenizer.save_pretrained(options.out)
+    tokenizer.save_pretrained(out)
 
-    pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    counts = dict(zip(pieces, trained["counts"], strict=True))
-    (options.out / "token_counts.json").write_text(json.dumps(counts, indent=0) + "\n")
 
-    world = load_world()
-    known = fact_accuracy(model, tokenizer, world["people"])
-    unknown = fact_accuracy(model, tokenizer, world["held_out"])
-    note(f"known facts {known}, facts of held-out people {unknown}")
+def describe(plan, model, tokenizer, corpus: Corpus, counts: dict[str, int], options) -> dict:
+    """The part of the datasheet that needs no run: where the base comes from and its corpus."""
     cuda = options.device.startswith("cuda")
-    datasheet = {
+    return {
         "name": options.out.name,
-        "what": "A GPT-2 of this project, trained on documents about a made-up world.",
+        "what": plan.what,
         "command": " ".join(["python -m peftlab.experiments.pretrain", *sys.argv[1:]]),
         "date": datetime.now(UTC).date().isoformat(),
         "seed": options.seed,
         "device": torch.cuda.get_device_name() if cuda else platform.processor() or "CPU",
-        "seconds": {
-            "in all": round(time.perf_counter() - started, 1),
-            "training": round(training_seconds, 1),
-        },
+        "seconds": {},
         "versions": {
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -384,28 +334,75 @@ def main(arguments=None) -> None:
             for kind in MIX
         },
         "distinct tokens": len(corpus.stream),
-        "tokens trained": options.steps * options.batch_size * CONTEXT,
         "least trained token": dict([min(counts.items(), key=lambda item: item[1])]),
+    }
+
+
+def main(arguments=None) -> None:
+    options = parse(arguments)
+    plan = PLANS[options.base]
+    started = time.perf_counter()
+
+    def note(text: str) -> None:
+        print(f"[{time.perf_counter() - started:6.1f} s] {text}", flush=True)
+
+    fast, corpus, held_out = written(options, note)
+    note(f"{len(corpus.stream):,} distinct tokens")
+    corpus.to(options.device), held_out.to(options.device)
+    torch.backends.cuda.matmul.allow_tf32 = True
+
+    tokenizer = plan.tokenizer(fast)
+    feeds = plan.feed(corpus, tokenizer), plan.feed(held_out, tokenizer)
+    torch.manual_seed(options.seed)
+    model = plan.model(tokenizer, options).to(options.device)
+    trials = try_rates(model, feeds, options, note) if len(options.lr) > 1 else {}
+    lr = min(trials, key=trials.get) if trials else options.lr[0]
+
+    begun = time.perf_counter()
+    left = options.seconds and options.seconds - (begun - started)
+    trained = train(model, feeds[0], lr, options.steps, options, left)
+    training_seconds = time.perf_counter() - begun
+    note("trained")
+
+    store(model, tokenizer, plan, options.out)  # everything below is measured on stored numbers
+    pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    counts = dict(zip(pieces, trained["counts"], strict=True))
+    (options.out / "token_counts.json").write_text(json.dumps(counts, indent=0) + "\n")
+
+    world = load_world()
+    known = fact_accuracy(plan, model, tokenizer, world["people"])
+    unknown = fact_accuracy(plan, model, tokenizer, world["held_out"])
+    note(f"known facts {known}, facts of held-out people {unknown}")
+    words = {t: n for t, n in counts.items() if t not in {EOS, *tokenizer.all_special_tokens}}
+    datasheet = describe(plan, model, tokenizer, corpus, words, options)
+    datasheet["seconds"] = {
+        "in all": round(time.perf_counter() - started, 1),
+        "training": round(training_seconds, 1),
+    }
+    datasheet |= {
+        "tokens trained": sum(trained["counts"]),
+        "tokens predicted": trained["predicted"],
         "training": {
-            "steps": options.steps,
+            "steps": trained["curve"][-1][0],
             "batch size": options.batch_size,
             "context": CONTEXT,
             "learning rate": lr,
             "held-out loss of short trials by learning rate": trials,
-            "precision": "bfloat16 autocast" if cuda else "float32",
+            "precision": "bfloat16 autocast" if options.device != "cpu" else "float32",
         },
+        "objective": plan.objective,
         "loss curve": trained["curve"],
-        "held-out loss": round(held_out_loss(model, held_out), 4),
+        "held-out loss": round(held_out_loss(model, feeds[1], options.device), 4),
         "known facts": known,
         "facts of held-out people (never in the text)": unknown,
-        "samples": samples(model, tokenizer, world["people"], options.seed),
+        "answers that are one token": one_token_answers(fast, world["people"]),
+        "samples": plan.samples(model, tokenizer, world["people"], options.seed),
     }
     text = json.dumps(datasheet, indent=1)
     (options.out / "datasheet.json").write_text(text + "\n")
     note(f"held-out loss {datasheet['held-out loss']}, rarest {datasheet['least trained token']}")
     for sample in datasheet["samples"]:
-        print(f"--- {sample['opening']!r} {'sampled' if sample['sampled'] else 'greedy'}")
-        print(sample["text"])
+        print(json.dumps(sample))
 
 
 if __name__ == "__main__":
