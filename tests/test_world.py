@@ -3,10 +3,13 @@
 import json
 
 import pytest
+import tokenizers
+import transformers
 
 import peftlab
 from peftlab._data import data_path
 from peftlab.experiments import documents, make_world
+from peftlab.experiments.architectures import PLANS
 from peftlab.experiments.documents import HELD_OUT, MIX, Writer, name_class
 
 
@@ -76,3 +79,47 @@ def test_the_base_writes_its_world(base):
     # the datasheet's loss includes the first token of a document, which nothing announces; this
     # one leaves it out: 0.08 to 0.12 lower for three draws of 300 documents
     assert 0.05 < sheet["held-out loss"] - base.loss(texts) < 0.15
+
+
+FURTHER_BASES = sorted(set(PLANS) - {"tiny-gpt"})
+
+
+@pytest.mark.parametrize("name", FURTHER_BASES)
+def test_a_further_base_reads_the_ids_of_tiny_gpt_and_trained_them_all(name):
+    first = tokenizers.Tokenizer.from_file(str(data_path("bases", "tiny-gpt", "tokenizer.json")))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(data_path("bases", name))
+    vocabulary = tokenizer.get_vocab()
+    assert first.get_vocab().items() <= vocabulary.items()
+    text = "Q: Where does Gideon Waverly live?\nA: Vinely"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert ids == first.encode(text).ids
+    counts = json.loads(data_path("bases", name, "token_counts.json").read_text())
+    assert counts.keys() == vocabulary.keys()
+    special = {"<eos>", *tokenizer.all_special_tokens}
+    assert min(n for token, n in counts.items() if token not in special) >= 100
+    folder = data_path("bases", name)
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 8_000_000
+
+
+@pytest.mark.parametrize("name", FURTHER_BASES)
+def test_a_further_base_knows_what_its_datasheet_says(name):
+    """Asked in its own way: it goes on, fills a mask or writes into a gap."""
+    sheet = json.loads(data_path("bases", name, "datasheet.json").read_text())
+    model = getattr(transformers, class_of(name)).from_pretrained(data_path("bases", name))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(data_path("bases", name))
+    people = documents.load_world()["people"][:70]
+    for attribute, share in sheet["known facts"].items():
+        asked = [
+            f"Q: {documents.QUESTIONS[attribute][i % 7].format(n=p['name'])}\nA:"
+            for i, p in enumerate(people)
+        ]
+        said = PLANS[name].answers(model.eval(), tokenizer, asked)
+        right = sum(s == f" {p[attribute]}" for s, p in zip(said, people, strict=True))
+        # four standard errors of a share of 70, and a little for a share near 0 or 1
+        assert abs(right / 70 - share) < 4 * (share * (1 - share) / 70) ** 0.5 + 0.03
+
+
+def class_of(name: str) -> str:
+    """The class that the base's configuration names."""
+    config = json.loads(data_path("bases", name, "config.json").read_text())
+    return config["architectures"][0]
