@@ -1,0 +1,246 @@
+"""P-tuning v2 on entities, taken apart: depth, the head's learning rate, and a sequence that grows.
+
+    python -m peftlab.experiments.sweep_v2 --workers 14              # one GPU
+    python -m peftlab.experiments.sweep_v2 --workers 2 --device cpu  # or two processor cores
+
+Writes `data/results/v2_apart.json`, one row a run:
+
+    depth    the upper 1, 2, … 6 layers, and each layer alone (with its own prefix and no other)
+    head     P-tuning v2 under head learning rates from 0.0001 to 0.3
+    growing  virtual tokens put in front of every layer's output, the sequence growing each time:
+             three learning rates on dev, then the seeds, as in `sweep_soft`'s families
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import date
+from multiprocessing import get_context
+from pathlib import Path
+from typing import ClassVar
+
+import pandas as pd
+import torch
+from torch.nn import functional as F
+
+from peftlab import tasks
+from peftlab._data import data_path
+from peftlab.bases import Base, load
+from peftlab.experiments.sweep_soft import SEEDS, TABLE, TUNING_SEED, best, write
+from peftlab.methods import Method, PTuningV2
+from peftlab.soft import Flat, initial_prompt, put
+from peftlab.training import train
+from peftlab.tuned import attach
+
+PATH = data_path("results", "v2_apart.json")
+HEAD_RATES = (1e-4, 1e-3, 5e-3, 2e-2, 1e-1, 3e-1)
+
+
+@dataclass(frozen=True)
+class GrowingPrompts(Method):
+    """Prompts in front of each layer's output, as in the sources' code: not a published method.
+
+        h ← [P_l; h] after layer l,   so that T tokens have become T + L · P at the end
+
+    P_l (P, d_model), L of them: P · L · d_model numbers. Layer 1 sees no prompt, and P_L is seen
+    by nobody. The code as it stands fails on a padded batch: here the mask grows as well, and the
+    head reads the last T states, those of the text. BERT alone.
+    """
+
+    num_virtual_tokens: int = 20
+
+    name: ClassVar[str] = "growing_prompts"
+    title: ClassVar[str] = "Growing prompts"
+    learning_rate: ClassVar[float] = 0.1
+
+    def reach(self, base, attachment, generator):
+        count, layers = self.num_virtual_tokens, base.anatomy.shape.layers
+        drawn = [initial_prompt(base, "vocabulary", None, count, generator) for _ in range(layers)]
+        read = put(base, attachment, self.name, Flat({"prompt": torch.stack(drawn)}))
+        attachment.stack.enter_context(growing(base, lambda: read()["prompt"]))
+        attachment.sites.append(self.name)
+
+    def parameters(self, shape):
+        """P · L · d_model."""
+        return self.num_virtual_tokens * shape.layers * shape.d_model
+
+
+@contextmanager
+def growing(base: Base, read) -> Iterator[None]:
+    """Inside, each layer's output gets `read()[layer]` (P, d_model) in front."""
+    ((_, blocks),) = base.anatomy.layers.items()
+
+    def widen(block, args, kwargs):
+        hidden, mask, *rest = args
+        if mask is not None:  # an encoder's rows are alike: which keys are padding
+            missing = hidden.shape[1] - mask.shape[-1]
+            seen = True if mask.dtype == torch.bool else 0
+            mask = F.pad(mask[:, :, :1], (missing, 0), value=seen)
+        return (hidden, mask, *rest), kwargs
+
+    def grow(layer):
+        def hook(block, args, hidden):
+            prompt = read()[layer].to(hidden.dtype)
+            return torch.cat([prompt.expand(len(hidden), -1, -1), hidden], dim=1)
+
+        return hook
+
+    def cut(stack, args, output):
+        output.last_hidden_state = output.last_hidden_state[:, sum(map(len, read())) :]
+        return output
+
+    hooks = [block.register_forward_pre_hook(widen, with_kwargs=True) for block in blocks]
+    hooks += [block.register_forward_hook(grow(layer)) for layer, block in enumerate(blocks)]
+    hooks.append(base.anatomy.backbone.register_forward_hook(cut))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@dataclass(frozen=True)
+class OneLayer(PTuningV2):
+    """P-tuning v2 in one layer alone, `layer` counted from 0: to ask which layers matter."""
+
+    layer: int = 0
+
+    name: ClassVar[str] = "p_tuning_v2_one_layer"
+    title: ClassVar[str] = "P-tuning v2, one layer"
+
+    def takes(self, site, shape):
+        return site.layer == self.layer
+
+    def sublayers(self, shape):
+        """One."""
+        return 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run; `steps` at a batch of 16, as in `sweep_soft`."""
+
+    part: str
+    setting: float
+    method: Method
+    steps: int
+    lr: float
+    head_lr: float
+    seed: int
+    split: str = "test"
+
+
+def jobs() -> list[Job]:
+    """Every run but those of `growing` on the test, whose rate is chosen first."""
+    depth = [
+        Job("depth", d, PTuningV2(20, depth=d), 200, 0.1, 5e-3, s)
+        for d in range(1, 7)
+        for s in SEEDS
+    ]
+    alone = [
+        Job("one layer", n + 1, OneLayer(20, layer=n), 200, 0.1, 5e-3, s)
+        for n in range(6)
+        for s in SEEDS
+    ]
+    head = [
+        Job("head", rate, PTuningV2(20), 200, 0.1, rate, s) for rate in HEAD_RATES for s in SEEDS
+    ]
+    return growing_jobs(TABLE, (TUNING_SEED,), "dev") + depth + alone + head
+
+
+def growing_jobs(rates, seeds, split) -> list[Job]:
+    """The growing sequence under these rates and seeds."""
+    return [
+        Job("growing", lr, GrowingPrompts(20), 200, lr, 5e-3, s, split)
+        for lr in rates
+        for s in seeds
+    ]
+
+
+_bases = {}
+
+
+def one(job: Job, device: str, steps: int | None) -> dict:
+    """Train, and score on the split."""
+    torch.set_num_threads(1)
+    if device not in _bases:
+        _bases[device] = load("tiny-bert", device=device)
+    task = tasks.load("entities")
+    with attach(_bases[device], job.method, seed=job.seed, head=task.head) as tuned:
+        run = train(
+            tuned, task, steps=steps or job.steps, lr=job.lr, head_lr=job.head_lr, seed=job.seed,
+            precision="fp32", progress=False, evaluate=False,
+        )  # fmt: skip
+        examples = getattr(task, job.split)
+        scores = task.score(tuned, examples[:20] if steps else examples)
+        count = tuned.count()
+    found = scores | {"loss_last": run.history["loss"].tail(10).mean(), "seconds": run.seconds}
+    return {
+        "part": job.part,
+        "setting": job.setting,
+        "label": job.method.title,
+        "steps": job.steps,
+        "lr": job.lr,
+        "head_lr": job.head_lr,
+        "seed": job.seed,
+        "metric": task.main,
+        "trained": count.parameters,
+        **{key: float(f"{value:.4g}") for key, value in found.items()},
+    }
+
+
+def measure(device: str, workers: int, steps: int | None, few: bool) -> dict:
+    """All runs; the growing sequence last, at the rate that was best on dev."""
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+
+        def submit(wanted: list[Job]) -> list[dict]:
+            futures = [pool.submit(one, job, device, steps) for job in wanted]
+            return [future.result() for future in futures]
+
+        wanted = jobs()
+        if few:
+            wanted = [job for job in wanted if job.seed in (0, TUNING_SEED)]
+        rows = submit(wanted)
+        tried = [row for row in rows if row["part"] == "growing"]
+        runs = [row for row in rows if row["part"] != "growing"]
+        runs += submit(growing_jobs((best(tried),), SEEDS[:1] if few else SEEDS, "test"))
+    return {"tried": tried, "runs": runs}
+
+
+def read(path: Path = PATH) -> tuple[dict, pd.DataFrame]:
+    """When and where it was made, and one row for each final run."""
+    result = json.loads(path.read_text())
+    return result, pd.DataFrame(result.pop("runs"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workers", type=int, default=1, help="processes that share the device")
+    parser.add_argument("--smoke", action="store_true", help="two steps a run, one seed")
+    parser.add_argument("--out", type=Path, default=PATH.parent)
+    options = parser.parse_args()
+    begun = time.perf_counter()
+    result = measure(options.device, options.workers, 2 if options.smoke else None, options.smoke)
+    facts = {
+        "command": f"python -m peftlab.experiments.sweep_v2 --workers {options.workers}",
+        "bases": {"tiny-bert": load("tiny-bert").digest},
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else "CPU",
+        "precision": "float32",
+        "batch size": 16,
+        "torch": torch.__version__,
+        "date": date.today().isoformat(),
+        "seconds": round(time.perf_counter() - begun),
+    }
+    write(options.out / PATH.name, facts, result)
+    print(f"{len(result['runs'])} runs, {facts['seconds']} s")
+
+
+if __name__ == "__main__":
+    main()
