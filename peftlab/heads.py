@@ -67,7 +67,7 @@ class Head:
 
 @dataclass(frozen=True)
 class _Labelled(Head):
-    labels: tuple[str, ...]
+    labels: tuple[str, ...] | list[str]
 
     def __post_init__(self):
         object.__setattr__(self, "labels", tuple(self.labels))

@@ -23,12 +23,12 @@ from models import (
     ON_EVERY,
     ON_GENERATING,
     ON_PLAIN,
-    PAIRS,
     PLAIN,
     U32,
     U64,
     adapted,
     call,
+    decoder_ids,
     hook_count,
     loss_of,
     padded,
@@ -41,7 +41,8 @@ from models import (
 )
 from safetensors.torch import load_file
 
-from peftlab import LoRA, PrefixTuning, PromptTuning, PTuning, attach
+from peftlab import LoRA, PrefixTuning, PromptTuning, PTuning, attach, attention
+from peftlab.heads import Spans
 
 FLOAT32, FLOAT64 = torch.float32, torch.float64
 DTYPES = (FLOAT32, FLOAT64)
@@ -97,8 +98,6 @@ def test_a_prefix_of_zeros_is_not_nothing(family):
 
     The first layer's attention is what it was, times 1 − λ, λ = P / (P + Σ exp(scores)).
     """
-    from peftlab import attention
-
     base = tiny(family, FLOAT64)
     ids = token_ids(2, 7)
     first = base.anatomy.attentions[:1]
@@ -126,7 +125,8 @@ def test_only_what_the_method_named_gets_gradient(case, family):
     for name, parameter in base.model.named_parameters():
         assert (parameter.grad is not None) == (id(parameter) in ours), name
     for name, parameter in tuned.trainable.items():
-        assert parameter.grad.abs().sum() > 0, name
+        if (name, CASES[case].head) != ("head.bias", Spans()):
+            assert parameter.grad.abs().sum() > 0, name  # that one adds the same to every token
 
 
 @ON_EVERY
@@ -161,7 +161,8 @@ def test_save_and_load_give_the_same_output(case, family, tmp_path):
     assert loaded.methods == [method.folded() for method in tuned.methods]
     assert loaded.head == tuned.head
     assert loaded.count().measured == loaded.count().stored == tuned.count().stored
-    assert not any("encoder." in name for name in loaded.trainable)
+    networks = tuple(f"{method.name}.encoder." for method in tuned.methods)
+    assert not any(name.startswith(networks) for name in loaded.trainable)
     loaded.detach()
     elsewhere = attach(tiny(family), str(folder))
     assert torch.equal(frozen(elsewhere, ids), wanted)
@@ -223,7 +224,7 @@ def test_detach_gives_the_base_back_bit_for_bit(case, family):
         assert torch.equal(frozen(base, ids), output)
 
 
-@ON_EVERY
+@ON_PLAIN
 def test_detaching_in_the_middle_of_training_switches_dropout_off(case, family):
     base = tiny(family)
     ids = token_ids(2, 9)
@@ -234,7 +235,7 @@ def test_detaching_in_the_middle_of_training_switches_dropout_off(case, family):
     assert torch.equal(frozen(base, ids), before)
 
 
-@ON_EVERY
+@ON_PLAIN
 def test_train_and_eval_change_no_weight(case, family):
     tuned = adapted(case, family)
     ids = token_ids(2, 9)
@@ -247,7 +248,7 @@ def test_train_and_eval_change_no_weight(case, family):
     assert torch.equal(frozen(tuned, ids), wanted)
 
 
-@ON_EVERY
+@ON_PLAIN
 def test_evaluation_is_without_dropout_from_the_start(case, family, tmp_path):
     ids = token_ids(2, 9)
     tuned = adapted(case, family)
@@ -258,7 +259,7 @@ def test_evaluation_is_without_dropout_from_the_start(case, family, tmp_path):
     assert torch.equal(frozen(loaded, ids), frozen(loaded, ids))
 
 
-@ON_EVERY
+@ON_PLAIN
 def test_an_adapted_base_takes_no_second_adapter(case, family):
     tuned = adapted(case, family)
     ids = token_ids(2, 5)
@@ -273,7 +274,7 @@ def test_an_adapted_base_takes_no_second_adapter(case, family):
 # Errors and interrupts ------------------------------------------------------------------------
 
 
-@ON_EVERY
+@ON_PLAIN
 def test_a_failing_second_method_leaves_nothing_behind(case, family):
     """The first methods are good, the last cannot be attached: the base is as it was."""
     base = tiny(family)
@@ -351,7 +352,7 @@ def test_an_interrupt_in_forward_or_backward_leaves_nothing_behind(case, family,
 # Padding and the batch ------------------------------------------------------------------------
 
 
-@ON_EVERY
+@ON_PLAIN
 def test_padding_and_the_rest_of_the_batch_change_nothing(case, family):
     rows = lengths(11, 4, 7, 1)
     for side in ("left", "right"):
@@ -418,7 +419,7 @@ def test_cached_generation_is_full_recomputation(case, family):
             assert out.sequences[row, -NEW:].tolist() == said[1:].tolist()
 
 
-@pytest.mark.parametrize("family, case", [p for p in PAIRS if p[0] in DECODERS])
+@pytest.mark.parametrize("family, case", [p for p in PLAIN if p[0] in DECODERS])
 def test_cached_logits_are_the_full_ones(case, family):
     """One token at a time through the cache, without a mask, gives the logits of the whole.
 
@@ -445,7 +446,7 @@ def test_generate_returns_the_new_text_of_each_prompt(case, family):
     assert not tuned.model.training
 
 
-@pytest.mark.parametrize("family, case", [p for p in PLAIN if p[0] != "bert"])
+@ON_GENERATING
 def test_beam_search_is_the_same_without_a_cache(case, family):
     ids, mask = padded(lengths(7, 3), "left")
     tuned = adapted(case, family, FLOAT64)
@@ -624,8 +625,6 @@ def test_any_placement(data, family, side):
         texts.append(torch.tensor(text))
         kept.append(torch.tensor(real))
     ids, mask = padded(rows, side)
-    from models import decoder_ids
-
     given_tokens = [decoder_ids(row[None]) for row in rows] if family == "t5" else [None] * 3
     with torch.no_grad():
         plain = [

@@ -2,12 +2,19 @@
 
 import pytest
 import torch
-from models import FAMILIES, adapted, token_ids
+from models import PAIRS, adapted, call, token_ids
 from torch.autograd import gradcheck
 
+from peftlab.attention import AttentionSite
 from peftlab.methods.lora import LowRankDelta
+from peftlab.soft import PrefixMLP, PromptEncoder
 
 FLOAT64 = torch.float64
+THROUGH = (
+    *("prompt", "prompt random", "lora", "lora + prompt", "prefix", "prefix mlp", "prefix shifted"),
+    *("p lama", "p around", "p back", "v2 depth", "deep", "prompt and prefix", "prompt + prefix"),
+    *("head v2", "head prompt", "head deep"),
+)
 
 
 def drawn(*size, seed=0):
@@ -30,12 +37,66 @@ def test_the_low_rank_delta(d_in, d_out, r, alpha):
     assert (output(x, A, B) - dense).abs().max() <= (r + d_in + d_out) * 2.0**-53 * size
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("case", ["prompt", "prompt random", "lora", "lora + prompt"])
+def output_of(module):
+    """What a module makes, as a function of its parameters, for gradcheck."""
+    names = [name for name, _ in module.named_parameters()]
+
+    def made(*values):
+        return tuple(
+            torch.func.functional_call(module, dict(zip(names, values, strict=True)), ()).values()
+        )
+
+    return made, tuple(p.detach().requires_grad_() for p in module.parameters())
+
+
+@pytest.mark.parametrize(
+    "encoder, sizes",
+    [
+        ("lstm", "lama"),
+        ("lstm", "few-shot"),
+        ("mlp", "peft"),
+        ("mlp", "lama"),
+        ("attention", "lama"),
+    ],
+)
+def test_the_prompt_encoder(encoder, sizes):
+    """ReLU has no slope at zero, and no unit is there: the inputs are drawn."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = PromptEncoder(torch.randn(3, 4), encoder, sizes, hidden=2, layers=2).double()
+    assert gradcheck(*output_of(module))
+
+
+@pytest.mark.parametrize("with_prompt", [False, True])
+def test_the_prefix_mlp(with_prompt):
+    """... and it is the formula, for each sublayer, head and virtual token."""
+    sites = [
+        AttentionSite(f"layers.{i}", torch.nn.Identity(), "", i, False, 4, 2, 3) for i in range(2)
+    ]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = PrefixMLP(torch.randn(3, 4), 5, sites, with_prompt).double()
+    assert gradcheck(*output_of(module))
+    E, (W1, b1), (W2, b2) = module.table, module.mlp[0].parameters(), module.mlp[2].parameters()
+    formula = torch.tanh(E @ W1.T + b1) @ W2.T + b2  # P, 2·S·d_kv
+    made = module()
+    for part, name in enumerate(("P_k", "P_v")):
+        for site in range(2):
+            for head in range(2):
+                start = ((part * 2 + site) * 2 + head) * 3
+                wanted = formula[:, start : start + 3]
+                # Sums of at most 5 products, in another order.
+                assert (made[name][site, head] - wanted).abs().max() <= 20 * 2.0**-53
+    assert ("prompt" in made) == with_prompt
+
+
+@pytest.mark.parametrize(
+    "family, case", [(family, case) for family, case in PAIRS if case in THROUGH]
+)
 def test_through_a_model(case, family):
     """Every trained tensor at once, along random directions (gradcheck's fast mode)."""
     tuned = adapted(case, family, FLOAT64)
     ids = token_ids(2, 5)
     # gradcheck moves its inputs in place, and these are the very tensors that the model uses.
     parameters = tuple(tuned.trainable.values())
-    assert gradcheck(lambda *_: tuned(ids).log_softmax(dim=-1)[0], parameters, fast_mode=True)
+    assert gradcheck(lambda *_: call(tuned, ids).log_softmax(dim=-1)[0], parameters, fast_mode=True)
