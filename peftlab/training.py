@@ -126,6 +126,8 @@ def train(
     tuned._check_attached()
     if tuned.merged:
         raise ValueError("the deltas are merged: call unmerge() before training")
+    if tuned.using is not None:
+        raise ValueError("kept prompts are in use: call use(None) before training")
     if device is not None:
         move(tuned, device)
     if lr is None:
@@ -152,7 +154,7 @@ def train(
     tuned.train(True)
     clock = _Clock()
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[tuned.device] if tuned.device.type == "cuda" else []):
             torch.manual_seed(seed)
             for step, batch in zip(range(1, steps + 1), batches, strict=False):
                 if stop is not None and stop.is_set():
@@ -201,6 +203,8 @@ def move(tuned: Tuned, device: str | torch.device) -> None:
             module.to(device)
     for kept in tuned.kept.values():
         kept.update({key: tensor.to(device) for key, tensor in kept.items()})
+    if tuned.using is not None:
+        tuned.use(tuned.using)  # what is in place moves as well
 
 
 def _prepare(tuned: Tuned, task: Task, run: Run, steps: int, arithmetic: str):

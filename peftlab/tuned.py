@@ -8,9 +8,11 @@ tuned.detach()        # the base is bit for bit what it was
 
 from __future__ import annotations
 
+import copy
 import json
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import safetensors
@@ -96,7 +98,8 @@ class Tuned(LanguageModel):
             self._audit()
             self._stack = stack.pop_all()
         self.virtual_tokens = virtual
-        self._head_now: dict[str, torch.Tensor] | None = None
+        self.using: str | list[str] | tuple[str, ...] | None = None  # see `use`
+        self._linear_now = self.linear
         base.adapted_by = self
         self.train(base.model.training)  # new modules start with dropout on
 
@@ -173,15 +176,7 @@ class Tuned(LanguageModel):
             return super().generate(prompts, max_new_tokens)
 
     def _head_logits(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        linear = self.linear
-        if self._head_now is not None:
-            kept = {key: self._head_now[f"head.{key}"] for key in ("weight", "bias")}
-
-            def linear(x):
-                return nn.functional.linear(x, **kept)
-
-            linear.weight = kept["weight"]
-        return self.head.logits(linear, hidden, mask)
+        return self.head.logits(self._linear_now, hidden, mask)
 
     def count(self) -> Count:
         """Trainable parameters, in closed form and measured; the two are asserted equal."""
@@ -264,6 +259,7 @@ class Tuned(LanguageModel):
         if folder is not None:
             config, saved = _read(folder)
             _check_base(config, self.base)
+            _check_kind(config, self)
             _check_shapes(saved, state)
             state = saved
         device = self.device
@@ -282,13 +278,18 @@ class Tuned(LanguageModel):
         several = not isinstance(names, str)
         if wanted and several and self.head is not None:
             raise ValueError("a head is one for the whole batch: use one name")
+        self.using = names if wanted else None
         for name, source in self.sources.items():
             source.instead = None
             if wanted:
                 rows = [self._kept_of(name, row) for row in wanted]
                 stacked = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
                 source.instead = stacked if several else rows[0]
-        self._head_now = self.kept[names] if isinstance(names, str) and self.head else None
+        self._linear_now = self.linear
+        if wanted and self.head is not None:
+            self._linear_now = copy.deepcopy(self.linear).requires_grad_(False)
+            kept = {key: self.kept[names][f"head.{key}"] for key in ("weight", "bias")}
+            self._linear_now.load_state_dict(kept)
 
     def _kept_of(self, source: str, row: str) -> dict[str, torch.Tensor]:
         start = f"{source}."
@@ -382,6 +383,17 @@ def _check_base(config: dict, base: Base) -> None:
             f"this adapter was trained on other weights of {trained_on}'s shape than "
             f"those of {base.name} here: it would be noise on them"
         )
+
+
+def _check_kind(config: dict, tuned: Tuned) -> None:
+    """Raise ValueError unless the adapter's tensors go where this one's go, and mean the same."""
+    for ours, theirs in zip_longest(tuned.methods, config["methods"]):
+        for key in ("name", "placement", "shift_positions", "depth"):
+            mine, other = getattr(ours, key, None), getattr(theirs, key, None)
+            if mine != other:
+                raise ValueError(f"the adapter has {key}={other!r}; here it is {mine!r}")
+    if config["head"] != tuned.head:
+        raise ValueError(f"the adapter has head={config['head']}; here it is {tuned.head}")
 
 
 def _check_shapes(tensors: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
