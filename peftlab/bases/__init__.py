@@ -17,6 +17,7 @@ import transformers
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import DynamicCache, EncoderDecoderCache
 
 from peftlab._data import data_path
 from peftlab.bases.anatomy import FAMILIES, TARGETS, Anatomy, Linear
@@ -132,6 +133,8 @@ class LanguageModel:
             start = torch.tensor([self.decoder_start], device=self.device)
             batch["decoder_input_ids"] = start.expand(len(prompts), -1)
             length = start.shape[1]
+            # transformers' own cache has as many layers as the encoder: too few for some decoders
+            batch["past_key_values"] = EncoderDecoderCache(DynamicCache(), DynamicCache())
         with self._evaluating():
             out = self.model.generate(
                 **batch,
