@@ -233,9 +233,9 @@ def observe(model: PreTrainedModel, layers: dict[str, list[nn.Module]]) -> list[
         with dispatched(model):
             model(input_ids=tokens, attention_mask=torch.ones_like(tokens), **given)
     finally:
-        model.train(training)
         for module in place:
             _RECORDERS.pop(module, None)
+        model.train(training)
     sites = []
     for module, record in found:
         stack, layer = place[module]

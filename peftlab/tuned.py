@@ -96,12 +96,12 @@ class Tuned(LanguageModel):
                 raise ValueError(f"{self.label} reached no site of {base.name}")
             self.linear = self._build_head(generator)
             self._audit()
+            self.train(base.model.training)  # new modules start with dropout on
             self._stack = stack.pop_all()
         self.virtual_tokens = virtual
         self.using: str | list[str] | tuple[str, ...] | None = None  # see `use`
         self._linear_now = self.linear
         base.adapted_by = self
-        self.train(base.model.training)  # new modules start with dropout on
 
     def _claim(self, attachment) -> None:
         names = {name for site in attachment.sites for name in _names(site)}

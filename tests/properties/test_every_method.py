@@ -291,14 +291,14 @@ def test_a_failing_second_method_leaves_nothing_behind(case, family):
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_an_interrupt_while_it_is_attached_leaves_nothing_behind(case, family, error):
     """Wherever attaching touches the model: in each place that it looks for the first time."""
-    for place in ("embedding", "attentions", "digest"):
+    for place in ("embedding", "last block", "mode"):
         base = tiny(family)
         before = surroundings(base)
 
         def raising(*_, **__):
             raise error("now")
 
-        if place == "attentions":
+        if place == "last block":
             hook = base.anatomy.layers[next(iter(base.anatomy.layers))][-1]
             handle = hook.register_forward_pre_hook(raising)
         elif place == "embedding":
@@ -313,7 +313,8 @@ def test_an_interrupt_while_it_is_attached_leaves_nothing_behind(case, family, e
             handle.remove()
         else:
             del base.model.train
-        base.detach()
+            assert base.adapted_by is None
+        base.detach()  # where that place was not touched
         assert surroundings(base) == before
 
 
