@@ -79,7 +79,14 @@ class PTuning(Method):
     def _check_placement(self) -> None:
         if self.placement is None:
             return
-        blocks = tuple((count, where) for count, where in self.placement)
+        try:
+            blocks = tuple((count, where) for count, where in self.placement)
+            if not all(isinstance(where, str) for _, where in blocks):
+                raise TypeError
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"placement={self.placement!r}: give (count, where) pairs, such as [(3, 'front')]"
+            ) from None
         for count, where in blocks:
             require("a count of placement", count, 1)
             if where not in ("front", "back") and not where.startswith(("before ", "after ")):

@@ -43,7 +43,8 @@ class PTuningV2(PrefixTuning):
         """Attention sublayers in the upper `depth` layers."""
         if self.depth is None:
             return shape.attentions
-        if self.depth > max(shape.layers, shape.decoder_layers):
-            raise ValueError(f"depth={self.depth}: allowed is 1 to {shape.layers}")
+        most = max(shape.layers, shape.decoder_layers)
+        if self.depth > most:
+            raise ValueError(f"depth={self.depth}: {shape.name} allows 1 to {most}")
         decoder = min(self.depth, shape.decoder_layers)
         return min(self.depth, shape.layers) + 2 * decoder

@@ -67,8 +67,9 @@ class PrefixTuning(Method):
         return 3e-3 if self.prefix_projection else 0.1
 
     def reach(self, base, attachment, generator):
-        sites = self.select(base)
         self._check_length(base.anatomy.shape)
+        self.sublayers(base.anatomy.shape)  # refuses what does not fit, as a closed form does
+        sites = self.select(base)
         count = self.num_virtual_tokens
         if self.prefix_projection:
             table = torch.randn(count, base.anatomy.shape.d_model, generator=generator)
