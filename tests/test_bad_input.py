@@ -12,11 +12,13 @@ from models import (
     CONTEXT,
     FAMILIES,
     adapted,
+    call,
     config,
     hf_model,
     hook_count,
     letters,
     stir,
+    surroundings,
     tiny,
     token_ids,
     tokenizer,
@@ -24,8 +26,19 @@ from models import (
 from safetensors.torch import load_file, save_file
 
 import peftlab
-from peftlab import FullFineTuning, LoRA, PromptTuning, attach
-from peftlab.bases import Base
+from peftlab import (
+    DeepPromptTuning,
+    FullFineTuning,
+    LoRA,
+    PrefixTuning,
+    PromptAndPrefix,
+    PromptTuning,
+    PTuning,
+    PTuningV2,
+    attach,
+)
+from peftlab.bases import CLASSES, Base
+from peftlab.heads import Tagging
 from peftlab.methods import Method
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -40,12 +53,10 @@ def family(request) -> str:
 def base(family):
     """A base that must be as it was, with nothing attached, when the test is over."""
     base = tiny(family)
-    before = (base.fingerprint(), hook_count(base.model), base(token_ids(2, 5)))
+    before, output = surroundings(base), call(base, token_ids(2, 5))
     yield base
-    assert base.adapted_by is None
-    assert (base.fingerprint(), hook_count(base.model)) == before[:2]
-    assert torch.equal(base(token_ids(2, 5)), before[2])
-    assert not any(p.requires_grad for p in base.model.parameters())
+    assert surroundings(base) == before
+    assert torch.equal(call(base, token_ids(2, 5)), output)
 
 
 @pytest.fixture
@@ -90,7 +101,7 @@ def test_lora_refuses(options, words):
         ({"num_virtual_tokens": 0}, "num_virtual_tokens=0: allowed is at least 1"),
         ({"num_virtual_tokens": -1}, "num_virtual_tokens=-1"),
         ({"num_virtual_tokens": 1.5}, "num_virtual_tokens=1.5: a whole number is needed"),
-        ({"init": "zeros"}, "init='zeros': allowed is vocabulary, random, text"),
+        ({"init": "zeros"}, "init='zeros': allowed is vocabulary, text, random, normal, zero"),
         ({"init": "text"}, 'init="text" and a non-empty init_text go together'),
         ({"init": "text", "init_text": ""}, "go together"),
         ({"init": "random", "init_text": "Sort:"}, "go together"),
@@ -105,10 +116,10 @@ def test_prompt_tuning_refuses(options, words):
 def test_a_rank_above_the_matrix(base):
     """The allowed range is named with the place; a rank that just fits is fine."""
     for target in base.anatomy.targets:
-        linear = base.anatomy.linears[f"layers.0.{target}"]
+        linear = base.anatomy.select((target,))[0]
         most = min(linear.d_in, linear.d_out)
         method = LoRA(r=most + 1, target_modules=[target])
-        with pytest.raises(ValueError, match=rf"r={most + 1} at layers.0.{target} .*1 to {most}$"):
+        with pytest.raises(ValueError, match=rf"r={most + 1} at .*0.{target} .*1 to {most}$"):
             attach(base, method)
         with pytest.raises(ValueError, match=f"r={most + 1} at {target} .*1 to {most}$"):
             method.parameters(base.anatomy.shape)
@@ -125,6 +136,126 @@ def test_an_unknown_target(base, target):
             ValueError, match=f"unknown target '{target}'.*has q, k, v, o, up, down"
         ):
             act()
+
+
+@pytest.mark.parametrize(
+    "kind, options, words",
+    [
+        *(
+            (kind, options, words)
+            for kind in (PrefixTuning, PTuningV2)
+            for options, words in (
+                ({"num_virtual_tokens": 0}, "num_virtual_tokens=0: allowed is at least 1"),
+                ({"num_virtual_tokens": 2.0}, "num_virtual_tokens=2.0: a whole number is needed"),
+                ({"encoder_hidden_size": 0}, "encoder_hidden_size=0: allowed is at least 1"),
+                ({"encoder_hidden_size": "512"}, "encoder_hidden_size='512': a whole number"),
+                ({"init": "normal"}, "init='normal': allowed is vocabulary, text, random, zero"),
+                ({"init": "text"}, "non-empty init_text go together"),
+                ({"init_text": "Sort:"}, "non-empty init_text go together"),
+                (
+                    {"init": "text", "init_text": "a", "prefix_projection": True},
+                    "needs prefix_projection=False",
+                ),
+            )
+        ),
+        (PTuningV2, {"depth": 0}, "depth=0: allowed is at least 1"),
+        (PTuningV2, {"depth": -1}, "depth=-1: allowed is at least 1"),
+        (PTuningV2, {"depth": 1.5}, "depth=1.5: a whole number is needed"),
+        (PTuningV2, {"depth": True}, "depth=True: a whole number is needed"),
+        (PTuning, {"num_virtual_tokens": 0}, "num_virtual_tokens=0: allowed is at least 1"),
+        (PTuning, {"encoder": "gru"}, "encoder='gru': allowed is lstm, mlp, attention, embedding"),
+        (PTuning, {"sizes": "large"}, "sizes='large': allowed is lama, few-shot, peft"),
+        (PTuning, {"encoder_num_layers": 0}, "encoder_num_layers=0: allowed is at least 1"),
+        (PTuning, {"encoder_hidden_size": 5}, 'is an option of sizes="peft"'),
+        (PTuning, {"sizes": "peft", "encoder_hidden_size": 0}, "encoder_hidden_size=0: allowed"),
+        (PTuning, {"sizes": "peft", "encoder": "attention"}, "has no attention encoder"),
+        (PTuning, {"init": "text"}, "non-empty init_text go together"),
+        (
+            PTuning,
+            {"placement": [(4, "front")]},
+            "placement has 4 virtual tokens, num_virtual_tokens=9",
+        ),
+        (PTuning, {"placement": []}, "placement has 0 virtual tokens"),
+        (PTuning, {"placement": [(0, "front"), (9, "back")]}, "a count of placement=0: allowed"),
+        (PTuning, {"placement": [(9, "middle")]}, "'middle': allowed is front, back, 'before X'"),
+        (PTuning, {"placement": [(9, "before")]}, "'before': allowed is front, back"),
+        *(
+            (kind, {"num_virtual_tokens": 0}, "num_virtual_tokens=0: allowed is at least 1")
+            for kind in (DeepPromptTuning, PromptAndPrefix)
+        ),
+        *(
+            (
+                kind,
+                {"init": "ones"},
+                "init='ones': allowed is vocabulary, text, random, normal, zero",
+            )
+            for kind in (DeepPromptTuning, PromptAndPrefix, PTuning)
+        ),
+        (PromptAndPrefix, {"encoder_hidden_size": -2}, "encoder_hidden_size=-2: allowed"),
+    ],
+)
+@pytest.mark.usefixtures("untyped")
+def test_soft_prompts_refuse(kind, options, words):
+    with pytest.raises(ValueError, match=words):
+        kind(**options)
+
+
+@pytest.mark.parametrize(
+    "placement", ["front", [9], ["front"], [(9,)], [(9, "front", 1)], 9, [(9, 3)], [("9", "front")]]
+)
+@pytest.mark.usefixtures("untyped")
+def test_a_placement_that_is_no_list_of_pairs(placement):
+    with pytest.raises(
+        ValueError, match="placement=.*: give .count, where. pairs|a count of placement='9'"
+    ):
+        PTuning(9, placement=placement)
+
+
+def test_soft_prompts_that_do_not_fit_the_base(base):
+    layers = max(base.anatomy.shape.layers, base.anatomy.shape.decoder_layers)
+    several = [(2, "before ab")]
+    for method, words in (
+        (PTuningV2(3, depth=layers + 1), f"depth={layers + 1}: .* allows 1 to {layers}"),
+        (PTuning(CONTEXT), f"has 48 positions, so allowed is 1 to {CONTEXT - 1}"),
+        (DeepPromptTuning(CONTEXT), f"has 48 positions, so allowed is 1 to {CONTEXT - 1}"),
+        (PromptAndPrefix(CONTEXT), f"has 48 positions, so allowed is 1 to {CONTEXT - 1}"),
+        (PrefixTuning(CONTEXT, shift_positions=True), "has 48 positions, one at least for"),
+    ):
+        for act in (
+            lambda method=method: attach(base, method),
+            lambda method=method: method.parameters(base.anatomy.shape),
+        ):
+            with pytest.raises(ValueError, match=words):
+                act()
+    with pytest.raises(ValueError, match="'ab' is 2 tokens of tiny-.*: one is needed"):
+        attach(base, PTuning(2, placement=several))
+    back = PTuning(2, "mlp", placement=[(2, "back")])
+    if base.kind == "decoder":
+        with pytest.raises(ValueError, match="nothing can stand behind a text that goes on"):
+            attach(base, back)
+    else:
+        attach(base, back).detach()
+    if base.kind != "encoder":
+        with pytest.raises(ValueError, match=f"a head goes on an encoder; {base.name} is a"):
+            attach(base, PrefixTuning(2), head=Tagging(("O", "B")))
+    for pair in (
+        [PrefixTuning(2), PTuningV2(3)],
+        [PromptTuning(2), PTuning(3)],
+        [PromptAndPrefix(2), PrefixTuning(2)],
+        [PrefixTuning(2), PrefixTuning(2)],
+    ):
+        with pytest.raises(ValueError, match="two methods want the same site"):
+            attach(base, pair)
+
+
+def test_a_text_without_the_token_of_a_placement(base):
+    tuned = attach(base, PTuning(2, "mlp", placement=[(2, "after >")]))
+    ids = token_ids(3, 5)
+    ids[1] = 3
+    with pytest.raises(ValueError, match="row 1 has no token 30 to put virtual tokens at"):
+        call(tuned, ids)
+    call(tuned, token_ids(3, 5))
+    tuned.detach()
 
 
 def test_gate_is_not_on_gpt2():
@@ -147,7 +278,10 @@ def test_a_prompt_as_long_as_the_context(base, count):
 @pytest.mark.usefixtures("untyped")
 def test_an_unknown_method_or_hyper_parameter_in_a_description():
     for described, words in (
-        ({"method": "magic"}, "unknown method 'magic': known are full_fine_tuning, lora, prompt"),
+        (
+            {"method": "magic"},
+            "unknown method 'magic': known are deep_prompt_tuning, full_fine_tuning, lora",
+        ),
         ({"r": 8}, "unknown method None"),
         ({"method": "lora", "rank": 8}, "bad hyper-parameters for lora.*rank"),
         ("lora", "described by a dict, not by 'lora'"),
@@ -165,9 +299,18 @@ def test_an_unknown_method_or_hyper_parameter_in_a_description():
 def test_a_batch_that_does_not_fit(base, method, room):
     model = base if method is None else attach(base, method)
     words = f"tokens do not fit: .* has room for {room}" + (" after 40" if room < CONTEXT else "$")
-    model(token_ids(2, room))
+    call(model, token_ids(2, room))
     with pytest.raises(ValueError, match=f"{room + 1} {words}"):
-        model(token_ids(2, room + 1))
+        call(model, token_ids(2, room + 1))
+    if base.kind == "encoder":
+        base.detach()
+        return
+    if base.kind == "encoder-decoder":  # the gap and the end of text are in the input
+        with pytest.raises(ValueError, match=f"{room + 1} {words}"):
+            model.generate(["a", "b" * (room - 1)], max_new_tokens=4)
+        assert len(model.generate(["b" * (room - 2)], max_new_tokens=4)) == 1
+        base.detach()
+        return
     with pytest.raises(ValueError, match=f"{room + 1} {words}"):
         model.generate(["a", "b" * (room - 3)], max_new_tokens=4)
     with pytest.raises(ValueError, match=f"{room + 2} {words}"):
@@ -185,15 +328,23 @@ def test_a_training_example_that_does_not_fit(base):
         (FullFineTuning(), 48),
     ):
         tuned = attach(base, method)
-        with pytest.raises(ValueError, match=f"50 tokens, only {room} fit"):
+        tokens = {"decoder": 50, "encoder": 51, "encoder-decoder": 50}[base.kind]
+        with pytest.raises(ValueError, match=f"{tokens} tokens, only {room} fit"):
             peftlab.train(tuned, task, steps=8, progress=False, evaluate=False)
         tuned.detach()
 
 
 def test_empty_prompts_and_texts(base):
-    for prompts in ([""], ["ab", ""]):
+    if base.kind == "encoder":
+        with pytest.raises(ValueError, match="fills gaps and does not generate"):
+            base.generate(["ab"])
+    for prompts in ([""], ["ab", ""]) if base.kind != "encoder" else ():
         with pytest.raises(ValueError, match="empty prompt"):
             base.generate(prompts)
+    if base.kind != "decoder":
+        with pytest.raises(ValueError, match="is no decoder: it does not predict running text"):
+            base.loss(["ab"])
+        return
     for texts in ([], [""], ["a"]):
         with pytest.raises(ValueError, match="no text has a second token"):
             base.loss(texts)
@@ -218,7 +369,7 @@ def test_an_unknown_base_offline(name):
         peftlab.load(name)
 
 
-@pytest.mark.parametrize("kind", ["bloom", "bert", "not-even-transformers-knows-it"])
+@pytest.mark.parametrize("kind", ["bloom", "mamba", "not-even-transformers-knows-it"])
 def test_an_unknown_family(tmp_path, kind):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
     with pytest.raises(ValueError, match=f"of the family '{kind}'; peftlab knows gpt2, llama"):
@@ -250,7 +401,7 @@ def test_a_damaged_configuration(tmp_path, text):
 def saved(family, tmp_path):
     """A base on disk, to be damaged."""
     hf_model(family).save_pretrained(tmp_path)
-    tokenizer().save_pretrained(tmp_path)
+    tokenizer(family).save_pretrained(tmp_path)
     return tmp_path
 
 
@@ -317,7 +468,7 @@ def test_a_pickle_instead_of_weights_is_never_read(saved, family):
 # Adapters -------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["full", "lora", "prompt", "lora + prompt"])
+@pytest.fixture(params=["full", "lora", "prompt", "lora + prompt", "prefix mlp", "p around"])
 def adapter(request, base, tmp_path):
     """A good adapter of this base on disk, to be damaged."""
     tuned = adapted(request.param, base.anatomy.family)
@@ -419,13 +570,12 @@ def test_an_adapter_of_another_base(base, adapter):
 
 
 def test_a_base_of_another_depth(base, tmp_path):
-    import transformers
-
-    from peftlab.bases import Base
-
     family = base.anatomy.family
     deeper = config(family)
-    setattr(deeper, "n_layer" if family == "gpt2" else "num_hidden_layers", 3)
-    other = Base("deeper", transformers.AutoModelForCausalLM.from_config(deeper), tokenizer())
+    depth = {"gpt2": "n_layer", "t5": "num_layers"}.get(family, "num_hidden_layers")
+    layers = getattr(deeper, depth)
+    setattr(deeper, depth, 4)
+    model = CLASSES[base.kind].from_config(deeper)
+    other = Base("deeper", model, tokenizer(family))
     attach(other, LoRA(r=2, target_modules="all-linear")).save(tmp_path)
-    refused(base, tmp_path, "trained on deeper .*'layers': 3.*'layers': 2")
+    refused(base, tmp_path, f"trained on deeper .*'layers': 4.*'layers': {layers}")

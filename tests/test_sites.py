@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from models import FAMILIES, U64, hook_count, tiny, token_ids
+from models import FAMILIES, U64, call, surroundings, tiny, token_ids
 from torch import nn
 
 from peftlab.methods.lora import LowRankDelta
-from peftlab.sites import ExistingParameters, InputEmbeddings, LinearWeight
+from peftlab.sites import ExistingParameters, InputEmbeddings, KeysValues, LinearWeight
 
 FLOAT64 = torch.float64
 
@@ -32,19 +32,19 @@ def test_a_delta_acts_on_its_own_rows_only(base):
         with LinearWeight(linear, delta):
             change = linear.module(x) - plain
         wanted = torch.zeros_like(change)
-        wanted[..., slice(*linear.rows)] = x @ delta.delta_weight().T
+        wanted[..., linear.index] = x @ delta.delta_weight().T
         # Products of 2 and d_in terms in another order, added to outputs of this size.
         close = 2 * (linear.d_in + 4) * U64 * (plain.abs().max() + wanted.abs().max())
         assert (change - wanted).abs().max() <= close
-        assert (wanted[..., slice(*linear.rows)].abs() > 0).all()
+        assert (wanted[..., linear.index].abs() > 0).all()
         untouched = torch.ones(change.shape[-1], dtype=torch.bool)
-        untouched[slice(*linear.rows)] = False
+        untouched[linear.index] = False
         assert not change[..., untouched].any()
         assert torch.equal(linear.module(x), plain)
 
 
 def test_a_delta_is_merged_once_and_the_original_is_restored(base):
-    linear = base.anatomy.linears["layers.1.v"]
+    linear = base.anatomy.select(("v",))[1]
     before, kept = base.fingerprint(), linear.weight.clone()
     site = LinearWeight(linear, delta_for(linear))
     with site:
@@ -59,24 +59,42 @@ def test_a_delta_is_merged_once_and_the_original_is_restored(base):
     assert base.fingerprint() == before
 
 
+def in_front(base, prompt):
+    """Virtual tokens as a site on this base."""
+    return InputEmbeddings(base.anatomy, lambda: {"prompt": prompt}, [(len(prompt), "front", None)])
+
+
 def test_virtual_tokens_are_tokens_if_they_are_embeddings(base):
     """With rows of the embedding as P, the model continues as if it had read those tokens."""
     ids = token_ids(2, 9, seed=3)
     ids[1, :4] = ids[0, :4]
-    prompt = nn.Parameter(base.anatomy.embedding.weight[ids[0, :4]].clone())
-    plain = base(ids)[:, 4:]
-    with InputEmbeddings(base.model, base.anatomy.embedding, prompt):
+    answer = (torch.arange(10).view(2, 5),) if base.kind == "encoder-decoder" else ()
+    prompt = base.anatomy.embedding.weight[ids[0, :4]].clone()
+    plain = base(ids, None, *answer)
+    plain = plain if answer else plain[:, 4:]
+    given = {"decoder_input_ids": answer[0]} if answer else {}
+    # The head multiplies fewer rows, perhaps in another order: 24 products for each logit.
+    close = 2 * 24 * U64 * plain.abs().max() * 4
+    with in_front(base, prompt):
         for mask in (None, torch.ones(2, 5, dtype=torch.long)):
-            # The same numbers in the same shapes: nothing is rounded differently.
-            assert torch.equal(base(ids[:, 4:], mask), plain)
-        # As transformers calls it: positional, with labels, or without positions.
-        assert torch.equal(base.model(ids[:, 4:]).logits, plain)
+            assert (base(ids[:, 4:], mask, *answer) - plain).abs().max() <= close
+        # As transformers calls it: positional, or without positions.
+        assert (base.model(ids[:, 4:], **given).logits - plain).abs().max() <= close
+    assert torch.equal(call(base, ids), call(tiny(base.anatomy.family, FLOAT64), ids))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_virtual_tokens_and_the_labels_of_transformers(family):
+    base = tiny(family, FLOAT64)
+    ids = token_ids(2, 9, seed=3)
+    ids[1, :4] = ids[0, :4]
+    with in_front(base, base.anatomy.embedding.weight[ids[0, :4]].clone()):
         labelled = base.model(ids[:, 4:], labels=ids[:, 4:])
-        assert torch.equal(labelled.logits, plain)
+        assert torch.equal(labelled.logits, base(ids[:, 4:]))
         last = base.model(input_ids=ids[:, 4:], logits_to_keep=1).logits
         assert last.shape[1] == 1
-    # The last virtual token predicts the first real one, as the last of those words does.
-    wanted = nn.functional.cross_entropy(base(ids)[:, 3:-1].flatten(0, 1), ids[:, 4:].flatten())
+    # Between real tokens alone: the last virtual one's state is taken out.
+    wanted = nn.functional.cross_entropy(base(ids)[:, 4:-1].flatten(0, 1), ids[:, 5:].flatten())
     # transformers takes the loss in float32: 2⁻²⁴ relative for each of some ten operations.
     assert abs(labelled.loss - wanted) <= 10 * 2.0**-24 * wanted
 
@@ -84,12 +102,20 @@ def test_virtual_tokens_are_tokens_if_they_are_embeddings(base):
 @pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
 def test_every_site_takes_everything_back(base, error):
     ids = token_ids(2, 6)
-    before = (base.fingerprint(), hook_count(base.model), base(ids))
-    addresses = [p.data_ptr() for p in base.model.parameters()]
-    linear = base.anatomy.linears["layers.0.o"]
+    sites = base.anatomy.attentions
+    before, output = surroundings(base), call(base, ids)
+    linear = next(iter(base.anatomy.linears.values()))
     names = [name for name, _ in base.model.named_parameters()]
+    shape = (len(sites), sites[0].kv_heads, 3, sites[0].head_dim)
+    keys_values = {"P_k": torch.randn(shape).double(), "P_v": torch.randn(shape).double()}
+    every_layer = torch.randn(base.anatomy.shape.layers, 2, 24, dtype=FLOAT64)
     for site in (
-        InputEmbeddings(base.model, base.anatomy.embedding, nn.Parameter(torch.randn(3, 24))),
+        in_front(base, torch.randn(3, 24, dtype=FLOAT64)),
+        InputEmbeddings(
+            base.anatomy, lambda: {"prompt": every_layer}, [(2, "front", None)], every_layer=True
+        ),
+        KeysValues(base.anatomy, sites, lambda: keys_values, shift_positions=False),
+        KeysValues(base.anatomy, sites, lambda: keys_values, shift_positions=True),
         LinearWeight(linear, delta_for(linear)),
         ExistingParameters(base.model, names),
         ExistingParameters(base.model, names[3:5]),
@@ -100,18 +126,16 @@ def test_every_site_takes_everything_back(base, error):
                     for parameter in site.parameters.values():
                         assert parameter.requires_grad
                         parameter.data += 1
-                    base(ids).sum().backward()
+                    call(base, ids).sum().backward()
                 elif isinstance(site, LinearWeight):
                     site.merge()
-                assert not torch.equal(base(ids), before[2])
+                assert not torch.equal(call(base, ids), output)
                 if error is not None:
                     raise error
         except (RuntimeError, KeyboardInterrupt) as raised:
             assert type(raised) is error
-        assert (base.fingerprint(), hook_count(base.model)) == before[:2]
-        assert torch.equal(base(ids), before[2])
-        assert [p.data_ptr() for p in base.model.parameters()] == addresses
-        assert all(p.grad is None and not p.requires_grad for p in base.model.parameters())
+        assert surroundings(base) == before
+        assert torch.equal(call(base, ids), output)
 
 
 def test_tied_parameters_stay_tied_while_they_train():

@@ -161,7 +161,7 @@ def test_save_and_load_give_the_same_output(case, family, tmp_path):
     assert loaded.methods == [method.folded() for method in tuned.methods]
     assert loaded.head == tuned.head
     assert loaded.count().measured == loaded.count().stored == tuned.count().stored
-    networks = tuple(f"{method.name}.encoder." for method in tuned.methods)
+    networks = tuple(f"{name}.encoder." for name in tuned.sources)
     assert not any(name.startswith(networks) for name in loaded.trainable)
     loaded.detach()
     elsewhere = attach(tiny(family), str(folder))
