@@ -105,7 +105,6 @@ def config(family: str) -> transformers.PretrainedConfig:
             relative_attention_num_buckets=8,
             relative_attention_max_distance=12,
             feed_forward_proj="gated-gelu",
-            initializer_factor=1.5,
             pad_token_id=0,
             decoder_start_token_id=0,
             eos_token_id=VOCABULARY,
