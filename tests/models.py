@@ -395,7 +395,7 @@ class Letters(Task):
         if model.kind != "encoder":
             return super().score(model, examples, batch_size)
         examples = self.test if examples is None else examples
-        batch = self.batch_for(model, examples)
+        batch = {k: t.to(model.device) for k, t in self._cloze(examples, model.tokenizer).items()}
         with torch.no_grad(), model._evaluating():
             logits, labels = model.aligned(batch)
         best = logits.argmax(dim=-1)[labels != -100]

@@ -7,11 +7,13 @@ import time
 
 import pytest
 import torch
-from models import CASES, FAMILIES, U32, VOCABULARY, adapted, letters, tiny
+from models import CASES, DECODERS, FAMILIES, PLAIN, U32, VOCABULARY, adapted, letters, tiny
 from torch.nn.functional import cross_entropy
 
 from peftlab import FullFineTuning, LoRA, PromptTuning, attach, train
 from peftlab.training import precision_for
+
+ON_LETTERS = pytest.mark.parametrize("family, case", [p for p in PLAIN if not CASES[p[1]].head])
 
 
 def run(tuned, task=None, steps=4, **options):
@@ -67,7 +69,10 @@ def test_it_learns_and_the_base_stays(case, lr, level, family):
     tuned = attach(base, CASES[case].methods)
     record = run(tuned, steps=40, batch_size=11, lr=lr, evaluate=True)
     losses = record.history["loss"]
-    assert losses.iloc[0] > UNIFORM and losses.iloc[-1] < level
+    if family in DECODERS:
+        assert losses.iloc[0] > UNIFORM and losses.iloc[-1] < level
+    else:  # their random starts lie elsewhere, and so does what forty steps reach
+        assert losses.iloc[-1] < losses.iloc[0] - 0.5
     assert (base.fingerprint() == before) == CASES[case].restored
     tuned.detach()
     assert base.fingerprint() == before
@@ -128,13 +133,18 @@ def test_one_step_is_a_hand_written_adamw_step(case, family):
         for module in model.model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
+            if isinstance(getattr(module, "dropout", None), float):  # T5's attention
+                module.dropout = 0.0
             if hasattr(module, "attn_dropout"):
                 module.attn_dropout.p = 0.0
     run(tuned, task, steps=1, batch_size=11, lr=lr, warmup=0)
 
-    batch = task.batch(task.train, hand.tokenizer)
-    logits = hand(batch["input_ids"], batch["attention_mask"])[:, :-1]
-    cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten()).backward()
+    batch = task.batch_for(hand, task.train)
+    labels = batch.pop("labels")
+    logits = hand(**batch)
+    if hand.kind == "decoder":
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
     gradients = {name: p.grad for name, p in hand.trainable.items()}
     norm = torch.sqrt(sum(g.square().sum() for g in gradients.values()))
     for name, start in hand.state().items():
@@ -168,8 +178,7 @@ def raising(error, at):
     return on_step
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("case", CASES)
+@ON_LETTERS
 def test_after_an_exception_detach_restores_the_base(case, family):
     base = tiny(family)
     before = base.fingerprint()
@@ -187,8 +196,7 @@ def test_after_an_exception_detach_restores_the_base(case, family):
         assert base.fingerprint() == before
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("case", CASES)
+@ON_LETTERS
 def test_an_interrupt_keeps_what_was_learned(case, family):
     base = tiny(family)
     before = base.fingerprint()
