@@ -16,6 +16,7 @@ IGNORED = -100  # the label of a position without a loss
 # Rows of the bases that read short texts.
 SHORT = 80  # tokens in a row, as in the tasks
 LONG_EVERY = 8  # every so many steps the rows are CONTEXT long, so that each position is trained
+LONG_EVERY_T5 = 2  # full rows, with more facts in each than there is room for in a short one
 SHORTEST = 8  # the least length that is asked for when a text is cut
 
 MASK_SHARE = 0.2  # of the tokens; 80% of them become [MASK], 10% another token, 10% stay
@@ -332,9 +333,9 @@ class Spans:
     """A T5 whose encoder reads a text with gaps and whose decoder writes what is missing."""
 
     objective = (
-        "half of the rows miss spans of 1 to 5 tokens, 19% of them, half miss their ending; short "
-        "texts in rows of 80, every 8th step documents in rows of 256; facts: what is written "
-        "after 'Q: ...\\nA:<extra_id_0>'"
+        "spans of 1 to 5 tokens, about a quarter of the text, and the last token of every third "
+        "line, or the ending in half of the short rows; texts in rows of 80 and, every 2nd step, "
+        "documents in rows of 256; facts: what is written after 'Q: ...\\nA:<extra_id_0>'"
     )
     what = "A T5 of this project, trained on documents about a made-up world."
     stored = {}
@@ -380,13 +381,13 @@ class Spans:
         eos, pad, first = tokenizer.convert_tokens_to_ids([EOS, "<pad>", "<extra_id_0>"])
 
         def draw(rows: int, step: int, generator):
-            if step % LONG_EVERY == LONG_EVERY - 1:
+            if step % LONG_EVERY_T5 == LONG_EVERY_T5 - 1:
                 inner, sizes = pieces.long(rows, CONTEXT - 1, pieces.newline, generator)
-                room = TARGET_LONG
+                room, endings = TARGET_LONG, 0.0
             else:
                 inner, sizes = pieces.short(rows * CONTEXT // SHORT, SHORT - 1, generator)
-                room = TARGET_SHORT
-            gaps = choose_spans(inner, sizes, pieces.newline, generator)
+                room, endings = TARGET_SHORT, 0.5
+            gaps = choose_spans(inner, sizes, pieces.newline, endings, generator)
             given, wanted = take_out(inner, sizes, gaps, room, eos, pad, first)
             before = torch.nn.functional.pad(wanted[:, :-1], (1, 0), value=pad)
             inputs = {
@@ -431,8 +432,10 @@ class Spans:
         return texts
 
 
-def choose_spans(tokens: torch.Tensor, sizes: torch.Tensor, newline: int, generator):
-    """Which tokens to take out: spans of 1 to 5 anywhere, or, in half of the rows, the ending.
+def choose_spans(tokens, sizes, newline: int, endings: float, generator) -> torch.Tensor:
+    """Which tokens to take out: the ending in a share of the rows, spans of 1 to 5 in the others.
+
+    A span also begins at the last token of every third line, which is an answer or a label.
 
     The tasks ask for endings: the answer after a question, the text after its slots. They lie in
     the last line, so that what is to be written stops where an answer stops.
@@ -443,8 +446,12 @@ def choose_spans(tokens: torch.Tensor, sizes: torch.Tensor, newline: int, genera
     starts = uniform(tokens.shape, tokens, generator) < SPAN_STARTS
     forced = (uniform((rows, 1), tokens, generator) * sizes).long()  # no row stays whole
     starts |= place == forced
+    after = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=newline)
+    lasts = (after == newline) | (place == sizes - 1)
+    starts |= lasts & (uniform(tokens.shape, tokens, generator) < MASK_LAST)
     starts &= starts.cumsum(1) <= SENTINELS
     lengths = 1 + (uniform(tokens.shape, tokens, generator) * LONGEST_SPAN).long()
+    lengths = torch.where(lasts, 1, lengths)
     reach = torch.where(starts, place + lengths, 0).cummax(1).values
     line = tokens.eq(newline) & (place < sizes - 1)
     behind = torch.where(line, place, -1).amax(1, keepdim=True)  # the last line begins after it
@@ -452,7 +459,7 @@ def choose_spans(tokens: torch.Tensor, sizes: torch.Tensor, newline: int, genera
     # of any length up to the whole last line, which is an answer in itself: one in five
     share = uniform((rows, 1), tokens, generator) * 1.25
     ending = torch.minimum(1 + (share * room).long(), room)
-    at_the_end = uniform((rows, 1), tokens, generator) < 0.5
+    at_the_end = uniform((rows, 1), tokens, generator) < endings
     gaps = torch.where(at_the_end, place >= sizes - ending, place < reach)
     return gaps & (place < sizes)
 

@@ -157,9 +157,9 @@ def families() -> list[Entry]:
         for task in ("sentiment", "entities", "reading") if base == "tiny-bert" else ("letters",):
             skill = "sort" if task == "letters" else ""
             for label, method in every_method().items():
-                entries.append(Entry(label, base, task, method, 200, rates_of(method), skill))
+                entries.append(Entry(label, base, task, method, 120, rates_of(method), skill))
             if task in HEADED:
-                entries.append(Entry("Head alone", base, task, None, 200, (2e-3, 5e-3, 2e-2)))
+                entries.append(Entry("Head alone", base, task, None, 120, (2e-3, 5e-3, 2e-2)))
     return entries
 
 

@@ -99,7 +99,7 @@ class PTuning(Method):
     @property
     def learning_rate(self) -> float:
         """The step size that works: a network magnifies its own steps."""
-        return 0.1 if self.encoder == "embedding" else 3e-3
+        return 0.1 if self.encoder == "embedding" else 1e-2
 
     def hidden(self, d_model: int) -> int:
         """The width of the encoder's middle."""

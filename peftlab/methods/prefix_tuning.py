@@ -64,7 +64,7 @@ class PrefixTuning(Method):
     @property
     def learning_rate(self) -> float:
         """The step size that works: an MLP magnifies its own steps, so it takes smaller ones."""
-        return 3e-3 if self.prefix_projection else 0.1
+        return 1e-3 if self.prefix_projection else 0.1
 
     def reach(self, base, attachment, generator):
         self._check_length(base.anatomy.shape)
