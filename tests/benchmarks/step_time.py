@@ -29,6 +29,25 @@ CASES = {
         peftlab.PromptTuning(20),
         peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20),
     ),
+    "P-tuning, LSTM": (
+        peftlab.PTuning(20, sizes="peft"),
+        peft.PromptEncoderConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=20, encoder_reparameterization_type="LSTM"
+        ),
+    ),
+    "prefix tuning": (
+        peftlab.PrefixTuning(20),
+        peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20),
+    ),
+    "prefix tuning, MLP": (
+        peftlab.PrefixTuning(20, prefix_projection=True, encoder_hidden_size=512),
+        peft.PrefixTuningConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=20,
+            prefix_projection=True,
+            encoder_hidden_size=512,
+        ),
+    ),
 }
 
 
