@@ -1,0 +1,48 @@
+"""What the measured results have to show: every soft prompt beats what it starts from.
+
+The rows are runs that `peftlab.experiments.sweep_soft` made and that lessons quote. The floor of a
+task without a head is the untrained base; under a head, which starts at random, it is the head
+trained alone with as many tries. Chance lies below both: no base sorts a list, and the most
+frequent tag of each word is worth less than a head.
+"""
+
+import pytest
+
+from peftlab import tasks
+from peftlab.experiments import sweep_soft
+
+META, RUNS = sweep_soft.read("families")
+METHODS = [
+    "Prompt tuning",
+    "Prefix tuning",
+    "Prefix tuning, MLP",
+    "P-tuning v2",
+    "Deep prompt tuning",
+    "Prompt and prefix, MLP",
+]
+ENCODED = ["P-tuning, LSTM", "P-tuning, MLP", "P-tuning, attention"]
+
+
+def scores(base: str, task: str, label: str):
+    """The test scores of the three seeds, in the task's own metric."""
+    rows = RUNS[(RUNS.base == base) & (RUNS.task == task) & (RUNS.label == label)]
+    assert sorted(rows.seed) == list(sweep_soft.SEEDS)
+    return rows[rows.metric.iloc[0]]
+
+
+@pytest.mark.parametrize("label", METHODS + ENCODED)
+@pytest.mark.parametrize("base", ["tiny-gpt", "tiny-llama", "tiny-t5"])
+def test_every_soft_prompt_beats_the_untrained_base(base, label):
+    """The worst seed is further above the base than the seeds are apart."""
+    ours = scores(base, "letters:sort", label)
+    untrained = META["untrained"][f"{base} letters:sort"]["exact"]
+    assert ours.min() - untrained > ours.max() - ours.min()
+
+
+@pytest.mark.parametrize("label", METHODS)
+def test_soft_prompts_tag_better_than_the_head_alone(label):
+    """No seed of one reaches into the seeds of the other, nor is nearer than they are wide."""
+    ours, head = (scores("tiny-bert", "entities", name) for name in (label, "Head alone"))
+    spread = max(ours.max() - ours.min(), head.max() - head.min())
+    assert ours.min() - head.max() > spread
+    assert head.min() > tasks.load("entities").baseline()["f1"]
