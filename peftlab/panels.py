@@ -7,19 +7,30 @@ A panel shows its widgets where a kernel runs. Its output also carries a figure 
 import json
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from html import escape
 
 import ipywidgets as widgets
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
 from peftlab import accounting, figures, tasks
 from peftlab.bases import Base
 from peftlab.bases.shapes import Shape, as_shape, names
-from peftlab.methods import FullFineTuning, LoRA, Method, PromptTuning
+from peftlab.experiments import sweep_soft
+from peftlab.methods import (
+    FullFineTuning,
+    LoRA,
+    Method,
+    PrefixTuning,
+    PromptTuning,
+    PTuning,
+    PTuningV2,
+)
+from peftlab.probes import AttentionMap
 from peftlab.training import Run, train
 from peftlab.tuned import attach
 
@@ -52,6 +63,24 @@ CHOICES = {
     ),
     "Prompt tuning": Choice(
         lambda size, _: PromptTuning(num_virtual_tokens=size), "virtual tokens P", LENGTHS, 20
+    ),
+    "Prefix tuning": Choice(
+        lambda size, _: PrefixTuning(num_virtual_tokens=size), "virtual tokens P", LENGTHS, 20
+    ),
+    "P-tuning v2": Choice(
+        lambda size, _: PTuningV2(num_virtual_tokens=size), "virtual tokens P", LENGTHS, 20
+    ),
+    "P-tuning, LSTM": Choice(
+        lambda size, _: PTuning(num_virtual_tokens=size, sizes="peft"),
+        "virtual tokens P",
+        LENGTHS,
+        20,
+    ),
+    "P-tuning, MLP": Choice(
+        lambda size, _: PTuning(num_virtual_tokens=size, encoder="mlp", sizes="peft"),
+        "virtual tokens P",
+        LENGTHS,
+        20,
     ),
     "Full fine-tuning": Choice(lambda *_: FullFineTuning(), "no size to choose", RANKS, 8),
 }
@@ -410,7 +439,7 @@ class LiveTrainer(Panel):
 
 def live_trainer(
     base: Base,
-    tasks: Sequence[str] = tasks.NAMES,
+    tasks: Sequence[str] = tasks.WITHOUT_HEAD,
     methods: Sequence[str] = tuple(CHOICES),
     steps: int = 200,
     targets: Sequence[str] = ("q", "v"),
@@ -421,3 +450,346 @@ def live_trainer(
     `history` (a Run's table) is shown until the first training, and in the stored picture.
     """
     return LiveTrainer(base, tasks, methods, steps, targets, history)
+
+
+SOFT_LAB = {  # what varies: a row's name in the heat map, its label in soft_lab.json
+    ("prompt", "start"): {
+        "tokens": "prompt, vocabulary",
+        "text": "prompt, text",
+        "uniform ±0.5": "prompt, random",
+        "normal": "prompt, normal",
+        "zeros": "prompt, zero",
+    },
+    ("prefix", "start"): {
+        "tokens": "prefix, vocabulary",
+        "text": "prefix, text",
+        "N(0, 1)": "prefix, random",
+        "zeros": "prefix, zero",
+    },
+    **{
+        (method, "length"): {
+            f"P = {P}": f"{method}, vocabulary" if P == 20 else f"{method}, P = {P}"
+            for P in (1, 5, 20, 50, 100)
+        }
+        for method in ("prompt", "prefix")
+    },
+    ("prompt", "maker"): {
+        "none": "prompt, vocabulary",
+        "LSTM": "prompt, lstm",
+        "MLP": "prompt, mlp",
+        "attention": "prompt, attention",
+    },
+    ("prefix", "maker"): {"none": "prefix, vocabulary", "MLP": "prefix, MLP"},
+}
+SOFT_METRICS = {  # column of the file, how the seeds become a colour, what counts as trained
+    "exact match, mean": ("exact", "mean", 0.95),
+    "exact match, worst seed": ("exact", "min", 0.95),
+    "loss at the end": ("loss_last", "mean", 0.05),
+}
+
+
+@lru_cache(maxsize=1)
+def _soft_runs() -> pd.DataFrame:
+    """The lab's runs: mean, min and max over the seeds for each label and learning rate."""
+    _, runs = sweep_soft.read("lab")
+    groups = runs.groupby(["label", "lr"])[["exact", "loss_last"]]
+    return groups.agg(["mean", "min", "max", "count"])
+
+
+@dataclass(frozen=True)
+class SoftLabView:
+    """What the lab shows for one choice; `values` is (rows, rates), NaN where nothing was run."""
+
+    method: str
+    vary: str
+    metric: str
+    rows: tuple[str, ...]
+    rates: tuple[float, ...]
+    values: np.ndarray
+    texts: np.ndarray
+    seeds: int
+
+    @property
+    def trained(self) -> int:
+        """How many settings pass the metric's bar."""
+        column, _, bar = SOFT_METRICS[self.metric]
+        return int((self.values <= bar if column == "loss_last" else self.values >= bar).sum())
+
+    @property
+    def text(self) -> str:
+        column, _, bar = SOFT_METRICS[self.metric]
+        goal = f"end below {bar:g} nats" if column == "loss_last" else f"reach {bar:.0%}"
+        run = int(np.isfinite(self.values).sum())
+        return f"{self.method} by {self.vary}: {self.trained} of {run} settings {goal}"
+
+    def parts(self) -> tuple[dict, dict]:
+        """What differs between two views: of the trace, and of the layout."""
+        loss = SOFT_METRICS[self.metric][0] == "loss_last"
+        ticks = dict(tickvals=[0, 0.5, 1], ticktext=["0", "0.5", "1"], title_text="share")
+        scale = dict(zmin=0, zmax=1, reversescale=False)
+        if loss:
+            ticks = dict(tickvals=[-3, -2, -1, 0], ticktext=["0.001", "0.01", "0.1", "1"])
+            ticks["title_text"] = "nats"
+            scale = dict(zmin=-3.7, zmax=1, reversescale=True)
+        trace = dict(
+            z=np.log10(self.values) if loss else self.values,
+            x=[f"{rate:g}" for rate in self.rates],
+            y=list(self.rows),
+            text=self.texts,
+            colorbar=ticks,
+            **scale,
+        )
+        title = f"{self.text[0].upper()}{self.text[1:]} ({self.metric})"
+        rates = f"learning rate ({self.seeds} seeds a cell)"
+        return trace, dict(title_text=title, xaxis_title_text=rates)
+
+    def figure(self) -> go.Figure:
+        """A heat map in which bright is good; losses on a logarithmic scale of colours."""
+        trace, layout = self.parts()
+        fig = figures.heat_map(trace["z"])
+        fig.update_traces(trace | dict(texttemplate="%{text}", textfont_size=12, hoverinfo="skip"))
+        category = dict(xaxis_type="category", yaxis_type="category")
+        return fig.update_layout(layout | category, margin_l=110, height=420)
+
+
+def soft_lab_view(method: str, vary: str, metric: str) -> SoftLabView:
+    """One table of the lab in data/results/soft_lab.json: sorting letters, 150 steps, tiny-gpt.
+
+    Raises ValueError for a choice that the lab does not have.
+    """
+    if (method, vary) not in SOFT_LAB:
+        raise ValueError(f"no lab of a {method} by {vary}; there are {list(SOFT_LAB)}")
+    if metric not in SOFT_METRICS:
+        raise ValueError(f"unknown metric {metric!r}; allowed: {', '.join(SOFT_METRICS)}")
+    labels, (column, how, _) = SOFT_LAB[method, vary], SOFT_METRICS[metric]
+    found = _soft_runs().loc[list(labels.values()), column]
+    table = {part: found[part].unstack().loc[list(labels.values())] for part in found}
+    low, high = table["min"].to_numpy(), table["max"].to_numpy()
+    values = table[how].to_numpy()
+    texts = [
+        "" if np.isnan(v) else f"{v:.2g}" if how == "min" else f"{v:.2g}<br>{lo:.2g} – {hi:.2g}"
+        for v, lo, hi in zip(values.flat, low.flat, high.flat, strict=True)
+    ]
+    return SoftLabView(
+        method,
+        vary,
+        metric,
+        tuple(labels),
+        tuple(table["mean"].columns),
+        values,
+        np.array(texts, dtype=object).reshape(values.shape),
+        int(found["count"].min()),
+    )
+
+
+class SoftPromptLab(Panel):
+    """See `soft_prompt_lab`."""
+
+    def __init__(self, method: str, vary: str, metric: str):
+        self.view = soft_lab_view(method, vary, metric)
+        style = {"description_width": "60px"}
+        offered = {
+            "method": (list(dict.fromkeys(m for m, _ in SOFT_LAB)), method),
+            "vary": (list(dict.fromkeys(v for _, v in SOFT_LAB)), vary),
+            "metric": (list(SOFT_METRICS), metric),
+        }
+        self.choices = {
+            name: widgets.Dropdown(options=options, value=value, description=name, style=style)
+            for name, (options, value) in offered.items()
+        }
+        for name, widget in self.choices.items():
+            widget.add_class(f"peftlab-lab-{name}")
+            widget.observe(self._changed, "value")
+        self.plot = go.FigureWidget(self.view.figure())
+        self.widget = widgets.VBox([widgets.HBox(list(self.choices.values())), self.plot])
+
+    def _changed(self, _=None) -> None:
+        self.view = soft_lab_view(**{name: w.value for name, w in self.choices.items()})
+        trace, layout = self.view.parts()
+        with self.plot.batch_update():
+            self.plot.data[0].update(trace)
+            self.plot.layout.update(layout)
+
+    def static(self) -> go.Figure:
+        return self.view.figure()
+
+    def describe(self) -> str:
+        return f"Soft prompt lab: {self.view.text} ({self.view.metric})"
+
+
+def soft_prompt_lab(
+    method: str = "prompt", vary: str = "start", metric: str = "exact match, mean"
+) -> SoftPromptLab:
+    """A panel over the stored lab: what lets a prompt or a prefix train, at which learning rate."""
+    return SoftPromptLab(method, vary, metric)
+
+
+@dataclass(frozen=True)
+class AttentionScene:
+    """Attention of one text in every layer and head, with a prefix as it started and trained.
+
+    `before` and `after` are (layers, heads, queries, virtual + keys); the first `virtual` of
+    `keys` are the prefix.
+    """
+
+    before: np.ndarray
+    after: np.ndarray
+    virtual: int
+    queries: tuple[str, ...]
+    keys: tuple[str, ...]
+
+
+def attention_scene(before: AttentionMap, after: AttentionMap) -> AttentionScene:
+    """What two `probes.attention_map` of one text show, with the same virtual tokens attached.
+
+    Raises ValueError for two texts, two lengths, a text without a prefix, or a model of two stacks.
+    """
+    if before.records.keys() != after.records.keys() or before.tokens != after.tokens:
+        raise ValueError("before and after are maps of two different texts or models")
+    names = [name for name in before.records if before.records[name].virtual]
+    if not names:
+        raise ValueError("no prefix was attended to here")
+    if any(name.startswith(("encoder.", "decoder.")) for name in names):
+        raise ValueError("the explorer shows the maps of one stack; this model has two")
+    name = names[0]
+    maps = [
+        np.stack([m.weights(n).float().cpu().numpy() for n in names]).astype(np.float32)
+        for m in (before, after)
+    ]
+    if maps[0].shape != maps[1].shape:
+        raise ValueError(f"before has the shape {maps[0].shape}, after {maps[1].shape}")
+    return AttentionScene(
+        *maps,
+        virtual=before.records[name].virtual,
+        queries=tuple(before.queries(name)),
+        keys=tuple(before.keys(name)),
+    )
+
+
+@dataclass(frozen=True)
+class AttentionView:
+    """What the attention explorer shows for one setting; maps (queries, keys), gates (queries)."""
+
+    virtual: int
+    layer: int
+    head: int
+    example: int
+    queries: tuple[str, ...]
+    keys: tuple[str, ...]
+    maps: dict[str, np.ndarray]
+    gates: dict[str, np.ndarray]
+
+    @property
+    def text(self) -> str:
+        before, after = (gate.mean() for gate in self.gates.values())
+        return (
+            f"layer {self.layer}, head {self.head}: {before:.0%} of the attention goes to the "
+            f"prefix of {self.virtual} at the start, {after:.0%} once it is trained"
+        )
+
+    @property
+    def shown(self) -> tuple:
+        """What `figures.attention_pair` and `figures.attention_parts` take."""
+        title = self.text[0].upper() + self.text[1:]
+        return self.maps, self.gates, self.keys, self.queries, self.virtual, title
+
+    def figure(self) -> go.Figure:
+        return figures.attention_pair(*self.shown)
+
+
+Scenes = Mapping[int, Sequence[AttentionScene]]  # by prefix length, one scene an example
+
+
+def attention_view(
+    scenes: Scenes, length: int, layer: int, head: int, example: int
+) -> AttentionView:
+    """One head's attention from the stored maps; layer, head and example count from 1.
+
+    Raises ValueError for a place that the maps do not have.
+    """
+    if length not in scenes:
+        raise ValueError(f"no maps with a prefix of {length}; there are {sorted(scenes)}")
+    if not 1 <= example <= len(scenes[length]):
+        raise ValueError(f"example {example}: there are 1 to {len(scenes[length])}")
+    scene = scenes[length][example - 1]
+    layers, heads = scene.after.shape[:2]
+    for name, value, most in (("layer", layer, layers), ("head", head, heads)):
+        if not 1 <= value <= most:
+            raise ValueError(f"{name} {value}: there are 1 to {most}")
+    maps = {
+        "start": scene.before[layer - 1, head - 1],
+        "trained": scene.after[layer - 1, head - 1],
+    }
+    gates = {label: weights[:, : scene.virtual].sum(axis=1) for label, weights in maps.items()}
+    return AttentionView(
+        scene.virtual, layer, head, example, scene.queries, scene.keys, maps, gates
+    )
+
+
+class AttentionExplorer(Panel):
+    """See `attention_explorer`."""
+
+    def __init__(self, scenes: Scenes, length: int | None, layer: int, head: int, example: int):
+        self.scenes = {length: tuple(scenes[length]) for length in sorted(scenes)}
+        if not self.scenes or not all(self.scenes.values()):
+            raise ValueError("no maps to show: each prefix length needs at least one scene")
+        shapes = {scene.after.shape[:2] for row in self.scenes.values() for scene in row}
+        if len(shapes) > 1 or len({len(row) for row in self.scenes.values()}) > 1:
+            raise ValueError("every prefix length needs the same examples, layers and heads")
+        (layers, heads), examples = shapes.pop(), len(next(iter(self.scenes.values())))
+        length = max(self.scenes) if length is None else length
+        self.view = attention_view(self.scenes, length, layer, head, example)
+        style, width = {"description_width": "110px"}, widgets.Layout(width="380px")
+        options = dict(style=style, layout=width)
+        self.length = widgets.SelectionSlider(
+            options=list(self.scenes), value=length, description="prefix P", **options
+        )
+        self.layer, self.head, self.example = (
+            widgets.IntSlider(value=value, min=1, max=most, description=name, **options)
+            for name, value, most in (
+                ("layer", layer, layers), ("head", head, heads), ("example", example, examples),
+            )
+        )  # fmt: skip
+        self.text = widgets.HTML()
+        self.sliders = {
+            "length": self.length,
+            "layer": self.layer,
+            "head": self.head,
+            "example": self.example,
+        }
+        for name, widget in {**self.sliders, "text": self.text}.items():
+            widget.add_class(f"peftlab-attention-{name}")
+        self.plot = go.FigureWidget(self.view.figure())
+        self.text.value = f"<b>{escape(self.view.text)}</b>"
+        rows = [widgets.HBox([self.length, self.example]), widgets.HBox([self.layer, self.head])]
+        self.widget = widgets.VBox([*rows, self.text, self.plot])
+        for widget in self.sliders.values():
+            widget.observe(self._changed, "value")
+
+    def _changed(self, _=None) -> None:
+        chosen = {name: widget.value for name, widget in self.sliders.items()}
+        self.view = attention_view(self.scenes, **chosen)
+        self.text.value = f"<b>{escape(self.view.text)}</b>"
+        traces, layout = figures.attention_parts(*self.view.shown)
+        with self.plot.batch_update():
+            for old, new in zip(self.plot.data, traces, strict=True):
+                old.update(new)
+            self.plot.layout.update(layout)
+
+    def static(self) -> go.Figure:
+        return self.view.figure()
+
+    def describe(self) -> str:
+        return f"Attention explorer: {self.view.text}"
+
+
+def attention_explorer(
+    scenes: Scenes, length: int | None = None, layer: int = 1, head: int = 1, example: int = 1
+) -> AttentionExplorer:
+    """A panel that looks inside: one head's attention over [prefix | text], as the prefix started
+    and trained, with the gate λ of every query.
+
+    `scenes` maps a prefix length to one `attention_scene` an example. They are computed beforehand,
+    so that a redraw reads stored numbers and runs no model.
+    """
+    return AttentionExplorer(scenes, length, layer, head, example)

@@ -16,6 +16,25 @@ def history(seed=0, steps=5):
     return pd.DataFrame({"step": range(1, steps + 1), "loss": rng.random(steps)})
 
 
+def attention(virtual=2):
+    weights = np.full((3, virtual + 3), 1 / (virtual + 3))
+    maps, gates = ({"start": w, "trained": w} for w in (weights, weights[:, :virtual].sum(1)))
+    keys = [*(f"P{i + 1}" for i in range(virtual)), " a", "\n", " a"]
+    return figures.attention_pair(maps, gates, keys, keys[virtual:], virtual, "t")
+
+
+def multiples():
+    rows = [
+        (label, skill, steps, seed / 2)
+        for label in ("LoRA", "Prefix tuning")
+        for skill in ("sort", "count")
+        for steps in (100, 300)
+        for seed in (0, 1)
+    ]
+    table = pd.DataFrame(rows, columns=["label", "skill", "steps", "exact"])
+    return figures.small_multiples(table, "steps", "exact", "skill", "t", "steps", "share right")
+
+
 def every_figure():
     table = pd.DataFrame({"method": ["lora", "lora", "base"], "em": [0.9, 0.8, 0.1]})
     return {
@@ -25,6 +44,8 @@ def every_figure():
         "counts": figures.counts_figure([1, 2, 4], [10, 20, 40], 2, "toy", 1000),
         "heat_map": figures.heat_map(np.eye(3), title="t", x_title="x", y_title="y"),
         "spectrum": figures.spectrum({"lora": [1.0, 3.0, 2.0]}, "t"),
+        "attention_pair": attention(),
+        "small_multiples": multiples(),
         "token_bars": figures.token_bars(["a", "a"], [1, 2], "t", "cosine"),
     }
 
@@ -128,6 +149,35 @@ def test_heat_map_centres_a_signed_matrix():
 def test_spectrum_sorts_the_largest_first():
     trace = figures.spectrum({"lora": [1.0, 3.0, 2.0]}, "t").data[0]
     assert list(trace.y) == [3, 2, 1] and list(trace.x) == [1, 2, 3]
+
+
+def test_attention_shows_two_maps_the_gates_and_where_the_text_begins():
+    figure = attention()
+    left, right, start, trained = figure.data
+    np.testing.assert_allclose(left.customdata, 0.2)  # the share; the colour is its root
+    np.testing.assert_allclose(left.z, 0.2**0.5)
+    np.testing.assert_allclose(trained.x, 0.4)
+    assert {trace.name for trace in (left, start)} == {"start"}
+    assert [line.x0 for line in figure.layout.shapes] == [1.5, 1.5]
+    assert (
+        figure.layout.yaxis.ticktext == ("␣a", "⏎", "␣a") and len(figure.layout.yaxis.tickvals) == 3
+    )
+    assert figure.layout.xaxis2.ticktext == ("P1", "P2", "␣a", "⏎", "␣a")
+    assert trained.marker.color == figures.COLOURS["prefix_tuning"]
+
+
+def test_attention_names_the_ends_of_a_long_prefix():
+    assert attention(20).layout.xaxis.ticktext == ("P1", "P20", "␣a", "⏎", "␣a")
+
+
+def test_small_multiples_show_every_seed_and_the_mean():
+    figure = multiples()
+    assert len(figure.data) == 2 * 2 * 2
+    points, line = figure.data[:2]
+    assert sorted(points.y) == [0, 0, 0.5, 0.5] and list(line.y) == [0.25, 0.25]
+    assert {trace.xaxis for trace in figure.data} == {"x", "x2"}
+    assert [t.name for t in figure.data if t.showlegend] == ["LoRA", "Prefix tuning"]
+    assert "sort" in figure.layout.xaxis.title.text and "count" in figure.layout.xaxis2.title.text
 
 
 def test_token_bars_keep_equal_tokens_apart():
