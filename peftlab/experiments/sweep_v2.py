@@ -1,14 +1,13 @@
-"""P-tuning v2 on entities, taken apart: depth, the head's learning rate, and a sequence that grows.
+"""P-tuning v2 on entities: how deep, and what becomes of it where the sequence grows instead.
 
-    python -m peftlab.experiments.sweep_v2 --workers 14              # one GPU
-    python -m peftlab.experiments.sweep_v2 --workers 2 --device cpu  # or two processor cores
+    python -m peftlab.experiments.sweep_v2 --workers 14                            # one GPU
+    python -m peftlab.experiments.sweep_v2 --part depth --seeds 2 --device cpu     # or less of it
 
-Writes `data/results/v2_apart.json`, one row a run:
+Writes `data/results/v2_apart.json`, one row a run; a part that is run again replaces its rows:
 
-    depth    the upper 1, 2, … 6 layers, and each layer alone (with its own prefix and no other)
-    head     P-tuning v2 under head learning rates from 0.0001 to 0.3
-    growing  virtual tokens put in front of every layer's output, the sequence growing each time:
+    growing  virtual tokens put in front of every layer's output, so that the sequence grows:
              three learning rates on dev, then the seeds, as in `sweep_soft`'s families
+    depth    the upper 1, 2, … 6 layers
 """
 
 from __future__ import annotations
@@ -39,7 +38,8 @@ from peftlab.training import train
 from peftlab.tuned import attach
 
 PATH = data_path("results", "v2_apart.json")
-HEAD_RATES = (1e-4, 1e-3, 5e-3, 2e-2, 1e-1, 3e-1)
+STEPS = 120  # as in the families of `sweep_soft`
+PARTS = ("growing", "depth")
 
 
 @dataclass(frozen=True)
@@ -106,60 +106,28 @@ def growing(base: Base, read) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class OneLayer(PTuningV2):
-    """P-tuning v2 in one layer alone, `layer` counted from 0: to ask which layers matter."""
-
-    layer: int = 0
-
-    name: ClassVar[str] = "p_tuning_v2_one_layer"
-    title: ClassVar[str] = "P-tuning v2, one layer"
-
-    def takes(self, site, shape):
-        return site.layer == self.layer
-
-    def sublayers(self, shape):
-        """One."""
-        return 1
-
-
-@dataclass(frozen=True)
 class Job:
-    """One run; `steps` at a batch of 16, as in `sweep_soft`."""
+    """One run of `STEPS` steps at a batch of 16."""
 
     part: str
     setting: float
     method: Method
-    steps: int
     lr: float
-    head_lr: float
     seed: int
     split: str = "test"
 
 
-def jobs() -> list[Job]:
-    """Every run but those of `growing` on the test, whose rate is chosen first."""
-    depth = [
-        Job("depth", d, PTuningV2(20, depth=d), 200, 0.1, 5e-3, s)
-        for d in range(1, 7)
-        for s in SEEDS
-    ]
-    alone = [
-        Job("one layer", n + 1, OneLayer(20, layer=n), 200, 0.1, 5e-3, s)
-        for n in range(6)
-        for s in SEEDS
-    ]
-    head = [
-        Job("head", rate, PTuningV2(20), 200, 0.1, rate, s) for rate in HEAD_RATES for s in SEEDS
-    ]
-    return growing_jobs(TABLE, (TUNING_SEED,), "dev") + depth + alone + head
+def jobs(part: str, seeds: tuple[int, ...]) -> list[Job]:
+    """The runs of one part; those of `growing` that choose its rate."""
+    if part == "growing":
+        return growing_jobs(TABLE, (TUNING_SEED,), "dev")
+    return [Job(part, d, PTuningV2(20, depth=d), 0.1, seed) for d in range(1, 7) for seed in seeds]
 
 
 def growing_jobs(rates, seeds, split) -> list[Job]:
     """The growing sequence under these rates and seeds."""
     return [
-        Job("growing", lr, GrowingPrompts(20), 200, lr, 5e-3, s, split)
-        for lr in rates
-        for s in seeds
+        Job("growing", lr, GrowingPrompts(20), lr, seed, split) for lr in rates for seed in seeds
     ]
 
 
@@ -174,20 +142,19 @@ def one(job: Job, device: str, steps: int | None) -> dict:
     task = tasks.load("entities")
     with attach(_bases[device], job.method, seed=job.seed, head=task.head) as tuned:
         run = train(
-            tuned, task, steps=steps or job.steps, lr=job.lr, head_lr=job.head_lr, seed=job.seed,
+            tuned, task, steps=steps or STEPS, lr=job.lr, seed=job.seed,
             precision="fp32", progress=False, evaluate=False,
         )  # fmt: skip
         examples = getattr(task, job.split)
         scores = task.score(tuned, examples[:20] if steps else examples)
-        count = tuned.count()
+        count, label = tuned.count(), tuned.label
     found = scores | {"loss_last": run.history["loss"].tail(10).mean(), "seconds": run.seconds}
     return {
         "part": job.part,
         "setting": job.setting,
-        "label": job.method.title,
-        "steps": job.steps,
+        "label": label,
+        "steps": steps or STEPS,
         "lr": job.lr,
-        "head_lr": job.head_lr,
         "seed": job.seed,
         "metric": task.main,
         "trained": count.parameters,
@@ -195,51 +162,55 @@ def one(job: Job, device: str, steps: int | None) -> dict:
     }
 
 
-def measure(device: str, workers: int, steps: int | None, few: bool) -> dict:
-    """All runs; the growing sequence last, at the rate that was best on dev."""
+def measure(part: str, seeds, device: str, workers: int, steps: int | None) -> dict:
+    """One part; the growing sequence in two rounds, the second at the rate that was best on dev."""
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
 
         def submit(wanted: list[Job]) -> list[dict]:
             futures = [pool.submit(one, job, device, steps) for job in wanted]
             return [future.result() for future in futures]
 
-        wanted = jobs()
-        if few:
-            wanted = [job for job in wanted if job.seed in (0, TUNING_SEED)]
-        rows = submit(wanted)
-        tried = [row for row in rows if row["part"] == "growing"]
-        runs = [row for row in rows if row["part"] != "growing"]
-        runs += submit(growing_jobs((best(tried),), SEEDS[:1] if few else SEEDS, "test"))
-    return {"tried": tried, "runs": runs}
+        rows = submit(jobs(part, seeds))
+        if part != "growing":
+            return {"tried": [], "runs": rows}
+        return {"tried": rows, "runs": submit(growing_jobs((best(rows),), seeds, "test"))}
 
 
 def read(path: Path = PATH) -> tuple[dict, pd.DataFrame]:
-    """When and where it was made, and one row for each final run."""
+    """When and where each part was made, and one row for each final run."""
     result = json.loads(path.read_text())
-    return result, pd.DataFrame(result.pop("runs"))
+    return result["parts"], pd.DataFrame(result["runs"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="how many")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=1, help="processes that share the device")
-    parser.add_argument("--smoke", action="store_true", help="two steps a run, one seed")
+    parser.add_argument("--smoke", action="store_true", help="two steps a run")
     parser.add_argument("--out", type=Path, default=PATH.parent)
     options = parser.parse_args()
-    begun = time.perf_counter()
-    result = measure(options.device, options.workers, 2 if options.smoke else None, options.smoke)
-    facts = {
-        "command": f"python -m peftlab.experiments.sweep_v2 --workers {options.workers}",
-        "bases": {"tiny-bert": load("tiny-bert").digest},
-        "device": torch.cuda.get_device_name() if options.device == "cuda" else "CPU",
-        "precision": "float32",
-        "batch size": 16,
-        "torch": torch.__version__,
-        "date": date.today().isoformat(),
-        "seconds": round(time.perf_counter() - begun),
-    }
-    write(options.out / PATH.name, facts, result)
-    print(f"{len(result['runs'])} runs, {facts['seconds']} s")
+    path, seeds = options.out / PATH.name, tuple(range(options.seeds))
+    for part in options.part:  # each is written when it is ready; the others stay
+        begun = time.perf_counter()
+        made = measure(part, seeds, options.device, options.workers, 2 if options.smoke else None)
+        stored = json.loads(path.read_text()) if path.exists() else {}
+        facts = {
+            "command": f"python -m peftlab.experiments.sweep_v2 --part {part!r} "
+            f"--seeds {options.seeds} --workers {options.workers}",
+            "base": load("tiny-bert").digest,
+            "device": torch.cuda.get_device_name() if options.device == "cuda" else "CPU",
+            "torch": torch.__version__,
+            "date": date.today().isoformat(),
+            "seconds": round(time.perf_counter() - begun),
+        }
+        kept = {
+            key: [row for row in stored.get(key, []) if row["part"] != part] + rows
+            for key, rows in made.items()
+        }
+        write(path, {"parts": stored.get("parts", {}) | {part: facts}}, kept)
+        print(f"{part}: {len(made['runs'])} runs, {facts['seconds']} s", flush=True)
 
 
 if __name__ == "__main__":
