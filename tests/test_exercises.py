@@ -7,8 +7,11 @@ import pkgutil
 
 import pytest
 
-from peftlab import exercises
+from peftlab import exercises, tasks
+from peftlab.bases import load
 from peftlab.exercises import Exercise, Question, Verdict, collect, exercise, expect, question
+from peftlab.experiments.sweep_v2 import GrowingPrompts
+from peftlab.methods import DeepPromptTuning, PromptAndPrefix, PTuningV2
 
 MODULES = [
     importlib.import_module(f"peftlab.exercises.{info.name}")
@@ -143,6 +146,24 @@ def test_a_lesson_has_three_to_five_exercises_and_two_or_three_questions(number)
     items = collect(LESSON[number])
     assert 3 <= sum(isinstance(item, Exercise) for item in items) <= 5
     assert 2 <= sum(isinstance(item, Question) for item in items) <= 3
+
+
+def test_lesson_05_shows_what_tells_its_patients_and_its_definitions_apart():
+    lesson, base, task = LESSON["05"], load("tiny-bert"), tasks.load("entities")
+    seen = lesson.clinic(base, task, steps=2, batch_size=2).groupby("patient").last()
+    moved = seen[["prefix moved", "head moved"]] > 0
+    by_fault = {fault: patient for patient, fault in lesson.WARD.items()}
+    assert moved.loc["sound"].all() and moved.loc[by_fault["shift"]].all()
+    assert moved.loc[by_fault["head"]].tolist() == [True, False]
+    assert moved.loc[by_fault["cut"]].tolist() == [False, True]
+    assert moved.loc[by_fault["optimiser"]].tolist() == [False, True]
+    assert seen["prefix gradient"].isna().tolist() == (seen.index == by_fault["cut"]).tolist()
+    methods = [PTuningV2(4), PromptAndPrefix(4), DeepPromptTuning(4), GrowingPrompts(4)]
+    table = lesson.observe(base, dict(zip(lesson.DEFINITIONS, methods, strict=True)), "A cat .")
+    signs = table.drop(columns="numbers trained").astype(int)
+    text = signs.loc["C", "queries, layer 1"]  # the paper's: as many queries as tokens
+    more = {letter: (row - text).tolist() for letter, row in signs.iterrows()}
+    assert more == {"A": [4] * 4, "B": [0, 0, 20, 20], "C": [0, 4, 0, 4], "D": [4, 8, 4, 8]}
 
 
 # --- the machinery -----------------------------------------------------------------------------
