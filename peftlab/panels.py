@@ -8,7 +8,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from html import escape
 
@@ -31,6 +31,7 @@ from peftlab.methods import (
     PTuningV2,
 )
 from peftlab.probes import AttentionMap
+from peftlab.soft import PREFIX_INITS, PROMPT_INITS
 from peftlab.training import Run, train
 from peftlab.tuned import attach
 
@@ -91,6 +92,15 @@ def build_method(name: str, size: int, targets: Sequence[str] = ("q", "v")) -> M
     if name not in CHOICES:
         raise ValueError(f"unknown method {name!r}; allowed: {', '.join(CHOICES)}")
     return CHOICES[name].build(size, tuple(targets))
+
+
+def starts(method: Method) -> tuple[str, ...]:
+    """Where a soft prompt may start, its own default first; none for other methods.
+
+    A start from a text is left out: a slider cannot say which text.
+    """
+    known = {PromptTuning: PROMPT_INITS, PrefixTuning: PREFIX_INITS}.get(type(method), ())
+    return tuple(init for init in known if init != "text")
 
 
 def allowed_sizes(name: str, targets: Sequence[str], model: str | Shape) -> tuple[int, ...]:
@@ -331,6 +341,7 @@ class LiveTrainer(Panel):
         self.method = widgets.Dropdown(options=list(method_names), description="method")
         self.task = widgets.Dropdown(options=list(task_names), description="task")
         self.size = widgets.SelectionSlider(options=RANKS, description="rank r")
+        self.init = widgets.Dropdown(description="start")
         self.steps = widgets.BoundedIntText(steps, min=1, max=100_000, description="steps")
         self.lr = widgets.SelectionSlider(options=RATES, description="lr")
         self.train_button = widgets.Button(description="Train", button_style="primary", icon="play")
@@ -340,13 +351,13 @@ class LiveTrainer(Panel):
         self.scores = widgets.HTML()
         self._choose_method()
         self.plot = go.FigureWidget(curve(self.records, self.method.value))
-        for name in ("method", "task", "size", "steps", "lr", "status", "scores"):
+        for name in ("method", "task", "size", "init", "steps", "lr", "status", "scores"):
             getattr(self, name).add_class(f"peftlab-trainer-{name}")
         self.train_button.add_class("peftlab-train")
         self.stop_button.add_class("peftlab-stop")
         rows = (
             [self.method, self.task, self.size],
-            [self.steps, self.lr],
+            [self.steps, self.lr, self.init],
             [self.train_button, self.stop_button, self.progress, self.status],
         )
         boxes = [widgets.HBox(row) for row in rows]
@@ -362,7 +373,11 @@ class LiveTrainer(Panel):
         self.size.options = allowed_sizes(self.method.value, self.target_set, shape)
         self.size.value = max(s for s in self.size.options if s <= choice.start)
         self.size.disabled = self.method.value == "Full fine-tuning"
-        rate = build_method(self.method.value, self.size.value, self.target_set).learning_rate
+        method = build_method(self.method.value, self.size.value, self.target_set)
+        self.init.options = starts(method)
+        self.init.value = next(iter(self.init.options), None)
+        self.init.layout.display = None if self.init.options else "none"
+        rate = method.learning_rate
         self.lr.options = sorted({*RATES, rate})
         self.lr.value = rate
 
@@ -396,6 +411,8 @@ class LiveTrainer(Panel):
 
     def _train(self) -> Run:
         method = build_method(self.method.value, self.size.value, self.target_set)
+        if self.init.value is not None:
+            method = replace(method, init=self.init.value)
         task, steps, drawn = tasks.load(self.task.value), self.steps.value, [time.monotonic()]
 
         def on_step(record: dict) -> None:
@@ -493,7 +510,7 @@ def _soft_runs() -> pd.DataFrame:
     """The lab's runs: mean, min and max over the seeds for each label and learning rate."""
     _, runs = sweep_soft.read("lab")
     groups = runs.groupby(["label", "lr"])[["exact", "loss_last"]]
-    return groups.agg(["mean", "min", "max", "count"])
+    return groups.agg(["mean", "min", "max", "count"]).round(6)  # alike on every processor
 
 
 @dataclass(frozen=True)
@@ -532,7 +549,7 @@ class SoftLabView:
             ticks["title_text"] = "nats"
             scale = dict(zmin=-3.7, zmax=1, reversescale=True)
         trace = dict(
-            z=np.log10(self.values) if loss else self.values,
+            z=np.log10(self.values).round(4) if loss else self.values,
             x=[f"{rate:g}" for rate in self.rates],
             y=list(self.rows),
             text=self.texts,

@@ -14,6 +14,7 @@ from models import letters, tiny
 import peftlab
 from peftlab import accounting, figures, panels, probes
 from peftlab.bases.shapes import Shape, names
+from peftlab.experiments import sweep_soft
 from peftlab.methods import FullFineTuning, LoRA, PrefixTuning, PromptTuning
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -308,6 +309,27 @@ def test_every_size_of_every_method_fits_a_small_base():
             panels.build_method(name, size).parameters(panel.base.anatomy.shape)
 
 
+@pytest.mark.parametrize("name", ["Prompt tuning", "Prefix tuning"])
+def test_a_soft_prompt_starts_where_the_panel_says(trainer, monkeypatch, name):
+    attached = []
+    monkeypatch.setattr(panels, "attach", lambda b, m: attached.append(m) or peftlab.attach(b, m))
+    trainer.method.value, trainer.steps.value = name, 1
+    assert trainer.init.value == panels.build_method(name, 20).init == trainer.init.options[0]
+    for init in trainer.init.options:
+        trainer.init.value = init
+        trainer.train_button.click()
+        finish(trainer)
+        assert attached[-1].init == init
+    assert len(attached) == len(trainer.init.options) >= 3
+
+
+@pytest.mark.parametrize("name", sorted({*panels.CHOICES} - {"Prompt tuning", "Prefix tuning"}))
+def test_other_methods_have_no_start_to_choose(trainer, name):
+    trainer.method.value = "Prompt tuning"
+    trainer.method.value = name
+    assert trainer.init.layout.display == "none" and trainer.init.value is None
+
+
 def test_scores_are_listed_before_and_after():
     table = panels.scores_table({"exact_match": 0.1}, {"exact_match": 0.95})
     assert "<td>exact match</td><td>10.0%</td><td>95.0%</td>" in table
@@ -470,3 +492,76 @@ def test_the_attention_panel_has_a_still(looking):
     assert bundle["text/plain"].startswith("Attention explorer: layer ")
     assert go.Figure(bundle[panels.STILL]) == looking.static()
     assert len(json.dumps(bundle[panels.STILL])) < 300_000
+
+
+# --- the lab of soft prompts -------------------------------------------------------------------
+
+LAB = list(product(panels.SOFT_LAB, panels.SOFT_METRICS))
+
+
+@pytest.mark.parametrize("place, metric", LAB)
+def test_every_table_of_the_lab_is_what_the_file_says(place, metric):
+    _, runs = sweep_soft.read("lab")
+    view = panels.soft_lab_view(*place, metric)
+    labels = panels.SOFT_LAB[place]
+    column = "loss_last" if "loss" in metric else "exact"
+    found = 0
+    for (row, name), (j, rate) in product(enumerate(view.rows), enumerate(view.rates)):
+        seeds = runs[(runs.label == labels[name]) & (runs.lr == rate)][column]
+        if seeds.empty:
+            assert np.isnan(view.values[row, j]) and view.texts[row, j] == ""
+            continue
+        found += 1
+        assert len(seeds) == view.seeds == len(sweep_soft.SEEDS)
+        expected = seeds.min() if "worst" in metric else seeds.mean()
+        assert view.values[row, j] == pytest.approx(expected, abs=1e-6)
+        said = float(view.texts[row, j].split("<br>")[0])  # two digits of it
+        assert said == pytest.approx(expected, rel=0.05)
+    assert found == runs.label.isin(labels.values()).sum() / view.seeds
+    assert f"{view.trained} of {found} settings" in view.figure().layout.title.text
+
+
+def test_the_lab_leaves_no_run_out():
+    _, runs = sweep_soft.read("lab")
+    assert {label for rows in panels.SOFT_LAB.values() for label in rows.values()} == set(
+        runs.label
+    )
+
+
+def test_moving_the_lab_draws_what_a_new_one_would():
+    panel = panels.soft_prompt_lab()
+    for (method, vary), metric in LAB:
+        for name, value in (("method", method), ("vary", vary), ("metric", metric)):
+            panel.choices[name].value = value
+        assert panel.view.method == method and panel.view.metric == metric
+        ours, fresh = (figure.data[0].to_plotly_json() for figure in (panel.plot, panel.static()))
+        assert set(ours) - {"uid"} == set(fresh)
+        assert np.array_equal(ours["z"], fresh["z"], equal_nan=True)
+        assert np.isfinite(ours["z"]).any()
+        for key in ("x", "y", "text", "zmin", "zmax", "reversescale", "colorbar"):
+            assert np.array_equal(np.array(ours[key]), np.array(fresh[key])), key
+        assert panel.plot.layout == panel.static().layout
+        assert panel.plot.layout.title.text.lower().startswith(panel.view.text.lower())
+
+
+def test_the_lab_is_redrawn_within_150_ms():
+    panel, times = panels.soft_prompt_lab(), []
+    for metric in [*panels.SOFT_METRICS][1:] + [*panels.SOFT_METRICS][:1]:
+        start = time.perf_counter()
+        panel.choices["metric"].value = metric
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.15  # the smallest: other work on this machine is not the panel's
+
+
+def test_the_lab_has_a_still_that_repeats_exactly():
+    first, second = (panels.soft_prompt_lab()._repr_mimebundle_() for _ in range(2))
+    assert set(first) == {"text/plain", WIDGET, panels.STILL}
+    assert json.dumps(first[panels.STILL]) == json.dumps(second[panels.STILL])  # as nbval needs
+    assert first["text/plain"].startswith("Soft prompt lab: prompt by start: ")
+
+
+def test_a_lab_that_was_not_run_is_refused():
+    with pytest.raises(ValueError, match="no lab of a prompt by colour"):
+        panels.soft_lab_view("prompt", "colour", "exact match, mean")
+    with pytest.raises(ValueError, match="unknown metric 'speed'; allowed: exact match, mean"):
+        panels.soft_lab_view("prompt", "start", "speed")
