@@ -368,7 +368,7 @@ def attention_pair(
     names = [f"{label}: prefix | text" for label in maps] + ["λ of each query"]
     for i, (name, domain) in enumerate(zip(names, domains, strict=True), 1):
         heading = dict(text=name, font=dict(size=12))
-        axis = dict(title=heading, domain=domain, anchor="y", tickangle=-90 if i < 3 else 0)
+        axis = dict(title=heading, domain=domain, anchor="y", tickangle=0)
         fig.update_layout({f"xaxis{i}": {**_AXIS, **axis, "showgrid": False}})
     bar = dict(title=dict(text="share", side="top"), tickvals=[0, 0.1**0.5, 0.5**0.5, 1])
     bar |= dict(ticktext=["0", "0.1", "0.5", "1"], thickness=10, x=1.02)
@@ -400,8 +400,9 @@ def attention_parts(
     traces: list[dict] = [dict(z=np.sqrt(w), customdata=w) for w in weights]
     traces += [dict(x=np.asarray(share, dtype=float), y=rows) for share in gates.values()]
     small = dict(size=10)
-    named = [i for i in range(len(keys)) if i >= virtual or i in (0, virtual - 1) or virtual <= 9]
-    columns = dict(tickvals=named, ticktext=_spelled(keys[i] for i in named), tickfont=small)
+    named = [i for i in range(len(keys)) if i >= virtual or i in (0, virtual - 1)]
+    letters = _spelled(keys[i].strip() or keys[i] for i in named)  # narrow: the rows show blanks
+    columns = dict(tickvals=named, ticktext=letters, tickfont=small)
     columns |= dict(range=[-0.5, len(keys) - 0.5])
     edge = dict(x0=virtual - 0.5, x1=virtual - 0.5, y0=-0.5, y1=len(queries) - 0.5, type="line")
     edge |= dict(yref="y", line=dict(color="white", width=3))

@@ -416,7 +416,7 @@ def _examine(patient, fault, base, task, steps, seed) -> pd.DataFrame:
         key, value, k, v = (
             t.repeat_interleave(groups, dim=-3) for t in (key, value, P_k[i], read_v[i])
         )
-        if fault == "mask":  # the last P columns would be in the future too: hide the prefix
+        if fault == "mask":  # the prefix's columns are padded with what hides a key
             hidden = torch.finfo(query.dtype).min
             k = torch.cat([k.expand(len(key), -1, -1, -1), key], dim=2)
             v = torch.cat([v.expand(len(key), -1, -1, -1), value], dim=2)
