@@ -148,6 +148,19 @@ def test_a_lesson_has_three_to_five_exercises_and_two_or_three_questions(number)
     assert 2 <= sum(isinstance(item, Question) for item in items) <= 3
 
 
+def test_lesson_02_shows_what_tells_its_patients_apart():
+    lesson, base, task = LESSON["02"], load("tiny-gpt"), tasks.load("sentiment")
+    records = lesson.clinic(base, task, steps=1)
+    seen = records.set_index("patient")
+    by_fault = {fault: patient for patient, fault in lesson.WARD.items()}
+    sound, slow = seen.loc["sound"], seen.loc[by_fault["rate"]]
+    assert sound.gradient > 0 and slow.gradient == sound.gradient
+    assert 0 < slow.moved < sound.moved / 100
+    assert seen.gradient[by_fault["mask"]] == 0 and seen.loss[by_fault["mask"]] != sound.loss
+    assert seen.gradient[by_fault["optimiser"]] > 0 == seen.moved[by_fault["optimiser"]]
+    assert seen.gradient.isna().tolist() == (seen.index == by_fault["detached"]).tolist()
+
+
 def test_lesson_05_shows_what_tells_its_patients_and_its_definitions_apart():
     lesson, base, task = LESSON["05"], load("tiny-bert"), tasks.load("entities")
     seen = lesson.clinic(base, task, steps=2, batch_size=2).groupby("patient").last()

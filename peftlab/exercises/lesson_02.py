@@ -307,7 +307,8 @@ def _examine(patient, fault, base, task, steps, lr, seed):
             if fault == "detached":
                 return args, kwargs | {"inputs_embeds": kwargs["inputs_embeds"].detach()}
 
-        hook = tuned.model.register_forward_pre_hook(disturb, with_kwargs=True)
+        stack = next(iter(base.anatomy.stacks.values()))  # behind the hook that puts the prompt in
+        hook = stack.register_forward_pre_hook(disturb, with_kwargs=True)
         trained = prompt.detach().clone() if fault == "optimiser" else prompt
         rate = lr / 1000 if fault == "rate" else lr
         optimiser = torch.optim.AdamW([trained], lr=rate, weight_decay=0.0)
