@@ -18,9 +18,9 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from peftlab import accounting, figures, tasks
+from peftlab._data import data_path
 from peftlab.bases import Base
 from peftlab.bases.shapes import Shape, as_shape, names
-from peftlab.experiments import sweep_soft
 from peftlab.methods import (
     FullFineTuning,
     LoRA,
@@ -508,7 +508,8 @@ SOFT_METRICS = {  # column of the file, how the seeds become a colour, what coun
 @lru_cache(maxsize=1)
 def _soft_runs() -> pd.DataFrame:
     """The lab's runs: mean, min and max over the seeds for each label and learning rate."""
-    _, runs = sweep_soft.read("lab")
+    lab = json.loads(data_path("results", "soft_lab.json").read_text())
+    runs = pd.DataFrame(lab["runs"])
     groups = runs.groupby(["label", "lr"])[["exact", "loss_last"]]
     return groups.agg(["mean", "min", "max", "count"]).round(6)  # alike on every processor
 

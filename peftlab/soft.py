@@ -218,6 +218,31 @@ def check_init(init: str, text: str | None, allowed: tuple[str, ...]) -> None:
         raise ValueError('init="text" and a non-empty init_text go together')
 
 
+def check_placement(placement, total: int) -> tuple[tuple[int, str], ...] | None:
+    """The blocks of a placement as (count, where) pairs, None for none.
+
+    Raises ValueError unless they are such pairs, of places that exist, with `total` virtual tokens.
+    """
+    if placement is None:
+        return None
+    try:
+        blocks = tuple((count, where) for count, where in placement)
+        if not all(isinstance(where, str) for _, where in blocks):
+            raise TypeError
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"placement={placement!r}: give (count, where) pairs, such as [(3, 'front')]"
+        ) from None
+    for count, where in blocks:
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"a count of placement={count!r}: allowed is a whole number from 1 on")
+        if where not in ("front", "back") and not where.startswith(("before ", "after ")):
+            raise ValueError(f"{where!r}: allowed is front, back, 'before X', 'after X'")
+    if (given := sum(count for count, _ in blocks)) != total:
+        raise ValueError(f"placement has {given} virtual tokens, num_virtual_tokens={total}")
+    return blocks
+
+
 def put(base: Base, attachment, name: str, module: nn.Module) -> Callable[[], dict[str, Tensor]]:
     """Move a soft prompt to the base's device, name what trains, and return what a site reads."""
     weight = base.anatomy.embedding.weight

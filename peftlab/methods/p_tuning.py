@@ -14,6 +14,7 @@ from peftlab.soft import (
     Flat,
     PromptEncoder,
     check_init,
+    check_placement,
     initial_prompt,
     mlp_widths,
     put,
@@ -74,27 +75,8 @@ class PTuning(Method):
         if self.sizes == "peft" and self.encoder == "attention":
             raise ValueError('sizes="peft" has no attention encoder: use lstm or mlp')
         check_init(self.init, self.init_text, PROMPT_INITS)
-        self._check_placement()
-
-    def _check_placement(self) -> None:
-        if self.placement is None:
-            return
-        try:
-            blocks = tuple((count, where) for count, where in self.placement)
-            if not all(isinstance(where, str) for _, where in blocks):
-                raise TypeError
-        except (TypeError, ValueError):
-            raise ValueError(
-                f"placement={self.placement!r}: give (count, where) pairs, such as [(3, 'front')]"
-            ) from None
-        for count, where in blocks:
-            require("a count of placement", count, 1)
-            if where not in ("front", "back") and not where.startswith(("before ", "after ")):
-                raise ValueError(f"{where!r}: allowed is front, back, 'before X', 'after X'")
-        total, wanted = sum(count for count, _ in blocks), self.num_virtual_tokens
-        if total != wanted:
-            raise ValueError(f"placement has {total} virtual tokens, num_virtual_tokens={wanted}")
-        object.__setattr__(self, "placement", blocks)
+        placement = check_placement(self.placement, self.num_virtual_tokens)
+        object.__setattr__(self, "placement", placement)
 
     @property
     def learning_rate(self) -> float:
