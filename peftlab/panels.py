@@ -45,13 +45,17 @@ SECONDS_BETWEEN_FRAMES = 0.3
 
 @dataclass(frozen=True)
 class Choice:
-    """How a method is made from one size and a set of targets, as a slider offers them."""
+    """How a method is made from one size and a set of targets, as a slider offers them.
+
+    `in_context` says that the virtual tokens take places of the model's context.
+    """
 
     build: Callable[[int, tuple[str, ...]], Method]
     size_name: str
     sizes: tuple[int, ...]
     start: int
     targeted: bool = False
+    in_context: bool = False
 
 
 CHOICES = {
@@ -63,7 +67,11 @@ CHOICES = {
         targeted=True,
     ),
     "Prompt tuning": Choice(
-        lambda size, _: PromptTuning(num_virtual_tokens=size), "virtual tokens P", LENGTHS, 20
+        lambda size, _: PromptTuning(num_virtual_tokens=size),
+        "virtual tokens P",
+        LENGTHS,
+        20,
+        in_context=True,
     ),
     "Prefix tuning": Choice(
         lambda size, _: PrefixTuning(num_virtual_tokens=size), "virtual tokens P", LENGTHS, 20
@@ -76,12 +84,14 @@ CHOICES = {
         "virtual tokens P",
         LENGTHS,
         20,
+        in_context=True,
     ),
     "P-tuning, MLP": Choice(
         lambda size, _: PTuning(num_virtual_tokens=size, encoder="mlp", sizes="peft"),
         "virtual tokens P",
         LENGTHS,
         20,
+        in_context=True,
     ),
     "Full fine-tuning": Choice(lambda *_: FullFineTuning(), "no size to choose", RANKS, 8),
 }
@@ -106,7 +116,7 @@ def starts(method: Method) -> tuple[str, ...]:
 def allowed_sizes(name: str, targets: Sequence[str], model: str | Shape) -> tuple[int, ...]:
     """The sizes a slider offers: no rank above a target's smaller side, no prompt that fills it."""
     choice, shape = CHOICES[name], as_shape(model)
-    most = shape.context - 1 if name == "Prompt tuning" else max(choice.sizes)
+    most = shape.context - 1 if choice.in_context else max(choice.sizes)
     if choice.targeted:
         most = min(min(i, o) for t in targets for _, i, o in shape.matrices(t))
     return tuple(size for size in choice.sizes if size <= most)
