@@ -9,7 +9,7 @@ frequent tag of each word is worth less than a head.
 import pytest
 
 from peftlab import tasks
-from peftlab.experiments import sweep_soft
+from peftlab.experiments import limits, sweep_soft
 
 META, RUNS = sweep_soft.read("families")
 METHODS = [
@@ -46,3 +46,21 @@ def test_soft_prompts_tag_better_than_the_head_alone(label):
     spread = max(ours.max() - ours.min(), head.max() - head.min())
     assert ours.min() - head.max() > spread
     assert head.min() > tasks.load("entities").baseline()["f1"]
+
+
+def test_a_prefix_elicits_at_once_and_learns_what_is_new_behind_lora():
+    """At one count of parameters: level on a known skill, behind in every seed on new ones."""
+    made, short = limits.read()
+    _, long = limits.read("limits_long")
+    assert made["cpu seconds"] <= 300  # five minutes of one core
+    scores = {
+        key: sorted(rows.exact)
+        for runs in (short, long)
+        for key, rows in runs.groupby(["skill", "steps", "label"])
+    }
+    assert {*short.trained, *long.trained} == {20_736}
+    assert scores["sort", 40, "Prefix tuning"][0] > 0.95
+    for skill, steps in (("double_histogram", 240), ("double_histogram", 360), ("permute", 360)):
+        prefix, lora = (scores[skill, steps, name] for name in ("Prefix tuning", "LoRA"))
+        assert len(prefix) == len(lora) == 3
+        assert lora[0] > prefix[-1]
