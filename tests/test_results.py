@@ -6,10 +6,13 @@ trained alone with as many tries. Chance lies below both: no base sorts a list, 
 frequent tag of each word is worth less than a head.
 """
 
+from collections import Counter
+
 import pytest
 
 from peftlab import tasks
-from peftlab.experiments import limits, sweep_soft
+from peftlab.bases import load
+from peftlab.experiments import limits, sweep_cloze, sweep_soft
 
 META, RUNS = sweep_soft.read("families")
 METHODS = [
@@ -64,3 +67,16 @@ def test_a_prefix_elicits_at_once_and_learns_what_is_new_behind_lora():
         prefix, lora = (scores[skill, steps, name] for name in ("Prefix tuning", "LoRA"))
         assert len(prefix) == len(lora) == 3
         assert lora[0] > prefix[-1]
+
+
+@pytest.mark.parametrize("encoder", ["LSTM, paper's", "MLP, paper's", "attention"])
+def test_p_tuning_asks_an_encoder_better_than_no_prompt(encoder):
+    """On a cloze, which P-tuning was made for: above the untrained base and the commonest town."""
+    made, runs = sweep_cloze.read()
+    base, task = load(sweep_cloze.BASE), sweep_cloze.Probe.load()
+    assert made["base"] == base.digest
+    untrained = task.score(base)["exact"]
+    commonest = max(Counter(e.target for e in task.test).values()) / len(task.test)
+    ours = runs[runs.encoder.str.startswith(encoder)].exact
+    assert len(ours) >= 5
+    assert ours.min() - max(untrained, commonest) > ours.max() - ours.min()
