@@ -8,7 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from peftlab.accounting import count
 from peftlab.bases.shapes import Shape
-from peftlab.exercises import Wrong, exercise, expect, question
+from peftlab.exercises import Wrong, exercise, expect, match, question, swapped
 from peftlab.methods import PromptTuning
 from peftlab.training import target_loss
 from peftlab.tuned import attach
@@ -339,10 +339,6 @@ SYMPTOMS = {
 }
 
 
-def _swap(first: str, second: str) -> dict[str, str]:
-    return WARD | {first: WARD[second], second: WARD[first]}
-
-
 @exercise(
     "Debug the broken adapter",
     solution=dict(WARD),
@@ -355,30 +351,16 @@ def _swap(first: str, second: str) -> dict[str, str]:
         "Two patients have an ordinary gradient. Ask whether their prompts moved, and how far.",
     ),
     mistakes=(
-        (_swap("A", "C"), "Look again at patient A"),
-        (_swap("B", "D"), "Look again at patient B"),
+        (swapped(WARD, "A", "C"), "Look again at patient A"),
+        (swapped(WARD, "B", "D"), "Look again at patient B"),
         (WARD | {"C": "rate", "A": "rate"}, "twice"),
         (WARD | {"D": "too few virtual tokens"}, "none of the four faults"),
         ({"A": "rate"}, "has no diagnosis yet"),
     ),
 )
 def diagnose(answer):
-    if all(answer.get(patient) in (None, ...) for patient in WARD):
-        raise NotImplementedError
-    for patient in WARD:
-        given = answer.get(patient)
-        expect(given not in (None, ...), f"patient {patient} has no diagnosis yet")
-        expect(
-            given in FAULTS, f"{given!r} is none of the four faults, which are {', '.join(FAULTS)}"
-        )
-    named = [answer[patient] for patient in WARD]
-    expect(len(set(named)) == 4, "you named one fault twice: each of the four occurs once")
-    for patient, fault in WARD.items():
-        expect(
-            answer[patient] == fault,
-            f"Look again at patient {patient}. Its prompt {SYMPTOMS[fault]}",
-        )
-    return "; ".join(f"{patient}: {FAULTS[fault]}" for patient, fault in WARD.items())
+    signs = {fault: f"Its prompt {sign}" for fault, sign in SYMPTOMS.items()}
+    return match(answer, WARD, FAULTS, signs)
 
 
 # --- predict first -----------------------------------------------------------------------------

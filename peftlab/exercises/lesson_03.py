@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from peftlab.accounting import count, stored
 from peftlab.bases.shapes import Shape
-from peftlab.exercises import Wrong, exercise, expect, question
+from peftlab.exercises import Wrong, exercise, expect, match, question, swapped
 from peftlab.methods import PTuning
 from peftlab.soft import PromptEncoder
 from peftlab.tuned import attach
@@ -407,10 +407,6 @@ SYMPTOMS = {
 }
 
 
-def _swap(first: str, second: str) -> dict[str, str]:
-    return WARD | {first: WARD[second], second: WARD[first]}
-
-
 @exercise(
     "Debug the broken adapter",
     solution=dict(WARD),
@@ -422,28 +418,17 @@ def _swap(first: str, second: str) -> dict[str, str]:
         "A gradient that nobody uses moves nothing. Compare the two columns that moved.",
     ),
     mistakes=(
-        (_swap("A", "B"), "Look again at patient A"),
-        (_swap("B", "D"), "Look again at patient B"),
-        (_swap("C", "D"), "Look again at patient C"),
+        (swapped(WARD, "A", "B"), "Look again at patient A"),
+        (swapped(WARD, "B", "D"), "Look again at patient B"),
+        (swapped(WARD, "C", "D"), "Look again at patient C"),
         (WARD | {"A": "outside"}, "twice"),
         (WARD | {"D": "too few virtual tokens"}, "none of the four faults"),
         ({"A": "table"}, "has no diagnosis yet"),
     ),
 )
 def diagnose(answer):
-    if all(answer.get(patient) in (None, ...) for patient in WARD):
-        raise NotImplementedError
-    for patient in WARD:
-        given = answer.get(patient)
-        expect(given not in (None, ...), f"patient {patient} has no diagnosis yet")
-        expect(
-            given in FAULTS, f"{given!r} is none of the four faults, which are {', '.join(FAULTS)}"
-        )
-    named = [answer[patient] for patient in WARD]
-    expect(len(set(named)) == 4, "you named one fault twice: each of the four occurs once")
-    for patient, fault in WARD.items():
-        expect(answer[patient] == fault, f"Look again at patient {patient}. It {SYMPTOMS[fault]}")
-    return "; ".join(f"{patient}: {FAULTS[fault]}" for patient, fault in WARD.items())
+    signs = {fault: f"It {sign}" for fault, sign in SYMPTOMS.items()}
+    return match(answer, WARD, FAULTS, signs)
 
 
 # --- predict first -------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from transformers.masking_utils import eager_mask
 
 from peftlab.accounting import count
 from peftlab.bases.shapes import Shape
-from peftlab.exercises import Wrong, exercise, expect, question
+from peftlab.exercises import Wrong, exercise, expect, match, question, swapped
 from peftlab.methods import DeepPromptTuning, PrefixTuning
 from peftlab.soft import initial_prefix
 from peftlab.training import target_loss
@@ -464,10 +464,6 @@ SYMPTOMS = {
 }
 
 
-def _swap(first: str, second: str) -> dict[str, str]:
-    return WARD | {first: WARD[second], second: WARD[first]}
-
-
 @exercise(
     "Debug the broken adapter",
     solution=dict(WARD),
@@ -479,30 +475,16 @@ def _swap(first: str, second: str) -> dict[str, str]:
         "Two patients have both gradients. Ask whether they moved, and how far.",
     ),
     mistakes=(
-        (_swap("A", "C"), "Look again at patient A"),
-        (_swap("B", "D"), "Look again at patient B"),
+        (swapped(WARD, "A", "C"), "Look again at patient A"),
+        (swapped(WARD, "B", "D"), "Look again at patient B"),
         (WARD | {"C": "values"}, "twice"),
         (WARD | {"D": "too short a prefix"}, "none of the four faults"),
         ({"A": "values"}, "has no diagnosis yet"),
     ),
 )
 def diagnose(answer):
-    if all(answer.get(patient) in (None, ...) for patient in WARD):
-        raise NotImplementedError
-    for patient in WARD:
-        given = answer.get(patient)
-        expect(given not in (None, ...), f"patient {patient} has no diagnosis yet")
-        expect(
-            given in FAULTS, f"{given!r} is none of the four faults, which are {', '.join(FAULTS)}"
-        )
-    named = [answer[patient] for patient in WARD]
-    expect(len(set(named)) == 4, "you named one fault twice: each of the four occurs once")
-    for patient, fault in WARD.items():
-        expect(
-            answer[patient] == fault,
-            f"Look again at patient {patient}. Its prefix {SYMPTOMS[fault]}",
-        )
-    return "; ".join(f"{patient}: {FAULTS[fault]}" for patient, fault in WARD.items())
+    signs = {fault: f"Its prefix {sign}" for fault, sign in SYMPTOMS.items()}
+    return match(answer, WARD, FAULTS, signs)
 
 
 # --- predict first -----------------------------------------------------------------------------

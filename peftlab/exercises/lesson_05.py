@@ -9,7 +9,7 @@ from peftlab import attention
 from peftlab.accounting import count
 from peftlab.bases import Base
 from peftlab.bases.shapes import Shape
-from peftlab.exercises import Wrong, exercise, expect, question
+from peftlab.exercises import Wrong, exercise, expect, match, question, swapped
 from peftlab.heads import Classification
 from peftlab.methods import PrefixTuning, PTuningV2
 from peftlab.tuned import attach
@@ -225,10 +225,6 @@ _SIGNS = {
 }
 
 
-def _exchange(first: str, second: str) -> dict[str, str]:
-    return UNKNOWN | {first: UNKNOWN[second], second: UNKNOWN[first]}
-
-
 @exercise(
     "Which definition is it?",
     solution=dict(UNKNOWN),
@@ -240,30 +236,16 @@ def _exchange(first: str, second: str) -> dict[str, str]:
         "Look at the first and the last layer of one row. Does the number of keys grow?",
     ),
     mistakes=(
-        (_exchange("A", "C"), "Look again at A"),
-        (_exchange("B", "D"), "Look again at B"),
+        (swapped(UNKNOWN, "A", "C"), "Look again at A"),
+        (swapped(UNKNOWN, "B", "D"), "Look again at B"),
         (UNKNOWN | {"A": "paper"}, "twice"),
         (UNKNOWN | {"D": "prefix tuning"}, "none of the four definitions"),
         ({"A": "replaced"}, "has no name yet"),
     ),
 )
 def name_the_definition(answer):
-    _check_letters(answer, UNKNOWN, DEFINITIONS, "definition", "name")
-    for letter, name in UNKNOWN.items():
-        expect(answer[letter] == name, f"Look again at {letter}. It has {_SIGNS[name]}")
-    return "; ".join(f"{letter}: {DEFINITIONS[name]}" for letter, name in UNKNOWN.items())
-
-
-def _check_letters(answer, right, known, what, word) -> None:
-    """Every letter answered, with known names, none twice."""
-    if all(answer.get(letter) in (None, ...) for letter in right):
-        raise NotImplementedError
-    for letter in right:
-        given = answer.get(letter)
-        expect(given not in (None, ...), f"{letter} has no {word} yet")
-        expect(given in known, f"{given!r} is none of the four {what}s: {', '.join(known)}")
-    named = {answer[letter] for letter in right}
-    expect(len(named) == len(right), f"you named one {what} twice: each of the four occurs once")
+    signs = {name: f"It has {sign}" for name, sign in _SIGNS.items()}
+    return match(answer, UNKNOWN, DEFINITIONS, signs, where="", what="definition", word="name")
 
 
 # --- 4 · debug the broken adapter --------------------------------------------------------------
@@ -345,10 +327,6 @@ _SYMPTOMS = {
 }
 
 
-def _swap(first: str, second: str) -> dict[str, str]:
-    return WARD | {first: WARD[second], second: WARD[first]}
-
-
 @exercise(
     "Debug the broken adapter",
     solution=dict(WARD),
@@ -361,18 +339,16 @@ def _swap(first: str, second: str) -> dict[str, str]:
         "One patient has nothing wrong with gradients or steps. Then look at the labels.",
     ),
     mistakes=(
-        (_swap("A", "D"), "Look again at patient A"),
-        (_swap("B", "C"), "Look again at patient B"),
+        (swapped(WARD, "A", "D"), "Look again at patient A"),
+        (swapped(WARD, "B", "C"), "Look again at patient B"),
         (WARD | {"C": "shift"}, "twice"),
         (WARD | {"B": "too few steps"}, "none of the four faults"),
         ({"A": "optimiser"}, "has no diagnosis yet"),
     ),
 )
 def diagnose(answer):
-    _check_letters(answer, WARD, FAULTS, "fault", "diagnosis")
-    for patient, fault in WARD.items():
-        expect(answer[patient] == fault, f"Look again at patient {patient}: {_SYMPTOMS[fault]}")
-    return "; ".join(f"{patient}: {FAULTS[fault]}" for patient, fault in WARD.items())
+    signs = {fault: f"It has {sign}" for fault, sign in _SYMPTOMS.items()}
+    return match(answer, WARD, FAULTS, signs)
 
 
 # --- predict first -----------------------------------------------------------------------------
