@@ -7,8 +7,8 @@ On tiny-gpt a prefix of 9 and LoRA of rank 1 on all linear weights train 20,736 
 skill has its budgets of steps; every budget is a run of its own, with its own cosine, on three
 seeds. There is one learning rate for each. The prefix's is the middle of those that work in
 `soft_lab.json`, and of 0.03, 0.1 and 0.3 the best on `permute` with seed 0; LoRA's is, of 0.003 and
-0.01, the better there: at 0.01 rank 1 with alpha 16 does not learn that skill. A row has the test
-scores, the seconds of the training by the clock, and those of the processor for training and
+0.01, the better there. `limits_first.json` is an earlier round with other settings. A row has the
+test scores, the seconds of the training by the clock, and those of the processor for training and
 scoring, in which no other program counts.
 """
 

@@ -10,7 +10,6 @@ Writes one file for each part, `data/results/soft_<part>.json`, one row a run:
     lengths   tiny-bert: 1 to 100 virtual tokens, prompt tuning and P-tuning v2, on both taggings
     families  every method on every base, beside the untrained base, LoRA and, under a head, the
               head alone
-    limits    tiny-gpt: a prefix and rank-1 LoRA with as many parameters, on four letter skills
     spread    tiny-gpt: a prompt with and without an encoder, over many seeds
 
 In `lab` every setting runs on every seed. In the other parts each entry has the same number of
@@ -163,21 +162,6 @@ def families() -> list[Entry]:
     return entries
 
 
-def limits() -> list[Entry]:
-    """One budget of parameters: a prefix of 9 and LoRA of rank 1 have 20,736 each on tiny-gpt."""
-    pair = {
-        "Prefix tuning": PrefixTuning(9),
-        "LoRA": LoRA(r=1, alpha=16, target_modules="all-linear"),
-    }
-    skills = ("sort", "descend", "permute", "double_histogram")
-    return [
-        Entry(label, "tiny-gpt", "letters", method, steps, rates_of(method), skill)
-        for skill, steps, (label, method) in itertools.product(
-            skills, (100, 300, 1000), pair.items()
-        )
-    ]
-
-
 def spread() -> list[Entry]:
     kinds = {
         "no encoder": PTuning(20, encoder="embedding"),
@@ -195,7 +179,6 @@ PARTS = {
     "lab": lab,
     "lengths": lengths,
     "families": families,
-    "limits": limits,
     "spread": spread,
 }
 
