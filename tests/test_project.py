@@ -54,6 +54,23 @@ def tracked_files() -> list[Path]:
 # --- layout ------------------------------------------------------------------------------------
 
 
+def test_only_the_methods_own_room_lists_methods():
+    """An experiment's own method must not come to the list when somebody imports it."""
+    names = [label(path).removesuffix(".py").replace("/", ".") for path in PYTHON_FILES]
+    program = (
+        "import importlib, sys\n"
+        "for name in sys.argv[1:]: importlib.import_module(name.removesuffix('.__init__'))\n"
+        "from peftlab.methods import METHODS\n"
+        "print(*sorted({method.__module__ for method in METHODS.values()}))"
+    )
+    modules = [name for name in names if not name.endswith("__main__")]
+    shown = subprocess.run(
+        [sys.executable, "-c", program, *modules], capture_output=True, text=True, check=True
+    )
+    assert shown.stdout.split()
+    assert all(name.startswith("peftlab.methods.") for name in shown.stdout.split())
+
+
 def test_the_top_level_holds_the_design_and_nothing_else():
     assert {path.relative_to(ROOT).parts[0] for path in tracked_files()} <= TOP_LEVEL
 

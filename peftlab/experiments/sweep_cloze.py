@@ -99,7 +99,7 @@ class _Hidden(nn.Module):
 
 
 @dataclass(frozen=True)
-class BareLSTM(Method):
+class BareLSTM(Method, listed=False):
     """A source's encoder, with the table that its code lacks: not a published method.
 
         P = LSTM(E)      E (num_virtual_tokens, d_model), hidden d_model, one direction, no MLP

@@ -32,7 +32,7 @@ from peftlab import tasks
 from peftlab._data import data_path
 from peftlab.bases import Base, load
 from peftlab.experiments.sweep_soft import SEEDS, TABLE, TUNING_SEED, best, write
-from peftlab.methods import METHODS, Method, PTuningV2
+from peftlab.methods import Method, PTuningV2
 from peftlab.soft import Flat, initial_prompt, put
 from peftlab.training import train
 from peftlab.tuned import attach
@@ -43,7 +43,7 @@ PARTS = ("growing", "depth")
 
 
 @dataclass(frozen=True)
-class GrowingPrompts(Method):
+class GrowingPrompts(Method, listed=False):
     """Prompts in front of each layer's output, as in the sources' code: not a published method.
 
         h ← [P_l; h] after layer l,   so that T tokens have become T + L · P at the end
@@ -69,9 +69,6 @@ class GrowingPrompts(Method):
     def parameters(self, shape):
         """P · L · d_model."""
         return self.num_virtual_tokens * shape.layers * shape.d_model
-
-
-del METHODS[GrowingPrompts.name]  # known here alone
 
 
 @contextmanager

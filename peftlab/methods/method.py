@@ -36,16 +36,21 @@ class Attachment:
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A method's hyper-parameters. Subclasses are frozen dataclasses, so they print and compare."""
+    """A method's hyper-parameters. Subclasses are frozen dataclasses, so they print and compare.
+
+    A subclass goes by its `name` in `METHODS`, and so in saved adapters, unless `listed=False`:
+    an experiment's or a test's own method is nobody else's.
+    """
 
     name: ClassVar[str] = ""
     title: ClassVar[str] = ""
     learning_rate: ClassVar[float] = 1e-3
     exclusive: ClassVar[bool] = False  # True: composes with no other method
 
-    def __init_subclass__(cls, **kwargs):
+    def __init_subclass__(cls, listed: bool = True, **kwargs):
         super().__init_subclass__(**kwargs)
-        METHODS[cls.name] = cls
+        if listed:
+            METHODS[cls.name] = cls
 
     def attach(self, base: Base, generator: torch.Generator, headless: bool = False) -> Attachment:
         """Reach the sites and create the parameters. On an error nothing stays behind."""

@@ -11,13 +11,12 @@ from transformers import T5ForConditionalGeneration
 
 from peftlab import PrefixTuning, attach
 from peftlab.bases import Base
-from peftlab.methods import METHODS
 
 from . import cache_route
 from .closeness import check
 
 
-class OfDecoder(PrefixTuning):
+class OfDecoder(PrefixTuning, listed=False):
     """In the decoder's attention to itself alone: what a cache reaches in T5."""
 
     name = "of_decoder"
@@ -29,7 +28,6 @@ class OfDecoder(PrefixTuning):
         return shape.decoder_layers or shape.layers
 
 
-del METHODS["of_decoder"]  # known here alone
 FAMILIES = ("gpt2", "llama", "t5")
 P = 4
 

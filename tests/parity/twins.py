@@ -34,7 +34,6 @@ from transformers import T5ForConditionalGeneration
 
 from peftlab import LoRA, PrefixTuning, PromptTuning, PTuning, Tuned, attach
 from peftlab.bases import Base
-from peftlab.methods import METHODS
 
 TASKS = {
     "decoder": "CAUSAL_LM",
@@ -44,7 +43,7 @@ TASKS = {
 
 
 @dataclass(frozen=True)
-class CachePrefix(PrefixTuning):
+class CachePrefix(PrefixTuning, listed=False):
     """Prefix tuning where a cache can bring it, with the positions that a cache gives."""
 
     shift_positions: bool = True
@@ -55,9 +54,6 @@ class CachePrefix(PrefixTuning):
 
     def sublayers(self, shape):
         return shape.decoder_layers or shape.layers
-
-
-del METHODS["cache_prefix"]  # known here alone
 
 
 @dataclass
