@@ -63,7 +63,11 @@ CONSTANT_ANSWER, UNIFORM = math.log(11) / 2, math.log(VOCABULARY)
     [("full", 0.01, CONSTANT_ANSWER), ("lora all", 0.03, UNIFORM), ("prompt", 0.3, UNIFORM)],
 )
 def test_it_learns_and_the_base_stays(case, lr, level, family):
-    """Everything trained learns the answers by heart; a random base can be adapted only so far."""
+    """Everything trained learns the answers by heart; a random base can be adapted only so far.
+
+    Dropout alone moves the loss of every step. Where no level is known, the last five steps
+    lie lower in the mean than any of forty steps at a rate that moves nothing.
+    """
     base = tiny(family)
     before = base.fingerprint()
     tuned = attach(base, CASES[case].methods)
@@ -71,8 +75,10 @@ def test_it_learns_and_the_base_stays(case, lr, level, family):
     losses = record.history["loss"]
     if family in DECODERS:
         assert losses.iloc[0] > UNIFORM and losses.iloc[-1] < level
-    else:  # their random starts lie elsewhere, and so does what forty steps reach
-        assert losses.iloc[-1] < losses.iloc[0] - 0.5
+    else:
+        still = attach(tiny(family), CASES[case].methods)
+        idle = run(still, steps=40, batch_size=11, lr=1e-9).history["loss"]
+        assert losses.tail(5).mean() < idle.min()
     assert (base.fingerprint() == before) == CASES[case].restored
     tuned.detach()
     assert base.fingerprint() == before
