@@ -41,7 +41,7 @@ def percent(method: Any, model: Any) -> float:
 
 def file_bytes(method: Any, model: Any, dtype: str = "float32") -> int:
     """Bytes of the stored tensors. The file on disk is longer by a header of names and shapes."""
-    return stored(method, model) * _width(dtype)
+    return method.file_bytes(as_shape(model), _width(dtype))
 
 
 @dataclass(frozen=True)

@@ -289,13 +289,15 @@ class KeysValues:
 class LinearWeight:
     """A delta beside one linear weight:  y = W x + b + delta(x).
 
-    The delta is a module with `forward(x)` and `delta_weight()` (d_out, d_in). Merging writes
-    W + delta_weight() into the model and keeps the original rows; unmerging puts those back.
+    The delta is a module with `forward(x)` and `delta_weight()` (d_out, d_in); one with
+    `of_output` True is called as `forward(x, W x)`. Merging writes W + delta_weight() into the
+    model and keeps the original rows; unmerging puts those back. Where entries of W are held at
+    zero by a mask M, so are the delta's: it is then (M ⊙ ΔW) x, which has no low-rank form.
     """
 
     def __init__(self, linear: Linear, delta: nn.Module):
         self.name, self.linear, self.delta = linear.name, linear, delta
-        self.original: Tensor | None = None
+        self.original: object | None = None  # the rows, or codes, that merging replaced
 
     @property
     def merged(self) -> bool:
@@ -312,21 +314,34 @@ class LinearWeight:
     def _add(self, module, args, output):
         if self.merged:
             return output
-        return self.linear.add_to(output, self.delta(args[0]).to(output.dtype))
+        if self.linear.mask is not None:
+            delta = self._masked(self.delta.delta_weight())
+            added = nn.functional.linear(args[0].to(delta.dtype), delta)
+        elif getattr(self.delta, "of_output", False):
+            added = self.delta(args[0], self.linear.product(output))
+        else:
+            added = self.delta(args[0])
+        return self.linear.add_to(output, added.to(output.dtype))
+
+    def _masked(self, delta: Tensor) -> Tensor:
+        return delta if self.linear.mask is None else delta * self.linear.mask.to(delta)
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Write W + ΔW into the model and keep the original."""
+        """Write W + ΔW into the model and keep the original. Codes are encoded anew."""
         if not self.merged:
-            weight = self.linear.weight
-            self.original = weight.clone()
-            self.linear.write(weight + self.delta.delta_weight().to(weight.dtype))
+            code, weight = self.linear.code, self.linear.weight
+            self.original = weight.clone() if code is None else code.snapshot()
+            self.linear.write(weight + self._masked(self.delta.delta_weight()).to(weight.dtype))
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Put the kept original back: restored, not subtracted."""
         if self.merged:
-            self.linear.write(self.original)  # follows the model to its device
+            if self.linear.code is None:
+                self.linear.write(self.original)  # follows the model to its device
+            else:
+                self.linear.code.restore(self.original)
             self.original = None
 
 

@@ -114,10 +114,10 @@ def train(
 ) -> Run:
     """Train the adapter on `task.train`.
 
-    `lr` is the first method's own default unless given; a head takes `head_lr`. `eval_every`
-    scores the dev set every so many steps (0: never); with `evaluate`, the test set is scored
-    before and after. The same seed on the same machine gives the same result. Raises ValueError
-    for a setting out of range or a batch that does not fit the context.
+    `lr` is the default of the first method that trains unless given; a head takes `head_lr`.
+    `eval_every` scores the dev set every so many steps (0: never); with `evaluate`, the test set
+    is scored before and after. The same seed on the same machine gives the same result. Raises
+    ValueError for a setting out of range or a batch that does not fit the context.
     """
     least = {"steps": 1, "batch_size": 1, "eval_every": 0, "warmup": 0}
     for name, value in zip(least, (steps, batch_size, eval_every, warmup), strict=True):
@@ -126,12 +126,15 @@ def train(
     tuned._check_attached()
     if tuned.merged:
         raise ValueError("the deltas are merged: call unmerge() before training")
+    if not tuned.trainable:
+        raise ValueError(f"{tuned.label} has no parameter to train: attach LoRA beside it")
     if tuned.using is not None:
         raise ValueError("kept prompts are in use: call use(None) before training")
     if device is not None:
         move(tuned, device)
     if lr is None:
-        lr = tuned.methods[0].learning_rate if tuned.methods else head_lr
+        training = [m.learning_rate for m, attachment in tuned.attachments if attachment.trainable]
+        lr = training[0] if training else head_lr
     for name, rate in (("lr", lr), ("head_lr", head_lr)):
         if not 0 < rate < math.inf:
             raise ValueError(f"{name}={rate}: allowed is a number above 0")
@@ -164,6 +167,7 @@ def train(
                 accelerator.backward(loss)
                 accelerator.clip_grad_norm_(tuned.trainable.values(), 1.0)
                 optimizer.step()
+                tuned.after_step(step, steps)
                 optimizer.zero_grad(set_to_none=True)
                 record = {
                     "step": step,
@@ -201,6 +205,9 @@ def move(tuned: Tuned, device: str | torch.device) -> None:
     for module in (*tuned.modules.values(), tuned.linear):
         if module is not None:
             module.to(device)
+    for site in tuned._sites:
+        if hasattr(site, "to"):
+            site.to(device)
     for kept in tuned.kept.values():
         kept.update({key: tensor.to(device) for key, tensor in kept.items()})
     if tuned.using is not None:
@@ -234,11 +241,12 @@ def _prepare(tuned: Tuned, task: Task, run: Run, steps: int, arithmetic: str):
 
 
 def _groups(tuned: Tuned, run: Run) -> list[dict]:
-    """The methods' parameters, and a head's with a learning rate of their own."""
-    head = [p for name, p in tuned.trainable.items() if name.startswith("head.")]
-    rest = [p for name, p in tuned.trainable.items() if not name.startswith("head.")]
-    groups = [{"params": rest, "lr": run.lr}, {"params": head, "lr": run.head_lr}]
-    return [group for group in groups if group["params"]]
+    """The parameters by learning rate: a head has its own, a method may have several."""
+    groups: dict[float, list] = {}
+    for name, parameter in tuned.trainable.items():
+        lr = run.head_lr if name.startswith("head.") else run.lr * tuned.rate(name)
+        groups.setdefault(lr, []).append(parameter)
+    return [{"params": parameters, "lr": lr} for lr, parameters in groups.items()]
 
 
 def _endless(loader: DataLoader) -> Iterator[dict[str, Tensor]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -22,7 +23,7 @@ from torch import nn
 
 from peftlab.bases import Base, LanguageModel
 from peftlab.heads import Head
-from peftlab.methods import Method
+from peftlab.methods import Attachment, Method
 from peftlab.soft import Source
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -41,6 +42,7 @@ class Count:
     stored: int
     base: int
     head: int = 0
+    method_bytes: int = 0
 
     @property
     def percent(self) -> float:
@@ -49,8 +51,8 @@ class Count:
 
     @property
     def file_bytes(self) -> int:
-        """Bytes of the stored tensors in float32, the head's included."""
-        return 4 * (self.stored + self.head)
+        """Bytes of the stored tensors, trained numbers in float32, the head's included."""
+        return self.method_bytes + 4 * self.head
 
     def __repr__(self) -> str:
         head = f" and {self.head:,} of a head" if self.head else ""
@@ -73,9 +75,10 @@ class Tuned(LanguageModel):
             raise ValueError("no method to attach")
         if head is not None and base.kind != "encoder":
             raise ValueError(f"a head goes on an encoder; {base.name} is a {base.kind} model")
-        if len(methods) > 1 and any(method.exclusive for method in methods):
-            alone = next(method for method in methods if method.exclusive)
-            raise ValueError(f"{alone.title} trains every parameter: it composes with no other")
+        for i, method in enumerate(methods):
+            if reason := method.objection(methods[:i], methods[i + 1 :]):
+                others = ", ".join(m.title for m in (*methods[:i], *methods[i + 1 :]))
+                raise ValueError(f"{method.title} does not go with {others}: {reason}")
         self.base, self.methods, self.head = base, list(methods), head
         self.name, self.model, self.tokenizer = base.name, base.model, base.tokenizer
         self.anatomy = base.anatomy
@@ -84,13 +87,16 @@ class Tuned(LanguageModel):
         self.trainable: dict[str, nn.Parameter] = {}
         self.modules: dict[str, nn.Module] = {}
         self.sources: dict[str, Source] = {}
+        self.frozen: dict[str, Callable[[], torch.Tensor]] = {}
         self.kept: dict[str, dict[str, torch.Tensor]] = {}
+        self.attachments: list[tuple[Method, Attachment]] = []
         self._sites, virtual = [], 0
         with ExitStack() as stack:  # an error below undoes what was attached so far
             for method in self.methods:
                 attachment = method.attach(base, generator, headless=head is not None)
                 stack.push(attachment.stack)
                 self._claim(attachment)
+                self.attachments.append((method, attachment))
                 virtual += attachment.virtual_tokens
             if not self._sites and methods:
                 raise ValueError(f"{self.label} reached no site of {base.name}")
@@ -111,6 +117,7 @@ class Tuned(LanguageModel):
         self.trainable.update(attachment.trainable)
         self.modules.update(attachment.modules)
         self.sources.update(attachment.sources)
+        self.frozen.update(attachment.frozen)
 
     def _build_head(self, generator: torch.Generator) -> nn.Linear | None:
         """The head's layer, drawn after the methods' tensors and trained with them."""
@@ -188,28 +195,37 @@ class Tuned(LanguageModel):
         measured = sum(p.numel() for p in self.trainable.values()) - head
         assert closed == measured, f"closed form {closed:,}, measured {measured:,}"
         stored = sum(method.stored(shape) for method in self.methods)
-        return Count(closed, measured, stored, self.base_parameters, head)
+        size = sum(method.file_bytes(shape) for method in self.methods)
+        return Count(closed, measured, stored, self.base_parameters, head, size)
 
     @property
     def merged(self) -> bool:
         """Whether the deltas are inside the weights now."""
         return any(getattr(site, "merged", False) for site in self._sites)
 
-    def merge(self) -> None:
+    def merge(self, requantise: bool = False) -> None:
         """Write every delta into its weight: the same output, and no extra work in forward.
 
-        Raises ValueError if a method has no delta to merge, RuntimeError after detach().
+        A mask or a code is in the weight already. Into codes a delta is merged only with
+        `requantise`, for the sum is rounded to codes again and the output changes. Raises
+        ValueError if a method has no delta to merge, RuntimeError after detach().
         """
         self._check_attached()
-        for site in self._sites:
+        sites = [site for site in self._sites if not getattr(site, "in_the_weight", False)]
+        for site in sites or self._sites:
             if not hasattr(site, "merge"):
                 raise ValueError(f"{getattr(site, 'name', site)} cannot be merged: it has no ΔW")
-        for site in self._sites:
+            if getattr(site, "linear", None) and site.linear.code is not None and not requantise:
+                raise ValueError(
+                    f"{site.name} is held as codes: merging rounds W + ΔW to them again and "
+                    "changes the output. merge(requantise=True) does it"
+                )
+        for site in sites:
             site.merge()
 
     def unmerge(self) -> None:
         """Put the original weights back, bit for bit."""
-        for site in self._sites:
+        for site in reversed(self._sites):  # of two in one module the later goes first
             if hasattr(site, "unmerge"):
                 site.unmerge()
 
@@ -220,6 +236,18 @@ class Tuned(LanguageModel):
             self.base.adapted_by = None
             self.train(False)
         return self.base
+
+    def rate(self, name: str) -> float:
+        """The learning rate of this trained tensor, as a multiple of the run's."""
+        for method, attachment in self.attachments:
+            if name in attachment.trainable:
+                return method.rate(name)
+        return 1.0
+
+    def after_step(self, step: int, steps: int) -> None:
+        """Tell the methods that a step of training is done, the gradients still in place."""
+        for method, attachment in self.attachments:
+            method.after_step(attachment, step, steps)
 
     def _check_attached(self) -> None:
         if self.base.adapted_by is not self:
@@ -233,8 +261,8 @@ class Tuned(LanguageModel):
 
     @torch.no_grad()
     def state(self) -> dict[str, torch.Tensor]:
-        """What is stored, on the CPU, by name: the trained tensors, and of a soft prompt that a
-        network makes, what it made."""
+        """What is stored, on the CPU, by name: the trained tensors, those that are frozen but
+        belong to them, and of a soft prompt that a network makes, what it made."""
         folded = {
             f"{name}.{key}": tensor
             for name, source in self.sources.items()
@@ -243,7 +271,7 @@ class Tuned(LanguageModel):
         plain = {
             name: p for name, p in self.trainable.items() if name.split(".")[0] not in self.sources
         }
-        tensors = plain | folded
+        tensors = plain | folded | {name: read() for name, read in self.frozen.items()}
         return {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
 
     def keep(self, name: str, folder: str | Path | None = None) -> None:
@@ -339,9 +367,10 @@ class Tuned(LanguageModel):
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
         """Copy tensors by name. All are checked before the first is copied."""
         self._check_attached()
-        _check_shapes(tensors, self.trainable)
+        places = self.trainable | {name: read() for name, read in self.frozen.items()}
+        _check_shapes(tensors, places)
         for name, tensor in tensors.items():
-            self.trainable[name].copy_(tensor)
+            places[name].copy_(tensor)
 
     def __repr__(self) -> str:
         return f"{self.label} on {self.name}: {len(self.sites)} sites, {self.count()!r}"

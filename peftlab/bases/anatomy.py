@@ -12,6 +12,8 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Protocol, runtime_checkable
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
@@ -170,12 +172,34 @@ FAMILIES = {
 }
 
 
-@dataclass(frozen=True, eq=False)
+@runtime_checkable
+class Coded(Protocol):
+    """A module's weight that is held as codes: what decodes it, and puts codes in its place."""
+
+    def decode(self) -> Tensor:
+        """The weight as the module stores it."""
+
+    def encode(self, weight: Tensor) -> None:
+        """Hold this weight from now on."""
+
+    def snapshot(self) -> object:
+        """The codes as they are now."""
+
+    def restore(self, snapshot: object) -> None:
+        """Hold these codes again."""
+
+
+CODED: WeakKeyDictionary[nn.Module, Coded] = WeakKeyDictionary()  # while a site holds it so
+
+
+@dataclass(eq=False)
 class Linear:
     """One linear weight W of shape (d_out, d_in), or the rows of a fused one that play this role.
 
     GPT-2 stores its weights transposed (`Conv1D`, d_in first), and GPT-NeoX shuffles the rows of
     q, k and v head by head; `weight` is always (d_out, d_in), with the rows in their own order.
+    A site may hold the module's weight as codes (`code`), and then `weight` is what they decode
+    to; or hold some entries at zero, where `mask` (d_out, d_in) is False.
     """
 
     name: str  # "layers.3.q", "decoder.layers.3.cross.q"
@@ -184,6 +208,12 @@ class Linear:
     module: nn.Module
     rows: tuple[int, int] | Int[Tensor, " d_out"]  # start and stop, or every row by its number
     transposed: bool
+    mask: Tensor | None = None
+
+    @property
+    def code(self) -> Coded | None:
+        """What holds this module's weight as codes, if anything does."""
+        return CODED.get(self.module)
 
     @property
     def index(self) -> slice | Int[Tensor, " d_out"]:
@@ -193,23 +223,24 @@ class Linear:
     @property
     def whole(self) -> bool:
         """Whether the module plays this one role and no other."""
-        return self.d_out == self._stored.shape[0]
+        return self.d_out == self.module.weight.shape[1 if self.transposed else 0]
 
     @property
     def _stored(self) -> Float[Tensor, "all_rows d_in"]:
-        return self.module.weight.T if self.transposed else self.module.weight
+        weight = self.module.weight if self.code is None else self.code.decode()
+        return weight.T if self.transposed else weight
 
     @property
     def weight(self) -> Float[Tensor, "d_out d_in"]:
         """W: a view of the model's own storage, or a copy where the rows lie scattered.
 
-        Only `write` reaches the model in every family.
+        Only `write` reaches the model in every family, and codes.
         """
         return self._stored[self.index]
 
     @torch.no_grad()
     def write(self, values: Float[Tensor, "d_out d_in"]) -> None:
-        """Put these values into the model, on its device and in its dtype.
+        """Put these values into the model, on its device and in its dtype, or encoded.
 
         Raises ValueError if they are not of the shape of W.
         """
@@ -219,6 +250,14 @@ class Linear:
                 f"{self.name} is {self.d_out}×{self.d_in}, not {'×'.join(map(str, values.shape))}"
             )
         stored[self.index] = values.to(stored.device, stored.dtype)
+        if self.code is not None:
+            self.code.encode(stored.T if self.transposed else stored)
+
+    def product(self, output: Float[Tensor, "*batch all_rows"]) -> Float[Tensor, "*batch d_out"]:
+        """W x out of the module's output: its own columns, less the bias; never a view."""
+        rows = output[..., self.index]
+        bias = self.module.bias
+        return rows.clone() if bias is None else rows - bias[self.index]
 
     def add_to(
         self, output: Float[Tensor, "*batch all_rows"], delta: Float[Tensor, "*batch d_out"]
@@ -240,7 +279,7 @@ class Linear:
 
     @property
     def d_in(self) -> int:
-        return self._stored.shape[1]
+        return self.module.weight.shape[0 if self.transposed else 1]
 
 
 class Anatomy:

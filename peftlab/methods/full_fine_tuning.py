@@ -25,7 +25,6 @@ class FullFineTuning(Method):
     name: ClassVar[str] = "full_fine_tuning"
     title: ClassVar[str] = "Full fine-tuning"
     learning_rate: ClassVar[float] = 5e-4
-    exclusive: ClassVar[bool] = True
 
     def reach(self, base, attachment, generator):
         module = base.anatomy.backbone if attachment.headless else base.model
@@ -33,6 +32,10 @@ class FullFineTuning(Method):
         site = attachment.stack.enter_context(ExistingParameters(module, names))
         attachment.sites.append("parameters: all")
         attachment.trainable.update(site.parameters)
+
+    def objection(self, before, after):
+        others = [*before, *after]
+        return "it trains every parameter and composes with no other" if others else ""
 
     def parameters(self, shape: Shape) -> int:
         """Everything: the base's own size."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, ClassVar
 
@@ -21,8 +22,9 @@ METHODS: dict[str, type[Method]] = {}
 class Attachment:
     """What a method put on a base: the sites it holds and the parameters that train.
 
-    `sources` are what soft prompts are read from. `headless` says that a head stands in place of
-    the language model's own. Closing `stack` undoes everything.
+    `sources` are what soft prompts are read from. `frozen` are tensors that are stored beside the
+    trained ones, each behind a function, for a move to another device replaces them. `headless`
+    says that a head stands in place of the language model's own. Closing `stack` undoes everything.
     """
 
     stack: ExitStack
@@ -31,6 +33,7 @@ class Attachment:
     trainable: dict[str, nn.Parameter] = dataclasses.field(default_factory=dict)
     modules: dict[str, nn.Module] = dataclasses.field(default_factory=dict)
     sources: dict[str, Source] = dataclasses.field(default_factory=dict)
+    frozen: dict[str, Callable[[], torch.Tensor]] = dataclasses.field(default_factory=dict)
     virtual_tokens: int = 0
 
 
@@ -45,7 +48,6 @@ class Method:
     name: ClassVar[str] = ""
     title: ClassVar[str] = ""
     learning_rate: ClassVar[float] = 1e-3
-    exclusive: ClassVar[bool] = False  # True: composes with no other method
 
     def __init_subclass__(cls, listed: bool = True, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -74,6 +76,21 @@ class Method:
     def stored(self, shape: Shape) -> int:
         """How many numbers a saved adapter holds."""
         return self.parameters(shape)
+
+    def file_bytes(self, shape: Shape, width: int = 4) -> int:
+        """Bytes of what is stored, with `width` bytes for a trained number."""
+        return width * self.stored(shape)
+
+    def objection(self, before: list[Method], after: list[Method]) -> str:
+        """Why it cannot stand between these methods on one base; "" where it can."""
+        return ""
+
+    def rate(self, name: str) -> float:
+        """The learning rate of this trained tensor, as a multiple of the method's."""
+        return 1.0
+
+    def after_step(self, attachment: Attachment, step: int, steps: int) -> None:
+        """Called behind step 1 … steps of training, while the gradients are still there."""
 
     def folded(self) -> Method:
         """The method that the stored tensors belong to: itself, unless something is left behind."""
