@@ -16,7 +16,6 @@ from typing import Any
 from peftlab.bases.shapes import as_shape
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # of one number
-IN_PLACE = ("full_fine_tuning", "bitfit", "layer_norm")  # methods that add no parameter
 
 
 def count(method: Any, model: Any) -> int:
@@ -68,7 +67,7 @@ def training_bytes(method: Any, model: Any, dtype: str = "float32") -> Ledger:
     fine-tuning undoable here.
     """
     base, trained = base_parameters(model), count(method, model)
-    frozen = base - trained if method.name in IN_PLACE else base
+    frozen = base - trained if method.in_place else base
     return Ledger(
         weights=frozen * _width(dtype) + 4 * trained, gradients=4 * trained, adam=8 * trained
     )

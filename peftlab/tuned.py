@@ -98,6 +98,9 @@ class Tuned(LanguageModel):
                 self._claim(attachment)
                 self.attachments.append((method, attachment))
                 virtual += attachment.virtual_tokens
+            for site in self._sites:
+                if hasattr(site, "settle"):
+                    site.settle()
             if not self._sites and methods:
                 raise ValueError(f"{self.label} reached no site of {base.name}")
             self.linear = self._build_head(generator)
@@ -111,8 +114,10 @@ class Tuned(LanguageModel):
 
     def _claim(self, attachment) -> None:
         names = {name for site in attachment.sites for name in _names(site)}
-        if twice := names & set(self.sites):
-            raise ValueError(f"two methods want the same site, {sorted(twice)[0]}")
+        if twice := sorted(names & set(self.sites)):
+            here = [s for s in (*self._sites, *attachment.sites) if twice[0] in _names(s)]
+            reasons = [f": {site.alone}" for site in here if hasattr(site, "alone")]
+            raise ValueError(f"two methods want the same site, {''.join([twice[0], *reasons[:1]])}")
         self._sites += attachment.sites
         self.trainable.update(attachment.trainable)
         self.modules.update(attachment.modules)
@@ -232,6 +237,7 @@ class Tuned(LanguageModel):
     def detach(self) -> Base:
         """Take everything off: the base is bit for bit what it was. Safe to call twice."""
         if self.base.adapted_by is self:
+            self.unmerge()  # into what trains as well, before that is taken out
             self._stack.close()
             self.base.adapted_by = None
             self.train(False)

@@ -20,10 +20,20 @@ from torch.nn import functional as F
 from transformers import DynamicCache, EncoderDecoderCache
 
 from peftlab._data import data_path
-from peftlab.bases.anatomy import FAMILIES, TARGETS, Anatomy, Linear
+from peftlab.bases.anatomy import FAMILIES, TARGETS, Anatomy, Linear, Sublayer
 from peftlab.bases.shapes import Shape
 
-__all__ = ["FAMILIES", "TARGETS", "Anatomy", "Base", "LanguageModel", "Linear", "Shape", "load"]
+__all__ = [
+    "FAMILIES",
+    "TARGETS",
+    "Anatomy",
+    "Base",
+    "LanguageModel",
+    "Linear",
+    "Shape",
+    "Sublayer",
+    "load",
+]
 
 
 class LanguageModel:

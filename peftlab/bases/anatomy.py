@@ -273,6 +273,21 @@ class Linear:
         output[..., self.index] += delta
         return output
 
+    def scale(
+        self, output: Float[Tensor, "*batch all_rows"], factors: Float[Tensor, " d_out"]
+    ) -> Float[Tensor, "*batch all_rows"]:
+        """The module's output with the columns that this weight computes times factors."""
+        if self.whole:
+            return (output * factors).to(output.dtype)
+        rows = output[..., self.index].clone()  # autograd needs them as they were
+        output[..., self.index] = (rows * factors).to(output.dtype)
+        return output
+
+    @property
+    def bias(self) -> Float[Tensor, " d_out"] | None:
+        """b, if there is one: a view or a copy, as `weight`."""
+        return None if self.module.bias is None else self.module.bias[self.index]
+
     @property
     def d_out(self) -> int:
         return len(self.rows) if isinstance(self.rows, Tensor) else self.rows[1] - self.rows[0]
@@ -280,6 +295,19 @@ class Linear:
     @property
     def d_in(self) -> int:
         return self.module.weight.shape[0 if self.transposed else 1]
+
+
+@dataclass(frozen=True, eq=False)
+class Sublayer:
+    """One attention or MLP of a block: x goes into `first`, y comes out of `last`.
+
+    y is taken with the bias of `last`, before dropout, the residual sum and any norm behind it.
+    """
+
+    name: str  # "layers.3.attention", "layers.3.mlp", "decoder.layers.3.cross"
+    kind: str  # "attention", "cross" or "mlp"
+    first: Linear  # its q, or up
+    last: Linear  # its o, or down
 
 
 class Anatomy:
@@ -337,6 +365,19 @@ class Anatomy:
     def backbone(self) -> nn.Module:
         """The stack that reads the input: the only one, or T5's encoder."""
         return next(iter(self.stacks.values()))
+
+    @cached_property
+    def sublayers(self) -> list[Sublayer]:
+        """Every attention and MLP, block by block."""
+        found = []
+        for name, last in self.linears.items():
+            if last.target in ("o", "down"):
+                first, kind = ("q", "attention") if last.target == "o" else ("up", "mlp")
+                where = name.removesuffix(last.target)
+                block = where.removesuffix("cross.")
+                kind = kind if where == block else "cross"
+                found.append(Sublayer(block + kind, kind, self.linears[where + first], last))
+        return found
 
     @cached_property
     def attentions(self) -> list[AttentionSite]:

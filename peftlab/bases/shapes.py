@@ -100,6 +100,15 @@ class Shape:
         """Attention sublayers: one a block, and a second, to the encoder, in T5's decoder."""
         return self.layers + 2 * self.decoder_layers
 
+    def sublayers(self, kind: str) -> int:
+        """Sublayers of a kind: "attention" (to itself), "cross" (T5's second) or "mlp"."""
+        counts = {"attention": self.blocks, "mlp": self.blocks}
+        if self.decoder_layers:
+            counts["cross"] = self.decoder_layers
+        if kind not in counts:
+            raise ValueError(f"{self.name} has no sublayer {kind!r}; it has: {', '.join(counts)}")
+        return counts[kind]
+
     @property
     def norms(self) -> int:
         """Normalisation layers: one a sublayer, one for every stack, one in a masked-LM head."""
@@ -110,6 +119,20 @@ class Shape:
     def norm_size(self) -> int:
         """Parameters of one: LayerNorm has a scale and a shift, RMSNorm only a scale."""
         return (1 if self.family in RMS_NORMED else 2) * self.d_model
+
+    @property
+    def biases(self) -> int:
+        """Numbers in all biases: of linear maps, of LayerNorms, and of the head."""
+        maps = sum(n * d_out for t in self.biased for n, _, d_out in self.matrices(t))
+        norms = self.norms * (self.norm_size - self.d_model)
+        head = {"pooler": self.d_model, "masked_lm": self.d_model + self._head_biases}
+        return maps + norms + head.get(self.head, 0)
+
+    @property
+    def _head_biases(self) -> int:
+        """Numbers in the bias of a masked-LM head's decoder: there are two, tied as a rule."""
+        twice = not self.tied and self.family != "distilbert"
+        return self.vocab * (2 if twice else 1)
 
     @property
     def d_kv(self) -> int:
@@ -160,8 +183,7 @@ class Shape:
         if self.head == "pooler":
             return d * d + d
         if self.head == "masked_lm":  # a dense layer, then the decoder with its bias
-            twice = not self.tied and self.family != "distilbert"  # two biases, tied as a rule
-            return d * d + d + self.vocab * (2 if twice else 1) + untied
+            return d * d + d + self._head_biases + untied
         return 0
 
 

@@ -25,6 +25,7 @@ class FullFineTuning(Method):
     name: ClassVar[str] = "full_fine_tuning"
     title: ClassVar[str] = "Full fine-tuning"
     learning_rate: ClassVar[float] = 5e-4
+    in_place: ClassVar[bool] = True
 
     def reach(self, base, attachment, generator):
         module = base.anatomy.backbone if attachment.headless else base.model

@@ -48,6 +48,7 @@ class Method:
     name: ClassVar[str] = ""
     title: ClassVar[str] = ""
     learning_rate: ClassVar[float] = 1e-3
+    in_place: ClassVar[bool] = False  # True: what trains are the base's own parameters
 
     def __init_subclass__(cls, listed: bool = True, **kwargs):
         super().__init_subclass__(**kwargs)
