@@ -13,9 +13,15 @@ import warnings
 from peftlab.accounting import count
 from peftlab.bases import load
 from peftlab.methods import (
+    IA3,
+    BitFit,
     DeepPromptTuning,
     FullFineTuning,
+    HoulsbyAdapter,
+    LayerNormTuning,
     LoRA,
+    ParallelAdapter,
+    PfeifferAdapter,
     PrefixTuning,
     PromptAndPrefix,
     PromptTuning,
@@ -31,11 +37,17 @@ REPOSITORY = "https://github.com/peftlab/peftlab"
 _ROOMS = ("accounting", "exercises", "figures", "heads", "panels", "probes", "tasks")
 
 __all__ = [
+    "IA3",
+    "BitFit",
     "DeepPromptTuning",
     "FullFineTuning",
+    "HoulsbyAdapter",
+    "LayerNormTuning",
     "LoRA",
     "PTuning",
     "PTuningV2",
+    "ParallelAdapter",
+    "PfeifferAdapter",
     "PrefixTuning",
     "PromptAndPrefix",
     "PromptTuning",

@@ -18,9 +18,15 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from peftlab import (
+    IA3,
+    BitFit,
     DeepPromptTuning,
     FullFineTuning,
+    HoulsbyAdapter,
+    LayerNormTuning,
     LoRA,
+    ParallelAdapter,
+    PfeifferAdapter,
     PrefixTuning,
     PromptAndPrefix,
     PromptTuning,
@@ -189,9 +195,7 @@ class Case:
     @property
     def virtual(self) -> bool:
         """Whether it is soft prompts alone, which can be kept and swapped."""
-        return bool(self.methods) and not any(
-            isinstance(m, LoRA | FullFineTuning) for m in self.methods
-        )
+        return bool(self.methods) and all(hasattr(m, "num_virtual_tokens") for m in self.methods)
 
     @property
     def anchored(self) -> bool:
@@ -202,7 +206,7 @@ class Case:
 
 TEXT = {"init": "text", "init_text": "Sort:"}
 AROUND = [(2, "front"), (1, f"before {ANCHOR}"), (2, f"after {ANCHOR}")]
-ENCODING, BERT = ("bert", "t5"), ("bert",)
+ENCODING, BERT, BIASED = ("bert", "t5"), ("bert",), ("gpt2", "bert")
 TAGS = Tagging(("O", "B", "I"))
 SENSES = Classification(("bad", "good"))
 FIRST_TOKEN = Classification(("bad", "good", "odd"), pool="first")
@@ -244,6 +248,53 @@ CASES = {
     "lora + prompt": Case([LoRA(target_modules=["k", "down"]), PromptTuning(3)]),
     "lora + prefix": Case([LoRA(target_modules=["q", "v"]), PrefixTuning(3)], plain=True),
     "prompt + prefix": Case([PromptTuning(2), PrefixTuning(3)], plain=True),
+    "houlsby": Case([HoulsbyAdapter(3)], plain=True),
+    "houlsby all": Case(
+        [HoulsbyAdapter(2, "tanh", 2.0, ["attention", "cross", "mlp"])], families=("t5",)
+    ),
+    "pfeiffer": Case([PfeifferAdapter(4)]),
+    "parallel": Case([ParallelAdapter(5)], starts_equal=True, plain=True),
+    "parallel attention": Case(
+        [ParallelAdapter(2, "silu", 0.5, ["attention"]), PfeifferAdapter(2, "gelu")]
+    ),
+    "ia3": Case([IA3()], starts_equal=True, merges=True, drawn=False, plain=True),
+    "ia3 outputs": Case(
+        [IA3(["q", "o", "up", "down"], [])], starts_equal=True, merges=True, drawn=False
+    ),
+    "ia3 inputs": Case(
+        [IA3(["o", "up", "down"], ["o", "up", "down"])],
+        starts_equal=True,
+        merges=True,
+        drawn=False,
+    ),
+    "bitfit": Case(
+        [BitFit()], starts_equal=True, restored=False, drawn=False, plain=True, families=BIASED
+    ),
+    "layer norm": Case(
+        [LayerNormTuning()], starts_equal=True, restored=False, drawn=False, plain=True
+    ),
+    "mam": Case([PrefixTuning(3), ParallelAdapter(4)], plain=True),
+    "adapter + lora": Case(
+        [HoulsbyAdapter(2), LoRA(r=2, target_modules=["o", "down"]), LayerNormTuning()],
+        restored=False,
+    ),
+    "lora + ia3": Case(
+        [IA3(), LoRA(target_modules=["q", "o", "up"])], starts_equal=True, merges=True, plain=True
+    ),
+    "ia3 + bitfit": Case(
+        [IA3(), BitFit()],
+        starts_equal=True,
+        merges=True,
+        restored=False,
+        drawn=False,
+        families=BIASED,
+    ),
+    "head adapter": Case([ParallelAdapter(3)], head=TAGS, starts_equal=True, families=BERT),
+    "head bitfit": Case([BitFit()], head=SENSES, starts_equal=True, restored=False, families=BERT),
+    "head layer norm": Case(
+        [LayerNormTuning()], head=Spans(), starts_equal=True, restored=False, families=BERT
+    ),
+    "head ia3": Case([IA3()], head=Spans(), starts_equal=True, merges=True, families=BERT),
     "head": Case([], head=TAGS, families=BERT, starts_equal=True),
     "head full": Case(
         [FullFineTuning()], head=SENSES, starts_equal=True, restored=False, families=BERT

@@ -1,0 +1,98 @@
+"""The small module that all adapters share, and how it comes onto a base."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peftlab.bases import Shape
+from peftlab.methods.method import Method, require
+from peftlab.sites import SublayerOutput
+
+NON_LINEARITIES = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
+SUBLAYERS = ("attention", "cross", "mlp")
+
+
+class Bottleneck(nn.Module):
+    r"""The formula:  $f(x) = s \, (W_{up}\, \sigma(W_{down}\, x + b_{down}) + b_{up})$.
+
+    W_down (m, d_model) and b_down (m,) lead into m dimensions, W_up (d_model, m) and b_up
+    (d_model,) out of them; s is `scaling`, σ the non-linearity. Both biases start at zero.
+    """
+
+    def __init__(self, d_model: int, m: int, non_linearity: str, scaling: int | float):
+        super().__init__()
+        self.W_down, self.b_down = nn.Parameter(torch.empty(m, d_model)), _zeros(m)
+        self.W_up, self.b_up = nn.Parameter(torch.empty(d_model, m)), _zeros(d_model)
+        self.non_linearity, self.scaling = NON_LINEARITIES[non_linearity], scaling
+
+    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        x = x.to(self.W_down.dtype)  # a base in 16 bits still trains adapters in 32
+        hidden = self.non_linearity(F.linear(x, self.W_down, self.b_down))  # *batch m
+        return self.scaling * F.linear(hidden, self.W_up, self.b_up)
+
+
+def _zeros(size: int) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(size))
+
+
+@dataclass(frozen=True)
+class Adapter(Method, listed=False):
+    """What Houlsby's, Pfeiffer's and the parallel adapter have in common: all but three lines.
+
+    They differ in the sublayers that get one, in what it reads, and in how it starts.
+    `non_linearity`: relu, gelu, silu (also called swish) or tanh. `sublayers`: any of attention,
+    mlp, and cross, the attention of T5's decoder to its encoder. Two adapters go together where
+    they are at different sublayers.
+    """
+
+    bottleneck: int
+    non_linearity: str = "relu"
+    scaling: int | float = 1.0
+    sublayers: tuple[str, ...] | list[str] = ("mlp",)
+
+    beside: ClassVar[bool] = False  # True: f reads what the sublayer reads, not what it gives
+
+    def __post_init__(self):
+        require("bottleneck", self.bottleneck, 1)
+        require("scaling", self.scaling, 0.0)
+        if self.non_linearity not in NON_LINEARITIES:
+            allowed = ", ".join(NON_LINEARITIES)
+            raise ValueError(f"non_linearity={self.non_linearity!r}: allowed is {allowed}")
+        kinds = self.sublayers
+        if not isinstance(kinds, list | tuple) or not kinds or set(kinds) - set(SUBLAYERS):
+            raise ValueError(
+                f"sublayers={kinds!r}: give a list of some of {', '.join(SUBLAYERS)}, "
+                "such as ['mlp']"
+            )
+        object.__setattr__(self, "sublayers", tuple(dict.fromkeys(kinds)))  # once each
+
+    def initialise(self, f: Bottleneck, generator: torch.Generator) -> None:
+        """Draw W_down and W_up."""
+        raise NotImplementedError
+
+    def reach(self, base, attachment, generator):
+        shape = base.anatomy.shape
+        self.parameters(shape)  # refuses a sublayer that the base has not
+        for sublayer in base.anatomy.sublayers:
+            if sublayer.kind not in self.sublayers:
+                continue
+            f = Bottleneck(shape.d_model, self.bottleneck, self.non_linearity, self.scaling)
+            self.initialise(f, generator)
+            weight = base.anatomy.embedding.weight
+            f.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+            site = SublayerOutput(sublayer, f, self.beside)
+            attachment.sites.append(attachment.stack.enter_context(site))
+            attachment.modules[sublayer.name] = f
+            for name, parameter in f.named_parameters():
+                attachment.trainable[f"{self.name}.{sublayer.name}.{name}"] = parameter
+
+    def parameters(self, shape: Shape) -> int:
+        """2 m d_model + m + d_model at every sublayer that has one."""
+        m, d = self.bottleneck, shape.d_model
+        return sum(map(shape.sublayers, self.sublayers)) * (2 * m * d + m + d)

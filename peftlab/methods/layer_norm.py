@@ -1,0 +1,47 @@
+"""LayerNorm tuning: only the norms train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from peftlab.bases import Shape
+from peftlab.methods.method import Method
+from peftlab.sites import ExistingParameters
+
+
+@dataclass(frozen=True)
+class LayerNormTuning(Method):
+    r"""Train the scale and the shift of every norm of the base, and nothing else.
+
+        LN(x) = g ⊙ (x − mean) / √(var + ε) + b        g, b (d_model,) trained
+        RMSNorm(x) = g ⊙ x / √(mean(x²) + ε)           g (d_model,) trained: there is no shift
+
+    Trained and stored: 2 d_model numbers a LayerNorm, d_model an RMSNorm (Llama, Qwen2, T5); every
+    norm that the model has, the last one and a masked-LM head's included. Under a head, those of
+    the backbone. The original tensors are kept aside.
+
+    Zhao et al. 2023, arXiv:2312.11420; PEFT's LNTuning. Houlsby et al. 2019 have it as a baseline
+    (arXiv:1902.00751), and train the norms along with their adapters.
+    """
+
+    name: ClassVar[str] = "layer_norm"
+    title: ClassVar[str] = "LayerNorm tuning"
+    learning_rate: ClassVar[float] = 3e-3
+    in_place: ClassVar[bool] = True
+
+    def reach(self, base, attachment, generator):
+        module = base.anatomy.backbone if attachment.headless else base.model
+        names = [
+            f"{where}.{name}"
+            for where, norm in module.named_modules()
+            if "norm" in type(norm).__name__.lower()
+            for name, _ in norm.named_parameters()
+        ]
+        site = attachment.stack.enter_context(ExistingParameters(module, names))
+        attachment.sites.append(site)
+        attachment.trainable.update(site.parameters)
+
+    def parameters(self, shape: Shape) -> int:
+        """The size of a norm times their number."""
+        return shape.norms * shape.norm_size

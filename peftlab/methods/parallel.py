@@ -1,0 +1,44 @@
+"""The scaled parallel adapter of He et al.: a bottleneck beside the MLP."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from peftlab.methods.bottleneck import Adapter
+
+
+@dataclass(frozen=True)
+class ParallelAdapter(Adapter):
+    r"""A small module beside the MLP of every block: it reads the MLP's input.
+
+        y ← y + s (W_up σ(W_down x + b_down) + b_up)      W_down (m, d_model),  W_up (d_model, m)
+
+    x is what the MLP's first linear map reads, y what its last one gives; s is `scaling`. Trained
+    and stored: 2 m d_model + m + d_model numbers a block; m is `bottleneck`. W_down starts uniform
+    in ±1/√d_model, W_up and both biases at zero, so at the start the output is the base's exactly:
+    LoRA's start, as the authors chose it.
+
+    It is LoRA's shape with a bend in the middle, around two matrices at once: with σ the identity
+    and around one matrix it would be LoRA, and could be merged. In a model that normalises first,
+    x is taken behind the norm, where the adapters library takes it in front. With a prefix beside
+    it, [PrefixTuning(30), ParallelAdapter(512)], it is the authors' MAM adapter.
+
+    He et al. 2022, arXiv:2110.04366, sections 3 and 4; m = 512 and s = 4 are theirs for XSum.
+    """
+
+    bottleneck: int = 512
+    scaling: int | float = 4.0
+
+    name: ClassVar[str] = "parallel"
+    title: ClassVar[str] = "Parallel adapter"
+    learning_rate: ClassVar[float] = 3e-3
+    beside: ClassVar[bool] = True
+
+    def initialise(self, f, generator):
+        bound = 1 / math.sqrt(f.W_down.shape[1])
+        nn.init.uniform_(f.W_down, -bound, bound, generator=generator)
+        nn.init.zeros_(f.W_up)
