@@ -14,19 +14,23 @@ from peftlab.accounting import count
 from peftlab.bases import load
 from peftlab.methods import (
     IA3,
+    AdaLoRA,
     BitFit,
     DeepPromptTuning,
+    DoRA,
     FullFineTuning,
     HoulsbyAdapter,
     LayerNormTuning,
     LoRA,
     ParallelAdapter,
     PfeifferAdapter,
+    PiSSA,
     PrefixTuning,
     PromptAndPrefix,
     PromptTuning,
     PTuning,
     PTuningV2,
+    VeRA,
 )
 from peftlab.training import train
 from peftlab.tuned import Tuned, attach
@@ -37,21 +41,25 @@ REPOSITORY = "https://github.com/peftlab/peftlab"
 _ROOMS = ("accounting", "exercises", "figures", "heads", "panels", "probes", "tasks")
 
 __all__ = [
-    "IA3",
+    "AdaLoRA",
     "BitFit",
     "DeepPromptTuning",
+    "DoRA",
     "FullFineTuning",
     "HoulsbyAdapter",
+    "IA3",
     "LayerNormTuning",
     "LoRA",
     "PTuning",
     "PTuningV2",
     "ParallelAdapter",
     "PfeifferAdapter",
+    "PiSSA",
     "PrefixTuning",
     "PromptAndPrefix",
     "PromptTuning",
     "Tuned",
+    "VeRA",
     "attach",
     "count",
     "load",

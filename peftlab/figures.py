@@ -32,6 +32,7 @@ _STYLE = {
     "dora": (BLUE, "triangle-down"),
     "pissa": (BLUE, "triangle-left"),
     "vera": (BLUE, "triangle-right"),
+    "adalora": (BLUE, "triangle-up-open"),
     "qlora": (SKY, "triangle-up"),
     "houlsby": (PURPLE, "star"),
     "pfeiffer": (PURPLE, "star-open"),

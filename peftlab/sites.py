@@ -295,11 +295,14 @@ class LinearWeight:
     `of_output` True is called as `forward(x, W x)`. Merging writes W + delta_weight() into the
     model and keeps the original rows; unmerging puts those back. Where entries of W are held at
     zero by a mask M, so are the delta's: it is then (M ⊙ ΔW) x, which has no low-rank form.
+    `instead` are other deltas in its place, weighed or row by row.
     """
 
     def __init__(self, linear: Linear, delta: nn.Module):
         self.name, self.linear, self.delta = linear.name, linear, delta
+        self.names = [part.name for part in getattr(linear, "parts", [linear])]
         self.original: object | None = None  # the rows, or codes, that merging replaced
+        self.instead: Deltas | None = None
 
     @property
     def merged(self) -> bool:
@@ -313,17 +316,30 @@ class LinearWeight:
         self.unmerge()
         self.hook.remove()
 
+    def frozen(self) -> Tensor:
+        """W alone, also while the delta is merged into it."""
+        if self.merged and self.linear.code is not None:
+            raise RuntimeError(f"{self.name} is merged into codes: call unmerge() first")
+        return self.original if self.merged else self.linear.weight
+
     def _add(self, module, args, output):
         if self.merged:
             return output
-        if self.linear.mask is not None:
-            delta = self._masked(self.delta.delta_weight())
-            added = nn.functional.linear(args[0].to(delta.dtype), delta)
-        elif getattr(self.delta, "of_output", False):
-            added = self.delta(args[0], self.linear.product(output))
+        x = (args[0],)
+        if getattr(self.delta, "of_output", False):
+            x += (self.linear.product(output),)
+        if self.instead is None:
+            added = self._added(self.delta, *x)
         else:
-            added = self.delta(args[0])
+            added = self.instead.apply(self._added, *x)
         return self.linear.add_to(output, added.to(output.dtype))
+
+    def _added(self, delta: Callable, x: Tensor, *product: Tensor) -> Tensor:
+        """What one delta adds to the output."""
+        if self.linear.mask is None:
+            return delta(x, *product)
+        weight = self._masked(delta.delta_weight())
+        return nn.functional.linear(x.to(weight.dtype), weight)
 
     def _masked(self, delta: Tensor) -> Tensor:
         return delta if self.linear.mask is None else delta * self.linear.mask.to(delta)
@@ -333,8 +349,10 @@ class LinearWeight:
         """Write W + ΔW into the model and keep the original. Codes are encoded anew."""
         if not self.merged:
             code, weight = self.linear.code, self.linear.weight
+            delta = self.delta if self.instead is None else self.instead
+            summed = weight + self._masked(delta.delta_weight()).to(weight.dtype)
             self.original = weight.clone() if code is None else code.snapshot()
-            self.linear.write(weight + self._masked(self.delta.delta_weight()).to(weight.dtype))
+            self.linear.write(summed)
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -461,6 +479,68 @@ class Scale:
         if bias is not None:
             linear.module.bias[linear.index] = bias.to(linear.module.bias.device)
         self.original = None
+
+
+class Kept:
+    """A delta with other tensors in it: what was kept, in the module that trains."""
+
+    def __init__(self, delta: nn.Module, tensors: dict[str, Tensor]):
+        self.delta, self.tensors = delta, tensors
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        return torch.func.functional_call(self.delta, self.tensors, inputs)
+
+    def delta_weight(self) -> Tensor:
+        """ΔW of the kept tensors."""
+        names = {f"delta.{name}": tensor for name, tensor in self.tensors.items()}
+        return torch.func.functional_call(_Weight(self.delta), names, ())
+
+
+class _Weight(nn.Module):
+    """A delta whose `forward` gives ΔW, for `functional_call` knows no other method."""
+
+    def __init__(self, delta: nn.Module):
+        super().__init__()
+        self.delta = delta
+
+    def forward(self) -> Tensor:
+        return self.delta.delta_weight()
+
+
+class Deltas:
+    """Several kept deltas beside one weight: Σ w_i ΔW_i, or another for each row of the batch.
+
+    The deltas are weighed, not their factors: with factors summed, (B₁ + B₂)(A₁ + A₂) would have
+    the products of one adapter's A and another's B in it.
+    """
+
+    def __init__(
+        self,
+        deltas: dict[str, Kept],
+        weights: dict[str, float] | None = None,
+        rows: list[str] | None = None,
+    ):
+        self.deltas, self.weights, self.rows = deltas, weights, rows
+
+    def apply(self, added: Callable, *inputs: Tensor) -> Tensor:
+        """What they add, `added(delta, *inputs)` being what one of them adds."""
+        if self.rows is None:
+            return sum(w * added(self.deltas[name], *inputs) for name, w in self.weights.items())
+        if len(self.rows) != len(inputs[0]):
+            raise ValueError(f"{len(self.rows)} deltas for a batch of {len(inputs[0])} rows")
+        parts, order = [], []
+        for name, delta in self.deltas.items():  # each delta runs once, on the rows that are its
+            its = [i for i, row in enumerate(self.rows) if row == name]
+            parts.append(added(delta, *(tensor[its] for tensor in inputs)))
+            order += its
+        where = torch.tensor(order, device=parts[0].device).argsort()
+        return torch.cat(parts)[where]
+
+    def delta_weight(self) -> Tensor:
+        """Σ w_i ΔW_i. Raises ValueError where rows differ."""
+        if self.rows is not None:
+            raise ValueError("rows with deltas of their own cannot be merged into one weight")
+        return sum(w * self.deltas[name].delta_weight() for name, w in self.weights.items())
 
 
 class ExistingParameters:

@@ -129,7 +129,7 @@ def train(
     if not tuned.trainable:
         raise ValueError(f"{tuned.label} has no parameter to train: attach LoRA beside it")
     if tuned.using is not None:
-        raise ValueError("kept prompts are in use: call use(None) before training")
+        raise ValueError("kept adapters are in use: call use(None) before training")
     if device is not None:
         move(tuned, device)
     if lr is None:

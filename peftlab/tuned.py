@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,10 +25,14 @@ from torch import nn
 from peftlab.bases import Base, LanguageModel
 from peftlab.heads import Head
 from peftlab.methods import Attachment, Method
+from peftlab.sites import Deltas, Kept
 from peftlab.soft import Source
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FORMAT = 1
+# Hyper-parameters that say what tensors of one size mean.
+MEANING = ("name", "placement", "shift_positions", "depth", "r", "init_r", "alpha", "use_rslora")
+MEANING += ("projection_prng_key",)
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,7 @@ class Tuned(LanguageModel):
             self.train(base.model.training)  # new modules start with dropout on
             self._stack = stack.pop_all()
         self.virtual_tokens = virtual
-        self.using: str | list[str] | tuple[str, ...] | None = None  # see `use`
+        self.using: str | list[str] | tuple[str, ...] | dict[str, float] | None = None  # see `use`
         self._linear_now = self.linear
         base.adapted_by = self
 
@@ -281,14 +286,20 @@ class Tuned(LanguageModel):
         return {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
 
     def keep(self, name: str, folder: str | Path | None = None) -> None:
-        """Remember the soft prompts (and the head) of now, or of a saved adapter, as `name`.
+        """Remember the adapter (and the head) of now, or of a folder, as `name`.
 
-        Raises ValueError if a method here is not a soft prompt, for only those can be swapped
-        from row to row, and if the folder's adapter is not of the same kind and size.
+        Raises ValueError if a method here is neither a soft prompt nor a delta, for only those can
+        be swapped, and if the folder's adapter is not of the same kind and size.
         """
         self._check_attached()
-        if strange := [m.title for m in self.methods if m.name not in self.sources]:
-            raise ValueError(f"{strange[0]} cannot be kept and swapped: soft prompts can")
+        for method, attachment in self.attachments:
+            swapped = method.name in self.sources or all(
+                hasattr(site, "instead") for site in attachment.sites
+            )
+            if attachment.trainable and not swapped:
+                raise ValueError(
+                    f"{method.title} cannot be kept and swapped: soft prompts and deltas can"
+                )
         state = self.state()
         if folder is not None:
             config, saved = _read(folder)
@@ -299,19 +310,29 @@ class Tuned(LanguageModel):
         device = self.device
         self.kept[name] = {key: tensor.to(device) for key, tensor in state.items()}
 
-    def use(self, names: str | list[str] | tuple[str, ...] | None) -> None:
-        """Put kept soft prompts in place: one for every row, or a list with one for each row.
+    def use(self, names: str | list[str] | tuple[str, ...] | dict[str, float] | None) -> None:
+        """Put kept adapters in place: one for every row, or a list with one for each row.
 
-        None goes back to those that train. Raises KeyError for a name that was not kept, and
-        ValueError for different rows under a head, which is one for the whole batch.
+        A dict such as {"a": 0.5, "b": 0.5} puts the weighted sum of their deltas in place. None
+        goes back to what trains. Raises KeyError for a name that was not kept, and ValueError
+        while deltas are merged, for different rows under a head, which is one for the whole batch,
+        and for a weighted sum of anything but deltas.
         """
         self._check_attached()
         wanted = [names] if isinstance(names, str) else list(names or [])
         if unknown := [name for name in wanted if name not in self.kept]:
             raise KeyError(f"nothing was kept as {unknown[0]!r}: there are {sorted(self.kept)}")
+        if self.merged:
+            raise ValueError("the deltas are merged: call unmerge() before use()")
         several = not isinstance(names, str)
         if wanted and several and self.head is not None:
             raise ValueError("a head is one for the whole batch: use one name")
+        weights = names if isinstance(names, dict) else None
+        if weights is not None and self.sources:
+            raise ValueError("soft prompts have no weighted sum: name one, or one for each row")
+        for name, weight in (weights or {}).items():
+            if not isinstance(weight, (int, float)) or not math.isfinite(weight):
+                raise ValueError(f"the weight of {name!r} is {weight!r}: a number is needed")
         self.using = names if wanted else None
         for name, source in self.sources.items():
             source.instead = None
@@ -319,11 +340,25 @@ class Tuned(LanguageModel):
                 rows = [self._kept_of(name, row) for row in wanted]
                 stacked = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
                 source.instead = stacked if several else rows[0]
+        rows = wanted if several and weights is None else None
+        if rows is None and weights is None:
+            weights = dict.fromkeys(wanted, 1.0)
+        for site in self._sites:
+            if hasattr(site, "instead"):
+                kept = {name: self._kept_delta(site.delta, name) for name in wanted}
+                site.instead = Deltas(kept, weights, rows) if wanted else None
         self._linear_now = self.linear
         if wanted and self.head is not None:
             self._linear_now = copy.deepcopy(self.linear).requires_grad_(False)
             kept = {key: self.kept[names][f"head.{key}"] for key in ("weight", "bias")}
             self._linear_now.load_state_dict(kept)
+
+    def _kept_delta(self, delta: nn.Module, name: str) -> Kept:
+        """The kept tensors that belong into this delta, by its own names for them."""
+        own = {id(t): key for key, t in (*delta.named_parameters(), *delta.named_buffers())}
+        places = self.trainable | {key: read() for key, read in self.frozen.items()}
+        its = {key: own[id(place)] for key, place in places.items() if id(place) in own}
+        return Kept(delta, {own_name: self.kept[name][key] for key, own_name in its.items()})
 
     def _kept_of(self, source: str, row: str) -> dict[str, torch.Tensor]:
         start = f"{source}."
@@ -423,7 +458,7 @@ def _check_base(config: dict, base: Base) -> None:
 def _check_kind(config: dict, tuned: Tuned) -> None:
     """Raise ValueError unless the adapter's tensors go where this one's go, and mean the same."""
     for ours, theirs in zip_longest(tuned.methods, config["methods"]):
-        for key in ("name", "placement", "shift_positions", "depth"):
+        for key in MEANING:
             mine, other = getattr(ours, key, None), getattr(theirs, key, None)
             if mine != other:
                 raise ValueError(f"the adapter has {key}={other!r}; here it is {mine!r}")

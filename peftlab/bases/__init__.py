@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache, EncoderDecoderCache
 
 from peftlab._data import data_path
-from peftlab.bases.anatomy import FAMILIES, TARGETS, Anatomy, Linear, Sublayer
+from peftlab.bases.anatomy import FAMILIES, TARGETS, Anatomy, Linear, Sublayer, fused
 from peftlab.bases.shapes import Shape
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "Linear",
     "Shape",
     "Sublayer",
+    "fused",
     "load",
 ]
 

@@ -310,6 +310,40 @@ class Sublayer:
     last: Linear  # its o, or down
 
 
+class Fused(Linear):
+    """Several weights of one module as one: their rows, in the order in which the module has them.
+
+    Its name joins theirs, "layers.3.qkv"; `parts` are the weights themselves.
+    """
+
+    def __init__(self, parts: list[Linear]):
+        first, every = parts[0], torch.arange(max(parts[0].module.weight.shape))
+        self.parts, self.layer, self.module = parts, first.layer, first.module
+        self.target = "".join(part.target for part in parts)
+        self.name = first.name.removesuffix(first.target) + self.target
+        self.transposed = first.transposed
+        rows, self.order = torch.cat([every[part.index] for part in parts]).sort()
+        start, stop = rows[0].item(), rows[-1].item() + 1
+        self.rows = (start, stop) if stop - start == len(rows) else rows
+
+    @property
+    def mask(self) -> Tensor | None:
+        """The masks of the parts, where any part has one."""
+        if all(part.mask is None for part in self.parts):
+            return None
+        size = self.module.weight.new_ones
+        masks = [size(p.d_out, p.d_in) if p.mask is None else p.mask for p in self.parts]
+        return torch.cat([mask.bool() for mask in masks])[self.order]
+
+
+def fused(linears: list[Linear]) -> list[Linear]:
+    """The same weights, those of one module as one."""
+    modules: dict[nn.Module, list[Linear]] = {}
+    for linear in linears:
+        modules.setdefault(linear.module, []).append(linear)
+    return [parts[0] if len(parts) == 1 else Fused(parts) for parts in modules.values()]
+
+
 class Anatomy:
     """The parts of one model that methods reach.
 

@@ -22,6 +22,7 @@ MLP = ("up", "down")
 GATED_MLP = ("up", "down", "gate")
 ENCODERS = ("bert", "roberta", "distilbert")
 RMS_NORMED = ("llama", "qwen2", "t5")
+FUSING, FUSED = ("gpt2", "gpt_neox"), ("q", "k", "v")
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,11 @@ class Shape:
     def targets(self) -> tuple[str, ...]:
         """The linear maps that an adapter can go to."""
         return ATTENTION + (GATED_MLP if self.gated else MLP)
+
+    @property
+    def fused(self) -> tuple[str, ...]:
+        """The targets that this family holds in one matrix."""
+        return FUSED if self.family in FUSING else ()
 
     @property
     def blocks(self) -> int:

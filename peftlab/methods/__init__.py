@@ -1,7 +1,9 @@
 """One file per method: its mathematics and the sites it uses, and nothing else."""
 
+from peftlab.methods.adalora import AdaLoRA
 from peftlab.methods.bitfit import BitFit
 from peftlab.methods.bottleneck import Adapter
+from peftlab.methods.dora import DoRA
 from peftlab.methods.full_fine_tuning import FullFineTuning
 from peftlab.methods.houlsby import HoulsbyAdapter
 from peftlab.methods.ia3 import IA3
@@ -12,27 +14,33 @@ from peftlab.methods.p_tuning import PTuning
 from peftlab.methods.p_tuning_v2 import PTuningV2
 from peftlab.methods.parallel import ParallelAdapter
 from peftlab.methods.pfeiffer import PfeifferAdapter
+from peftlab.methods.pissa import PiSSA
 from peftlab.methods.prefix_tuning import PrefixTuning
 from peftlab.methods.prompt_tuning import PromptTuning
 from peftlab.methods.variants import DeepPromptTuning, PromptAndPrefix
+from peftlab.methods.vera import VeRA
 
 __all__ = [
-    "IA3",
-    "METHODS",
+    "AdaLoRA",
     "Adapter",
     "Attachment",
     "BitFit",
     "DeepPromptTuning",
+    "DoRA",
     "FullFineTuning",
     "HoulsbyAdapter",
+    "IA3",
     "LayerNormTuning",
     "LoRA",
+    "METHODS",
     "Method",
     "PTuning",
     "PTuningV2",
     "ParallelAdapter",
     "PfeifferAdapter",
+    "PiSSA",
     "PrefixTuning",
     "PromptAndPrefix",
     "PromptTuning",
+    "VeRA",
 ]

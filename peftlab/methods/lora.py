@@ -10,25 +10,32 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from peftlab.bases import Shape
-from peftlab.methods.method import Method, require
-from peftlab.sites import LinearWeight
+from peftlab.bases import Shape, fused
+from peftlab.methods.deltas import DeltaMethod, check_rank
+from peftlab.methods.method import require
 
 
 class LowRankDelta(nn.Module):
-    r"""The formula:  $\Delta W = \frac{\alpha}{r} B A$,  applied as  $\frac{\alpha}{r} B (A x)$.
+    r"""The formula:  $\Delta W = s B A$,  applied as  $s B (A x)$,  with  $s = \alpha / r$.
 
     A (r, d_in) starts uniform in ±1/√d_in, B (d_out, r) starts at zero, so ΔW starts at zero.
     `forward` goes through the r-dimensional middle and never forms the (d_out, d_in) product.
+    With `use_rslora` s is α / √r.
     """
 
     def __init__(
-        self, d_in: int, d_out: int, r: int, alpha: int | float, dropout: int | float = 0.0
+        self,
+        d_in: int,
+        d_out: int,
+        r: int,
+        alpha: int | float,
+        dropout: int | float = 0.0,
+        use_rslora: bool = False,
     ):
         super().__init__()
         self.A = nn.Parameter(torch.empty(r, d_in))
         self.B = nn.Parameter(torch.zeros(d_out, r))
-        self.scale = alpha / r
+        self.scale = alpha / (math.sqrt(r) if use_rslora else r)
         self.dropout = nn.Dropout(dropout)
 
     def initialise(self, generator: torch.Generator | None = None) -> None:
@@ -48,24 +55,35 @@ class LowRankDelta(nn.Module):
 
 
 @dataclass(frozen=True)
-class LoRA(Method):
+class LoRA(DeltaMethod):
     r"""Low-rank adaptation.
 
-        h = W x + (α / r) B A x      W (d_out, d_in) frozen,  A (r, d_in),  B (d_out, r)
+        h = W x + s B A x      W (d_out, d_in) frozen,  A (r, d_in),  B (d_out, r),  s = α / r
 
     Trained and stored: A and B of every target matrix, r·(d_in + d_out) numbers each.
     `target_modules` are logical: any of q k v o up down gate, or "all-linear". On GPT-2, whose
-    q, k and v are one fused matrix, each target has its own A and B on its own rows; sharing one
-    A over the fused matrix, as some libraries do, is a different method of the same size.
+    q, k and v are one fused matrix, each target has its own A and B on its own rows. With `fused`,
+    targets that share a matrix share one A, and B has a row for each of theirs: with q, k and v
+    that is what PEFT does with c_attn. It has r·d_in numbers less for every A that is shared, and
+    it is another method: all of them read the same r numbers out of x.
 
     Hu et al. 2021, arXiv:2106.09685, section 4.1. The paper draws A from a Gaussian; the authors'
     code draws it uniformly, as here. Defaults: q and v as in the paper, alpha = 2 r.
+
+    `use_rslora`: s = α / √r, with which neither the output nor the gradients shrink or grow with
+    r. Kalajdzievski 2023, arXiv:2312.03732, theorem 3.2.
+
+    `loraplus_lr_ratio` is λ: B learns at λ times the rate of A. In a wide model one rate for both
+    moves B too little. Hayou et al. 2024, arXiv:2402.12354, section 4; λ = 16 there.
     """
 
     r: int = 8
     alpha: int | float = 16
     target_modules: tuple[str, ...] | list[str] | str = ("q", "v")
     dropout: int | float = 0.0
+    use_rslora: bool = False
+    loraplus_lr_ratio: int | float = 1.0
+    fused: bool = False
 
     name: ClassVar[str] = "lora"
     title: ClassVar[str] = "LoRA"
@@ -75,48 +93,45 @@ class LoRA(Method):
         require("r", self.r, 1)
         require("alpha", self.alpha, 0.0)
         require("dropout", self.dropout, 0.0, 1.0)
-        targets = self.target_modules
-        if targets != "all-linear":
-            if not isinstance(targets, list | tuple) or not targets:
-                raise ValueError(
-                    f"target_modules={targets!r}: give a list of targets, such as ['q', 'v'], "
-                    "or 'all-linear'"
-                )
-            object.__setattr__(self, "target_modules", tuple(dict.fromkeys(targets)))  # once each
+        require("loraplus_lr_ratio", self.loraplus_lr_ratio, 1.0)
+        super().__post_init__()
 
-    def targets(self, available: tuple[str, ...]) -> tuple[str, ...]:
-        """The targets on a model that has these; ValueError for one that it has not."""
-        if self.target_modules == "all-linear":
-            return available
-        for target in self.target_modules:
-            if target not in available:
-                raise ValueError(
-                    f"unknown target {target!r}: this model has {', '.join(available)}"
-                )
-        return self.target_modules
+    def rate(self, name):
+        return float(self.loraplus_lr_ratio) if name.endswith(".B") else 1.0
 
-    def reach(self, base, attachment, generator):
-        for linear in base.anatomy.select(self.targets(base.anatomy.targets)):
-            self._check_rank(linear.d_in, linear.d_out, linear.name)
-            delta = LowRankDelta(linear.d_in, linear.d_out, self.r, self.alpha, self.dropout)
-            delta.initialise(generator)
-            weight = linear.weight
-            delta.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
-            attachment.sites.append(attachment.stack.enter_context(LinearWeight(linear, delta)))
-            attachment.modules[linear.name] = delta
-            attachment.trainable[f"lora.{linear.name}.A"] = delta.A
-            attachment.trainable[f"lora.{linear.name}.B"] = delta.B
+    def places(self, base):
+        linears = super().places(base)
+        self._shared(base.anatomy.shape)
+        return fused(linears) if self.fused else linears
+
+    def delta(self, linear, attachment, generator):
+        check_rank("r", self.r, linear.d_in, linear.d_out, linear.name)
+        size = (linear.d_in, linear.d_out)
+        delta = LowRankDelta(*size, self.r, self.alpha, self.dropout, self.use_rslora)
+        delta.initialise(generator)
+        return delta
+
+    def size(self, d_in, d_out):
+        check_rank("r", self.r, d_in, d_out)
+        return self.r * (d_in + d_out)
 
     def parameters(self, shape: Shape) -> int:
-        """Σ r (d_in + d_out) over the target matrices."""
-        total = 0
-        for target in self.targets(shape.targets):
-            for copies, d_in, d_out in shape.matrices(target):
-                self._check_rank(d_in, d_out, target)
-                total += copies * self.r * (d_in + d_out)
-        return total
+        """Σ r (d_in + d_out) over the target matrices, less r d_in for every A that is shared."""
+        shared = self._shared(shape)
+        saved = sum(
+            copies * self.r * d_in for t in shared[1:] for copies, d_in, _ in shape.matrices(t)
+        )
+        return super().parameters(shape) - saved
 
-    def _check_rank(self, d_in: int, d_out: int, where: str) -> None:
-        most = min(d_in, d_out)
-        if self.r > most:
-            raise ValueError(f"r={self.r} at {where} ({d_out}×{d_in}): allowed is 1 to {most}")
+    def _shared(self, shape: Shape) -> list[str]:
+        """The targets that share one A. ValueError if that is asked for and there are none."""
+        if not self.fused:
+            return []
+        shared = [t for t in self.targets(shape.targets) if t in shape.fused]
+        if len(shared) < 2:
+            have = f"holds {', '.join(shape.fused)} in one" if shape.fused else "has none in common"
+            raise ValueError(
+                f"fused=True with {', '.join(self.targets(shape.targets))}: two targets in one "
+                f"matrix are needed, and {shape.family} {have}"
+            )
+        return shared

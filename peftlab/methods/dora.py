@@ -1,0 +1,113 @@
+"""DoRA: the length of every row of a weight apart from its direction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from peftlab.methods.deltas import DeltaMethod, check_rank
+from peftlab.methods.lora import LowRankDelta
+from peftlab.methods.method import require
+
+
+class MagnitudeDelta(LowRankDelta):
+    r"""The formula:  $W' = m \odot \frac{W + sBA}{n}$,  $n$ the norms of the rows of $W + sBA$.
+
+    m (d_out) starts as the norms of W's rows, so W' starts as W. In the output it is
+
+        W' x = W x + (m/n − 1) ⊙ W x + (m/n) ⊙ s B (A x)
+
+    of which W x is there already. `frozen()` gives W.
+    """
+
+    of_output = True  # called with x and W x
+
+    def __init__(self, frozen: Callable[[], Tensor], r: int, alpha: int | float, dropout=0.0):
+        W = frozen()
+        super().__init__(*W.T.shape, r, alpha, dropout)
+        self.to(W.device, torch.promote_types(W.dtype, torch.float32))
+        self.frozen = frozen
+
+    def initialise(self, generator: torch.Generator | None = None) -> None:
+        """As in LoRA, and m from W."""
+        super().initialise(generator)
+        with torch.no_grad():
+            self.m = nn.Parameter(self.norms())
+
+    def norms(self) -> Float[Tensor, " d_out"]:
+        """n, out of W Aᵀ (d_out, r) and A Aᵀ (r, r), so that no second W is held:
+
+        ‖w + s b A‖² = ‖w‖² + 2 s b · (A w) + s² b (A Aᵀ) bᵀ      w and b rows of W and B
+        """
+        A, B, s, W = self.A, self.B, self.scale, self.frozen().to(self.A)
+        crossed = ((W @ A.T) * B).sum(dim=1)
+        squared = ((B @ (A @ A.T)) * B).sum(dim=1)
+        return (W.square().sum(dim=1) + 2 * s * crossed + s**2 * squared).clamp(min=0).sqrt()
+
+    def ratio(self) -> Float[Tensor, " d_out"]:
+        """m / n. The gradient does not pass through n; a row of zeros stays one."""
+        with torch.no_grad():
+            n = self.norms()
+        return self.m / n.clamp(min=torch.finfo(n.dtype).tiny)
+
+    def forward(
+        self, x: Float[Tensor, "*batch d_in"], Wx: Float[Tensor, "*batch d_out"]
+    ) -> Float[Tensor, "*batch d_out"]:
+        ratio = self.ratio()
+        return (ratio - 1) * Wx + ratio * super().forward(x)
+
+    def delta_weight(self) -> Float[Tensor, "d_out d_in"]:
+        """W' − W, for merging and for looking."""
+        W, ratio = self.frozen().to(self.m), self.ratio()[:, None]
+        return (ratio - 1) * W + ratio * super().delta_weight()
+
+
+@dataclass(frozen=True)
+class DoRA(DeltaMethod):
+    r"""Weight-decomposed low-rank adaptation: a direction that LoRA changes, and its length.
+
+        h = m ⊙ ((W + s B A) x) / n      W (d_out, d_in) frozen,  A (r, d_in),  B (d_out, r),
+                                         m (d_out),  n_i = ‖row i of W + s B A‖,  s = α / r
+
+    Trained and stored: A, B and m, r·(d_in + d_out) + d_out numbers for each target matrix.
+    The paper writes W with its outputs in columns and calls n a column-wise norm; a row here is
+    what makes one output. n is a constant to the gradient, as in section 4.3, which saves memory
+    and changes little. `dropout` goes before A alone. A merged DoRA is one dense matrix.
+
+    Liu et al. 2024, arXiv:2402.09353, equations 5 and 11.
+    """
+
+    r: int = 8
+    alpha: int | float = 16
+    target_modules: tuple[str, ...] | list[str] | str = ("q", "v")
+    dropout: int | float = 0.0
+
+    name: ClassVar[str] = "dora"
+    title: ClassVar[str] = "DoRA"
+    learning_rate: ClassVar[float] = 3e-3
+
+    def __post_init__(self):
+        require("r", self.r, 1)
+        require("alpha", self.alpha, 0.0)
+        require("dropout", self.dropout, 0.0, 1.0)
+        super().__post_init__()
+
+    def delta(self, linear, attachment, generator):
+        check_rank("r", self.r, linear.d_in, linear.d_out, linear.name)
+        delta = MagnitudeDelta(lambda: linear.weight, self.r, self.alpha, self.dropout)
+        delta.initialise(generator)
+        return delta
+
+    def reach(self, base, attachment, generator):
+        super().reach(base, attachment, generator)
+        for site in attachment.sites:
+            site.delta.frozen = site.frozen  # W alone also while it is merged
+
+    def size(self, d_in, d_out):
+        check_rank("r", self.r, d_in, d_out)
+        return self.r * (d_in + d_out) + d_out
