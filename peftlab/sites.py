@@ -6,6 +6,7 @@ back, whatever happened in between. Nothing here knows any method. Here so far:
     InputEmbeddings     virtual tokens among the embedded input, or anew at every layer
     KeysValues          virtual keys and values in attention
     LinearWeight        a delta beside one linear weight W
+    MaskedWeight        some entries of W held at zero
     SublayerOutput      a small module after or beside attention or the MLP
     Scale               factors on what one linear weight gives, or reads
     ExistingParameters  some of the model's own parameters unfrozen
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from peftlab import attention
 from peftlab.attention import AttentionSite, Prefix
 from peftlab.bases import Anatomy, Linear, Sublayer
+from peftlab.masks import pack, unpack
 
 Read = Callable[[], dict[str, Tensor]]  # the tensors of a soft prompt, now
 
@@ -339,7 +341,12 @@ class LinearWeight:
         if self.linear.mask is None:
             return delta(x, *product)
         weight = self._masked(delta.delta_weight())
-        return nn.functional.linear(x.to(weight.dtype), weight)
+        return nn.functional.linear(self._dropout(x.to(weight.dtype)), weight)
+
+    @property
+    def _dropout(self) -> Callable[[Tensor], Tensor]:
+        """What the delta does to x before its own product, where it has that."""
+        return getattr(self.delta, "dropout", nn.Identity())
 
     def _masked(self, delta: Tensor) -> Tensor:
         return delta if self.linear.mask is None else delta * self.linear.mask.to(delta)
@@ -363,6 +370,68 @@ class LinearWeight:
             else:
                 self.linear.code.restore(self.original)
             self.original = None
+
+
+class MaskedWeight:
+    """Some entries of one linear weight held at zero:  y = (M ⊙ W) x + b.
+
+    The mask M is kept as bits, one an entry, and `mask` is what they say; at first all ones. The
+    zeros stand in the model's own dense tensor, whose size and speed are what they were. The
+    original rows are kept, and put back on leaving. Where W itself trains, `apply` zeroes what a
+    step has moved. With `mask_deltas` a delta beside W is held at zero in the same places.
+    """
+
+    in_the_weight = True  # there is nothing to merge
+
+    def __init__(self, linear: Linear, mask_deltas: bool = True):
+        if linear.code is not None:
+            raise ValueError(f"{linear.name} is held as codes: a mask is put on before them")
+        self.name, self.linear, self.mask_deltas = f"{linear.name}.mask", linear, mask_deltas
+
+    def __enter__(self):
+        self.original = self.linear.weight.detach().clone()
+        self.bits = pack(torch.ones_like(self.original, dtype=torch.bool))
+        return self
+
+    def __exit__(self, *_):
+        self.linear.mask = None
+        self.linear.write(self.original)  # follows the model to its device
+
+    @property
+    def mask(self) -> Tensor:
+        """M (d_out, d_in), False where W is held at zero."""
+        return unpack(self.bits, self.linear.d_out, self.linear.d_in)
+
+    @property
+    def trains(self) -> bool:
+        """Whether the weight itself is being trained."""
+        return self.linear.module.weight.requires_grad
+
+    @property
+    def now(self) -> Tensor:
+        """W (d_out, d_in) that the mask is put on: as it trains, or the original."""
+        return self.linear.weight.detach() if self.trains else self.original
+
+    @torch.no_grad()
+    def hold(self, mask: Tensor) -> None:
+        """Take this mask from now on."""
+        self.bits.copy_(pack(mask))
+        self.apply()
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Write M ⊙ W."""
+        mask = self.mask
+        self.linear.write(self.now.masked_fill(~mask, 0))
+        self.linear.mask = mask if self.mask_deltas else None
+
+    refresh = apply  # after the bits were read from a file
+
+    def to(self, device) -> None:
+        """Move what is kept beside the model."""
+        self.bits, self.original = self.bits.to(device), self.original.to(device)
+        if self.linear.mask is not None:
+            self.linear.mask = self.linear.mask.to(device)
 
 
 class SublayerOutput:

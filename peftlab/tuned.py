@@ -88,6 +88,7 @@ class Tuned(LanguageModel):
         self.name, self.model, self.tokenizer = base.name, base.model, base.tokenizer
         self.anatomy = base.anatomy
         self.base_parameters = base.anatomy.shape.parameters()
+        self._facts = _shape_facts(base)  # of the whole base: a method may make it smaller
         generator = torch.Generator().manual_seed(seed)
         self.trainable: dict[str, nn.Parameter] = {}
         self.modules: dict[str, nn.Module] = {}
@@ -365,6 +366,11 @@ class Tuned(LanguageModel):
         kept = self.kept[row].items()
         return {key.removeprefix(start): t for key, t in kept if key.startswith(start)}
 
+    @property
+    def folded(self) -> list[Method]:
+        """The methods that the stored tensors belong to, what was chosen here said by name."""
+        return [attachment.chosen or method.folded() for method, attachment in self.attachments]
+
     def save(self, folder: str | Path) -> Path:
         """Write what is stored (safetensors) and the methods (JSON) into a folder.
 
@@ -377,9 +383,9 @@ class Tuned(LanguageModel):
         config = {
             "format": FORMAT,
             "base": self.name,
-            "base_shape": _shape_facts(self.base),
+            "base_shape": self._facts,
             "base_digest": self.base.digest,
-            "methods": [method.folded().to_dict() for method in self.methods],
+            "methods": [method.to_dict() for method in self.folded],
             "trained_as": [method.to_dict() for method in self.methods],
             "head": self.head.to_dict() if self.head else None,
         }
@@ -412,6 +418,9 @@ class Tuned(LanguageModel):
         _check_shapes(tensors, places)
         for name, tensor in tensors.items():
             places[name].copy_(tensor)
+        for site in self._sites:
+            if hasattr(site, "refresh"):
+                site.refresh()
 
     def __repr__(self) -> str:
         return f"{self.label} on {self.name}: {len(self.sites)} sites, {self.count()!r}"

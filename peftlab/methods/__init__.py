@@ -17,6 +17,7 @@ from peftlab.methods.pfeiffer import PfeifferAdapter
 from peftlab.methods.pissa import PiSSA
 from peftlab.methods.prefix_tuning import PrefixTuning
 from peftlab.methods.prompt_tuning import PromptTuning
+from peftlab.methods.prune import Prune
 from peftlab.methods.variants import DeepPromptTuning, PromptAndPrefix
 from peftlab.methods.vera import VeRA
 
@@ -43,4 +44,5 @@ __all__ = [
     "PromptAndPrefix",
     "PromptTuning",
     "VeRA",
+    "Prune",
 ]

@@ -9,6 +9,8 @@ from peftlab.bases import Shape
 from peftlab.methods.method import Method
 from peftlab.sites import ExistingParameters
 
+PRUNING = ("prune", "prune_structures")
+
 
 @dataclass(frozen=True)
 class FullFineTuning(Method):
@@ -35,8 +37,9 @@ class FullFineTuning(Method):
         attachment.trainable.update(site.parameters)
 
     def objection(self, before, after):
-        others = [*before, *after]
-        return "it trains every parameter and composes with no other" if others else ""
+        others = [*(m for m in before if m.name not in PRUNING), *after]
+        reason = "it trains every parameter and composes with no other, but for pruning before it"
+        return reason if others else ""
 
     def parameters(self, shape: Shape) -> int:
         """Everything: the base's own size."""

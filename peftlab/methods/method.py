@@ -24,7 +24,8 @@ class Attachment:
 
     `sources` are what soft prompts are read from. `frozen` are tensors that are stored beside the
     trained ones, each behind a function, for a move to another device replaces them. `headless`
-    says that a head stands in place of the language model's own. Closing `stack` undoes everything.
+    says that a head stands in place of the language model's own. `chosen` is the method with what
+    it chose on this base said by name. Closing `stack` undoes everything.
     """
 
     stack: ExitStack
@@ -35,6 +36,7 @@ class Attachment:
     sources: dict[str, Source] = dataclasses.field(default_factory=dict)
     frozen: dict[str, Callable[[], torch.Tensor]] = dataclasses.field(default_factory=dict)
     virtual_tokens: int = 0
+    chosen: Method | None = None
 
 
 @dataclasses.dataclass(frozen=True)
