@@ -33,6 +33,8 @@ from peftlab import (
     PrefixTuning,
     PromptAndPrefix,
     PromptTuning,
+    Prune,
+    PruneStructures,
     PTuning,
     PTuningV2,
     Tuned,
@@ -333,6 +335,22 @@ CASES = {
         [LayerNormTuning()], head=Spans(), starts_equal=True, restored=False, families=BERT
     ),
     "head ia3": Case([IA3()], head=Spans(), starts_equal=True, merges=True, families=BERT),
+    "prune + lora": Case([Prune(0.5), LoRA(r=3)], merges=True, restored=False, plain=True),
+    "prune + dense lora": Case(
+        [Prune(0.4, scope="global", mask_deltas=False), LoRA(r=3, target_modules="all-linear")],
+        merges=True,
+        restored=False,
+    ),
+    "prune + full": Case([Prune(0.5), FullFineTuning()], restored=False, drawn=False),
+    "smaller + lora": Case(
+        [PruneStructures(heads=0.34, neurons=0.25, layers=0.34), LoRA(r=3)],
+        merges=True,
+        restored=False,
+        plain=True,
+    ),
+    "smaller + full": Case(
+        [PruneStructures(heads=0.34, neurons=0.25), FullFineTuning()], restored=False, drawn=False
+    ),
     "head": Case([], head=TAGS, families=BERT, starts_equal=True),
     "head full": Case(
         [FullFineTuning()], head=SENSES, starts_equal=True, restored=False, families=BERT
@@ -371,6 +389,9 @@ def stir(tuned: Tuned, seed: int = 0, size: float = 0.2) -> Tuned:
     generator = torch.Generator().manual_seed(seed)
     for parameter in tuned.trainable.values():
         parameter += size * torch.randn(parameter.shape, generator=generator)
+    for site in tuned._sites:  # what a mask holds at zero stays there
+        if hasattr(site, "apply"):
+            site.apply()
     return tuned
 
 

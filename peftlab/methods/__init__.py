@@ -18,6 +18,7 @@ from peftlab.methods.pissa import PiSSA
 from peftlab.methods.prefix_tuning import PrefixTuning
 from peftlab.methods.prompt_tuning import PromptTuning
 from peftlab.methods.prune import Prune
+from peftlab.methods.prune_structures import PruneStructures
 from peftlab.methods.variants import DeepPromptTuning, PromptAndPrefix
 from peftlab.methods.vera import VeRA
 
@@ -45,4 +46,5 @@ __all__ = [
     "PromptTuning",
     "VeRA",
     "Prune",
+    "PruneStructures",
 ]

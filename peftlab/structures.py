@@ -1,0 +1,335 @@
+"""A model with heads, neurons or whole blocks taken out: really smaller, and restored bit for bit.
+
+What is taken out goes by name: `layers.3` is a block and its attention, `decoder.layers.0.cross`
+T5's second attention. A key-value head goes with every query head that reads it; `queries` are
+query heads alone, and as many stay in each group.
+
+    >>> from peftlab.bases import Shape
+    >>> removed = Removed(heads={"layers.0": (0, 5)}, neurons={"layers.1": (7,)})
+    >>> Shape.named("gpt2").parameters() - removed.smaller(Shape.named("gpt2")).parameters()
+    395137
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor, nn
+
+from peftlab.bases import FAMILIES, Anatomy, Linear, Shape
+from peftlab.bases.shapes import ATTENTION
+
+HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads")  # what attentions call their sizes
+WIDTHS = ("split_size", "all_head_size", "inner_dim")
+
+
+def blocks(shape: Shape) -> list[str]:
+    """The names of all blocks."""
+    if not shape.decoder_layers:
+        return [f"layers.{i}" for i in range(shape.layers)]
+    both = {"encoder": shape.layers, "decoder": shape.decoder_layers}
+    return [f"{stack}.layers.{i}" for stack, count in both.items() for i in range(count)]
+
+
+def attentions(shape: Shape) -> list[str]:
+    """The names of all attention sublayers."""
+    crossing = [f"{name}.cross" for name in blocks(shape) if name.startswith("decoder")]
+    return [*blocks(shape), *crossing]
+
+
+@dataclass(frozen=True)
+class SmallerShape(Shape):
+    """A shape whose sublayers differ: (query heads, key-value heads) and neurons of each one."""
+
+    attention: tuple[tuple[int, int], ...] = ()
+    neurons: tuple[int, ...] = ()
+
+    def matrices(self, target: str) -> list[tuple[int, int, int]]:
+        """`(copies, d_in, d_out)` of a logical target, for each size that it has."""
+        super().matrices(target)  # refuses a target that is not there
+        widths = list(self.neurons)
+        if target in ATTENTION:
+            widths = [self.head_dim * pair[target in ("k", "v")] for pair in self.attention]
+        back = target in ("o", "down")
+        sizes = Counter((w, self.d_model) if back else (self.d_model, w) for w in widths)
+        return [(copies, *size) for size, copies in sizes.items()]
+
+
+@dataclass(frozen=True)
+class Removed:
+    """What is taken out: indices by the name of a sublayer or block, and blocks by their names."""
+
+    heads: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    queries: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    neurons: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    layers: tuple[str, ...] = ()
+
+    def check(self, shape: Shape) -> None:
+        """Raise ValueError unless all of it is there, and enough stays for a model to run."""
+        there = blocks(shape)
+        for name in self.layers:
+            if name not in there:
+                raise ValueError(f"no block {name!r}: {shape.name} has {there[0]} to {there[-1]}")
+            if shape.decoder_layers and name.endswith("layers.0"):
+                raise ValueError(f"{name} holds the table of positions that its stack reads")
+        stacks = {name.rpartition("layers")[0] for name in there}
+        for stack in stacks:
+            if all(name in self.layers for name in there if name.startswith(stack)):
+                raise ValueError(f"every block of {shape.name} would go: at least one must stay")
+        sizes = {"heads": shape.kv_heads, "queries": shape.heads, "neurons": shape.d_ff}
+        for kind, size in sizes.items():
+            places = there if kind == "neurons" else attentions(shape)
+            for name, indices in getattr(self, kind).items():
+                if name not in places or name.removesuffix(".cross") in self.layers:
+                    raise ValueError(f"{kind}: no {name!r} here; allowed: {', '.join(places)}")
+                if strange := [i for i in indices if i not in range(size)]:
+                    raise ValueError(f"{kind} of {name}: {strange[0]} is not in 0 to {size - 1}")
+                if len(set(indices)) == size:
+                    raise ValueError(f"every one of the {kind} of {name} would go: keep at least 1")
+        for name in self.queries:
+            left = Counter(head * shape.kv_heads // shape.heads for head in self.kept(shape, name))
+            groups = shape.kv_heads - len(self.heads.get(name, ()))
+            if len(left) < groups or len(set(left.values())) > 1:
+                raise ValueError(f"queries of {name}: each group must keep as many, at least 1")
+
+    def kept(self, shape: Shape, name: str) -> list[int]:
+        """The query heads that an attention sublayer keeps."""
+        heads, queries = self.heads.get(name, ()), self.queries.get(name, ())
+        group = shape.heads // shape.kv_heads
+        return [i for i in range(shape.heads) if i // group not in heads and i not in queries]
+
+    def smaller(self, shape: Shape) -> SmallerShape:
+        """The shape that is left, in closed form."""
+        self.check(shape)
+        stay = [name for name in blocks(shape) if name not in self.layers]
+        decoder = sum(name.startswith("decoder") for name in stay)
+        facts = {f.name: getattr(shape, f.name) for f in fields(Shape)}
+        facts |= {"layers": len(stay) - decoder, "decoder_layers": decoder}
+        pairs = tuple(
+            (len(self.kept(shape, name)), shape.kv_heads - len(self.heads.get(name, ())))
+            for name in attentions(shape)
+            if name.removesuffix(".cross") in stay
+        )
+        neurons = tuple(shape.d_ff - len(self.neurons.get(name, ())) for name in stay)
+        return SmallerShape(**facts, attention=pairs, neurons=neurons)
+
+
+@torch.no_grad()
+def importance(anatomy: Anatomy, kind: str, name: str) -> Tensor:
+    """Σ w² over all weights that are a head's, a query's, a neuron's, or that a block writes with.
+
+    A block is told by what it adds to the residual stream: its o and down.
+    """
+    shape = anatomy.shape
+    if kind == "layers":
+        mine = [x for key, x in anatomy.linears.items() if key.startswith(f"{name}.")]
+        return sum(x.weight.double().square().sum() for x in mine if x.target in ("o", "down"))
+    count = {"heads": shape.kv_heads, "queries": shape.heads, "neurons": shape.d_ff}[kind]
+    read = {"heads": "qkv", "queries": "q", "neurons": ("up", "gate")}[kind]
+    write = "down" if kind == "neurons" else "o"
+    total = torch.zeros(count, dtype=torch.float64)
+    for target in (*read, write):
+        if linear := anatomy.linears.get(f"{name}.{target}"):
+            W = linear.weight.double().square().cpu()
+            total += W.sum(dim=0 if target == write else 1).view(count, -1).sum(dim=1)
+    return total
+
+
+class SmallerModel:
+    """The model without what is removed: smaller tensors in the same modules, fewer blocks.
+
+    Each changed parameter gives way to a smaller one, and each attribute that says a size to a
+    smaller number; leaving puts the very same objects back. A weight goes on by its name, though
+    blocks before it are gone. T5's table of relative positions serves all layers and stays whole;
+    each attention reads the columns of its own heads.
+    """
+
+    in_the_weight = True  # there is nothing to merge
+
+    def __init__(self, anatomy: Anatomy, removed: Removed):
+        self.anatomy, self.removed, self.shape = anatomy, removed, removed.smaller(anatomy.shape)
+        self.names = [
+            f"{name}.{kind}"
+            for kind in ("heads", "queries", "neurons")
+            for name, indices in getattr(removed, kind).items()
+            if indices
+        ]
+        self.names += removed.layers
+
+    def __enter__(self):
+        self.aside: list[nn.Parameter | nn.Module] = []  # what waits to be put back
+        with ExitStack() as stack:
+            self.stack = stack
+            self._forget_attentions()
+            self._take_blocks()
+            self._take_rows()
+            self._set("shape", self.shape, self.anatomy)
+            self.stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_):
+        self.stack.close()
+        self.aside = []
+
+    def to(self, device) -> None:
+        """What is put aside follows the model."""
+        for part in self.aside:
+            if isinstance(part, nn.Module):
+                part.to(device)
+            else:
+                part.data = part.data.to(device)
+
+    def _set(self, name: str, value, owner) -> None:
+        """Another value for an attribute, until the stack is closed."""
+        before = getattr(owner, name)
+        self.stack.callback(setattr, owner, name, before)
+        setattr(owner, name, value)
+
+    def _forget_attentions(self) -> None:
+        """What was observed of the attentions holds no longer."""
+        facts = self.anatomy.__dict__
+        before = facts.pop("attentions", None)
+
+        def restore():
+            facts.pop("attentions", None)
+            if before is not None:
+                facts["attentions"] = before
+
+        self.stack.callback(restore)
+
+    def _take_blocks(self) -> None:
+        anatomy, gone = self.anatomy, self.removed.layers
+        if not gone:
+            return
+        layers = {}
+        for stack, every in anatomy.layers.items():
+            names = [f"{stack}.layers.{i}".removeprefix(".") for i in range(len(every))]
+            layers[stack] = [b for b, name in zip(every, names, strict=True) if name not in gone]
+            self.aside += [b for b, name in zip(every, names, strict=True) if name in gone]
+            path, _, last = FAMILIES[anatomy.family].stacks[stack].layers.rpartition(".")
+            parent = anatomy.stacks[stack].get_submodule(path)
+            self._set(last, nn.ModuleList(layers[stack]), parent)
+            for index, block in enumerate(layers[stack]):
+                for module in block.modules():  # a cache has one place a layer, without gaps
+                    if getattr(module, "layer_idx", None) is not None:
+                        self._set("layer_idx", index, module)
+        self._set("layers", layers, anatomy)
+        dropped = tuple(f"{name}." for name in gone)
+        rest = {k: x for k, x in anatomy.linears.items() if not k.startswith(dropped)}
+        self._set("linears", rest, anatomy)
+
+    def _take_rows(self) -> None:
+        """Heads and neurons: rows of what reads the residual stream, columns of what writes it."""
+        shape, removed, linears = self.anatomy.shape, self.removed, self.anatomy.linears
+        rows: dict[Linear, Tensor] = {}
+        columns: dict[nn.Module, Tensor] = {}
+        for name in dict.fromkeys((*removed.heads, *removed.queries)):
+            queries = torch.tensor(removed.kept(shape, name))
+            gone = removed.heads.get(name, ())
+            keys = torch.tensor([i for i in range(shape.kv_heads) if i not in gone])
+            inner = torch.arange(shape.head_dim)
+            q, kv = (
+                (heads[:, None] * shape.head_dim + inner).flatten() for heads in (queries, keys)
+            )
+            rows |= {linears[f"{name}.q"]: q, linears[f"{name}.k"]: kv, linears[f"{name}.v"]: kv}
+            columns[linears[f"{name}.o"].module] = q
+            self._tell_attention(linears[f"{name}.q"].module, len(queries), len(keys))
+        for name, gone in removed.neurons.items():
+            stay = torch.tensor([i for i in range(shape.d_ff) if i not in set(gone)])
+            ins = [linears.get(f"{name}.{target}") for target in ("up", "gate")]
+            rows |= {linear: stay for linear in ins if linear is not None}
+            columns[linears[f"{name}.down"].module] = stay
+        parts: dict[nn.Module, list[Linear]] = {}
+        for linear in linears.values():
+            parts.setdefault(linear.module, []).append(linear)
+        for module, roles in parts.items():
+            if module in columns or any(linear in rows for linear in roles):
+                self._shrink(module, roles, rows, columns.get(module))
+        if shape.buckets and (removed.heads or removed.queries):
+            self._share_positions()
+
+    @torch.no_grad()
+    def _shrink(self, module, roles: list[Linear], rows: dict, columns: Tensor | None) -> None:
+        """One module with these rows of its roles and these columns, and no others."""
+        transposed = roles[0].transposed
+        W = module.weight.T if transposed else module.weight
+        every, keep = torch.arange(len(W)), torch.zeros(len(W), dtype=torch.bool)
+        mine = {x: every[x.index][rows[x]] if x in rows else every[x.index] for x in roles}
+        for kept in mine.values():
+            keep[kept] = True
+        W = W[keep.to(W.device)]
+        W = W if columns is None else W[:, columns.to(W.device)]
+        self._replace(module, "weight", W.T if transposed else W)
+        if module.bias is not None and not keep.all():
+            self._replace(module, "bias", module.bias[keep.to(W.device)])
+        sizes = ("nf", "nx") if transposed else ("out_features", "in_features")
+        for size, value in zip(sizes, W.shape, strict=True):
+            self._set(size, value, module)
+        numbers = keep.cumsum(dim=0) - 1
+        for linear, kept in mine.items():
+            new = numbers[kept]
+            start, stop = new[0].item(), new[-1].item() + 1
+            self._set("rows", (start, stop) if stop - start == len(new) else new, linear)
+
+    def _replace(self, module: nn.Module, name: str, values: Tensor) -> None:
+        self.aside.append(getattr(module, name))
+        small = nn.Parameter(values.contiguous().clone(), requires_grad=False)
+        self._set(name, small, module)
+
+    def _tell_attention(self, q: nn.Module, heads: int, kv_heads: int) -> None:
+        """The numbers that an attention module keeps beside its weights."""
+        owner = next(m for m in self.anatomy.model.modules() if q in m.children())
+        told = dict.fromkeys(HEAD_COUNTS, heads)
+        told |= dict.fromkeys(WIDTHS, heads * self.anatomy.shape.head_dim)
+        told["num_key_value_groups"] = heads // kv_heads
+        for name, value in told.items():
+            if hasattr(owner, name):
+                self._set(name, value, owner)
+
+    def _share_positions(self) -> None:
+        """T5: the first layer makes the bias of all heads, and each layer takes its own columns."""
+        shape, linears = self.anatomy.shape, self.anatomy.linears
+        for name in {key.rsplit(".", 1)[0] for key, x in linears.items() if x.target == "q"}:
+            q = linears[f"{name}.q"].module
+            owner = next(m for m in self.anatomy.model.modules() if q in m.children())
+            if name.endswith(".cross"):
+                hooks = [owner.register_forward_pre_hook(_one_column, with_kwargs=True)]
+            else:
+                columns = _Columns(torch.tensor(self.removed.kept(shape, name)))
+                hooks = [
+                    owner.register_forward_pre_hook(columns.take, with_kwargs=True),
+                    owner.register_forward_hook(columns.give_back),
+                ]
+            for hook in hooks:
+                self.stack.callback(hook.remove)
+
+
+def _one_column(module, args, kwargs):
+    """The bias towards the encoder is zero for every head: one stands for all."""
+    bias = kwargs.get("position_bias")
+    return args, kwargs if bias is None else {**kwargs, "position_bias": bias[:, :1]}
+
+
+class _Columns:
+    """The columns of some heads out of the position bias of all."""
+
+    def __init__(self, heads: Tensor):
+        self.heads, self.whole = heads, None
+
+    def take(self, module, args, kwargs):
+        bias, hidden = kwargs.get("position_bias"), args[0]
+        if bias is None:
+            cache, length = kwargs.get("past_key_values"), hidden.shape[1]
+            past = 0 if cache is None else cache.get_seq_length(module.layer_idx)
+            bias = module.compute_bias(
+                length, past + length, device=hidden.device, past_seen_tokens=past
+            )
+        self.whole = bias
+        return args, {**kwargs, "position_bias": bias[:, self.heads.to(bias.device)]}
+
+    def give_back(self, module, args, output):
+        whole, self.whole = self.whole, None
+        return (output[0], whole, *output[2:])
