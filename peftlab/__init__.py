@@ -40,7 +40,7 @@ from peftlab.tuned import Tuned, attach
 __version__ = "0.1.0"
 REPOSITORY = "https://github.com/peftlab/peftlab"
 
-_ROOMS = ("accounting", "exercises", "figures", "heads", "panels", "probes", "tasks")
+_ROOMS = ("accounting", "exercises", "figures", "heads", "memory", "panels", "probes", "tasks")
 
 __all__ = [
     "AdaLoRA",

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from peftlab import attention
 from peftlab.attention import AttentionSite
 from peftlab.bases import Base
+from peftlab.bases.tape import Tape, Value
 
 PROMPT_INITS = ("vocabulary", "text", "random", "normal", "zero")
 PREFIX_INITS = ("vocabulary", "text", "random", "zero")
@@ -126,6 +127,20 @@ def mlp_widths(encoder: str, sizes: str, hidden: int, d: int) -> tuple[int, ...]
     if sizes == "peft":
         return (2 * hidden, 2 * hidden, d) if encoder == "lstm" else (d, hidden, hidden, d)
     return (2 * hidden if encoder == "lstm" else d, d, d)
+
+
+def encoder_footprint(tape: Tape, encoder: str, widths: tuple[int, ...], P: int, d: int) -> None:
+    """What a `PromptEncoder` keeps on a tape. An LSTM's kernel has a workspace, not counted."""
+    x = Value(P, d, True)  # the table itself is a parameter
+    if encoder == "lstm":
+        x = Value(P, widths[0], True)
+    elif encoder == "attention":
+        out = Value(P, d, True)
+        tape.keep(Value(P, 3 * d), out, Value(P, 4 if d % 4 == 0 else 1))
+        x = tape.linear(out, d, weight=True)
+    for i, wide_out in enumerate(widths[1:]):
+        x = tape.act(x, "relu") if i else x
+        x = tape.linear(x, wide_out, weight=i > 0 or encoder != "mlp")
 
 
 @contextlib.contextmanager

@@ -36,6 +36,7 @@ class Shape:
 
     `head` is what stands on the last hidden state: "lm", "masked_lm", "pooler" or "none". From a
     config alone, decoders and T5 have "lm", BERT and RoBERTa "pooler", DistilBERT "none".
+    `activation` is the nonlinearity of the MLP by transformers' name.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Shape:
     segments: int = 0
     buckets: int = 0
     head: str = "lm"
+    activation: str = "gelu"
 
     @classmethod
     def named(cls, name: str) -> "Shape":
@@ -206,6 +208,7 @@ def _gpt2(c: Mapping) -> dict:
         context=c["n_positions"],
         tied=c.get("tie_word_embeddings", True),
         biased=ATTENTION + MLP,
+        activation=c.get("activation_function", "gelu_new"),
         positions=c["n_positions"],
     )
 
@@ -222,6 +225,7 @@ def _llama(c: Mapping) -> dict:
         d_ff=c["intermediate_size"],
         vocab=c["vocab_size"],
         context=c["max_position_embeddings"],
+        activation=c.get("hidden_act", "silu"),
         gated=True,
         tied=c.get("tie_word_embeddings", False),
         biased=biased + (GATED_MLP if c.get("mlp_bias") else ()),
@@ -243,6 +247,7 @@ def _gpt_neox(c: Mapping) -> dict:
         d_ff=c["intermediate_size"],
         vocab=c["vocab_size"],
         context=c["max_position_embeddings"],
+        activation=c.get("hidden_act", "gelu"),
         tied=c.get("tie_word_embeddings", False),
         biased=(ATTENTION if c.get("attention_bias", True) else ()) + MLP,
     )
@@ -261,6 +266,7 @@ def _bert(c: Mapping) -> dict:
         context=c["max_position_embeddings"],
         tied=c.get("tie_word_embeddings", True),
         biased=ATTENTION + MLP,
+        activation=c.get("hidden_act", "gelu"),
         positions=c["max_position_embeddings"],
         segments=c.get("type_vocab_size", 2),
         head="pooler",
@@ -284,12 +290,15 @@ def _distilbert(c: Mapping) -> dict:
         context=c["max_position_embeddings"],
         tied=c.get("tie_word_embeddings", True),
         biased=ATTENTION + MLP,
+        activation=c.get("activation", "gelu"),
         positions=c["max_position_embeddings"],
         head="none",
     )
 
 
 def _t5(c: Mapping) -> dict:
+    act = c.get("feed_forward_proj", "relu").removeprefix("gated-")
+    gated = c.get("feed_forward_proj", "relu").startswith("gated-")
     return dict(
         layers=c["num_layers"],
         decoder_layers=c.get("num_decoder_layers") or c["num_layers"],
@@ -300,7 +309,8 @@ def _t5(c: Mapping) -> dict:
         d_ff=c["d_ff"],
         vocab=c["vocab_size"],
         context=c.get("n_positions") or 512,  # trained on 512; relative positions set no limit
-        gated=c.get("feed_forward_proj", "relu").startswith("gated-"),
+        gated=gated,
+        activation="gelu_new" if gated and act == "gelu" else act,
         tied=c.get("tie_word_embeddings", True),
         buckets=c.get("relative_attention_num_buckets", 32),
     )

@@ -33,7 +33,8 @@ class FullFineTuning(Method):
         module = base.anatomy.backbone if attachment.headless else base.model
         names = [name for name, _ in module.named_parameters()]  # a tied tensor comes once
         site = attachment.stack.enter_context(ExistingParameters(module, names))
-        attachment.sites.append("parameters: all")
+        site.name = "parameters: all"
+        attachment.sites.append(site)
         attachment.trainable.update(site.parameters)
 
     def objection(self, before, after):
@@ -44,3 +45,7 @@ class FullFineTuning(Method):
     def parameters(self, shape: Shape) -> int:
         """Everything: the base's own size."""
         return shape.parameters()
+
+    def footprint(self, plan):
+        """Nothing is added, and every tensor trains."""
+        plan.unfrozen.append(lambda name: True)

@@ -115,6 +115,15 @@ class LoRA(DeltaMethod):
         check_rank("r", self.r, d_in, d_out)
         return self.r * (d_in + d_out)
 
+    def footprint(self, plan):
+        """A keeps x, B keeps A x; the frozen W beside them needs neither."""
+        targets = self.targets(plan.shape.targets)
+
+        def delta(tape, x, d_out):
+            return tape.linear(tape.linear(x, self.r, weight=True), d_out, weight=True)
+
+        plan.beside.append((lambda name: name.rsplit(".", 1)[-1] in targets, delta))
+
     def parameters(self, shape: Shape) -> int:
         """Σ r (d_in + d_out) over the target matrices, less r d_in for every A that is shared."""
         shared = self._shared(shape)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from peftlab.bases import Base, Shape
+from peftlab.bases.tape import Plan
 
 if TYPE_CHECKING:
     from peftlab.soft import Source
@@ -94,6 +95,13 @@ class Method:
 
     def after_step(self, attachment: Attachment, step: int, steps: int) -> None:
         """Called behind step 1 … steps of training, while the gradients are still there."""
+
+    def footprint(self, plan: Plan) -> None:
+        """Put down in the plan what this method adds to a forward pass, site by site.
+
+        `accounting.saved_activations` reads off it what a training step keeps.
+        """
+        raise ValueError(f"{self.title} does not say what a step with it keeps: no `footprint`")
 
     def folded(self) -> Method:
         """The method that the stored tensors belong to: itself, unless something is left behind."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 from peftlab.bases import Base, Shape
@@ -15,6 +16,7 @@ from peftlab.soft import (
     PromptEncoder,
     check_init,
     check_placement,
+    encoder_footprint,
     initial_prompt,
     mlp_widths,
     put,
@@ -122,6 +124,16 @@ class PTuning(Method):
                 raise ValueError("on a decoder nothing can stand behind a text that goes on")
             resolved.append((count, side, token))
         return resolved
+
+    def footprint(self, plan):
+        """As prompt tuning, and what the network keeps."""
+        count, d = self.num_virtual_tokens, plan.shape.d_model
+        plan.prompt += count
+        plan.placed |= any(where != "front" for _, where in self.placement or ())
+        if self.encoder != "embedding":
+            widths = mlp_widths(self.encoder, self.sizes, self.hidden(d), d)
+            made = partial(encoder_footprint, encoder=self.encoder, widths=widths, P=count, d=d)
+            plan.prompt_makers.append(made)
 
     def parameters(self, shape: Shape) -> int:
         """The table and the network; see the class for the sizes."""

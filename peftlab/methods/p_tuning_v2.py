@@ -35,9 +35,9 @@ class PTuningV2(PrefixTuning):
         if self.depth is not None:
             require("depth", self.depth, 1)
 
-    def takes(self, site, shape):
-        layers = shape.decoder_layers if site.stack == "decoder" else shape.layers
-        return self.depth is None or site.layer >= layers - self.depth
+    def reaches(self, layer, layers):
+        """The upper `depth` of them."""
+        return self.depth is None or layer >= layers - self.depth
 
     def sublayers(self, shape):
         """Attention sublayers in the upper `depth` layers."""

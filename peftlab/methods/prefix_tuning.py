@@ -9,6 +9,7 @@ import torch
 
 from peftlab.attention import AttentionSite
 from peftlab.bases import Base, Shape
+from peftlab.bases.tape import Value
 from peftlab.methods.method import Method, require
 from peftlab.sites import KeysValues
 from peftlab.soft import (
@@ -93,12 +94,29 @@ class PrefixTuning(Method):
         return sites
 
     def takes(self, site: AttentionSite, shape: Shape) -> bool:
-        """Whether this attention sublayer gets a prefix: here all do."""
+        """Whether this attention sublayer gets a prefix."""
+        layers = shape.decoder_layers if site.stack == "decoder" else shape.layers
+        return self.reaches(site.layer, layers)
+
+    def reaches(self, layer: int, layers: int) -> bool:
+        """Whether this layer of a stack of `layers` gets a prefix: here all do."""
         return True
 
     def sublayers(self, shape: Shape) -> int:
         """How many attention sublayers get a prefix."""
         return shape.attentions
+
+    def footprint(self, plan):
+        """Keys and values are longer; the MLP that makes them keeps its middle."""
+        layers = {"decoder": plan.shape.decoder_layers}
+
+        def takes(stack, layer):
+            return self.reaches(layer, layers.get(stack, plan.shape.layers))
+
+        plan.prefixes.append((self.num_virtual_tokens, takes))
+        if self.prefix_projection:
+            middle = self.num_virtual_tokens, self.encoder_hidden_size
+            plan.prefix_makers.append(lambda tape: tape.keep(Value(*middle)))
 
     def parameters(self, shape: Shape) -> int:
         """2 · P · d_kv for each sublayer, or the table and the MLP that make them."""

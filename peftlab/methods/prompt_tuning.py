@@ -49,6 +49,10 @@ class PromptTuning(Method):
         attachment.sites.append(attachment.stack.enter_context(site))
         attachment.virtual_tokens = self.num_virtual_tokens
 
+    def footprint(self, plan):
+        """The sequence is longer, and a gradient enters below the first layer."""
+        plan.prompt += self.num_virtual_tokens
+
     def parameters(self, shape: Shape) -> int:
         """num_virtual_tokens · d_model."""
         self._check_length(shape)

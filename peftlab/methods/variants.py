@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 from peftlab.bases import Shape
+from peftlab.bases.tape import Value
 from peftlab.methods.method import Method, require
 from peftlab.methods.prompt_tuning import check_context
 from peftlab.sites import InputEmbeddings, KeysValues
@@ -59,6 +60,11 @@ class DeepPromptTuning(Method):
         site = InputEmbeddings(base.anatomy, read, [(count, "front", None)], every_layer=True)
         attachment.sites.append(attachment.stack.enter_context(site))
         attachment.virtual_tokens = count
+
+    def footprint(self, plan):
+        """As prompt tuning, and the places of the vectors that are written over at each layer."""
+        plan.prompt += self.num_virtual_tokens
+        plan.every_layer = True
 
     def parameters(self, shape: Shape) -> int:
         """P · L · d_model."""
@@ -114,6 +120,15 @@ class PromptAndPrefix(Method):
         ):
             attachment.sites.append(attachment.stack.enter_context(site))
         attachment.virtual_tokens = count
+
+    def footprint(self, plan):
+        """Both at once: virtual tokens in the sequence, and keys and values that no token wrote."""
+        plan.prompt += self.num_virtual_tokens
+        plan.prefixes.append((self.num_virtual_tokens, lambda stack, layer: True))
+        if self.prefix_projection:
+            middle = self.num_virtual_tokens, self.encoder_hidden_size
+            for makers in (plan.prompt_makers, plan.prefix_makers):  # each site runs the MLP
+                makers.append(lambda tape: tape.keep(Value(*middle)))
 
     def parameters(self, shape: Shape) -> int:
         """The table and the MLP, or the table, P_k and P_v."""

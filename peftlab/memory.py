@@ -1,0 +1,296 @@
+"""Where the memory of a training step goes, measured: weights, gradients, optimiser, activations.
+
+    tuned = peftlab.attach(base, LoRA())
+    memory = measure(tuned, batch)
+    memory.bytes("activations"), memory.total["forward"]
+
+The parts are read off the tensors that they consist of: parameters, their gradients, the
+optimiser's states, and what autograd keeps (`torch.autograd.graph.saved_tensors_hooks`), each
+storage once. The total is measured without them: on a GPU the allocator counts; on a CPU every
+storage that an operation of the step makes is followed until it dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from peftlab.tuned import Tuned
+
+MOMENTS = ("forward", "backward", "step")  # the end of each
+# Which parts are there at the end of the forward pass, of the backward pass, of the step.
+PRESENT = {
+    "weights": MOMENTS,
+    "aside": MOMENTS,
+    "optimiser": MOMENTS,
+    "batch": MOMENTS,
+    "activations": ("forward",),
+    "gradients": ("backward", "step"),
+}
+
+
+@dataclass
+class Memory:
+    """Bytes of one training step, after a first one that made the optimiser's states.
+
+    `parts` has the bytes of each part by layer: "layers.3", "encoder.layers.0", "input" and
+    "output" around them, "method" for tensors of no one layer. `aside` is what waits to be put
+    back on `detach`: the originals under full fine-tuning. `total` is what was alive at the end
+    of the forward pass, of the backward pass and of the step, `peak` the most at any time.
+    """
+
+    method: str
+    device: str
+    parts: dict[str, dict[str, int]]
+    total: dict[str, int] = field(default_factory=dict)
+    peak: int = 0
+
+    def bytes(self, part: str) -> int:
+        """One part, all layers together."""
+        return sum(self.parts[part].values())
+
+    def sum(self, moment: str) -> int:
+        """What the parts that are there at this moment add up to."""
+        return sum(self.bytes(part) for part, moments in PRESENT.items() if moment in moments)
+
+
+def measure(tuned: Tuned, batch: dict[str, Tensor], lr: float = 0.0) -> Memory:
+    """Two training steps on one batch, the second of them measured. Dropout is off.
+
+    AdamW as in `training.train`; with the rate 0 no weight changes, and the states are as large
+    as at any other. On a GPU nothing else may be allocated, or it is counted as well.
+    """
+    device, trainable = tuned.device, list(tuned.trainable.values())
+    batch = {key: tensor.to(device) for key, tensor in batch.items()}
+    fused = True if device.type == "cpu" else None
+    optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=0.0, fused=fused)
+    counter = _Live() if device.type == "cpu" else _Allocator(device)
+    try:
+        with tuned._evaluating():
+            _step(tuned, batch, optimizer)
+            optimizer.zero_grad(set_to_none=True)
+            parts = _standing(tuned, batch, optimizer)
+            known = {address for part in parts.values() for address in part}
+            counter.start(tuned, batch, optimizer)
+            memory = Memory(tuned.label, str(device), {})
+            kept: dict[int, tuple[str, int]] = {}
+            with counter, _places(tuned) as place:
+                with torch.autograd.graph.saved_tensors_hooks(
+                    lambda tensor: _note(tensor, known, kept, place), lambda tensor: tensor
+                ):
+                    loss = tuned.batch_loss(batch)
+                memory.total["forward"] = counter.now()
+                loss.backward()
+                del loss
+                memory.total["backward"] = counter.now()
+                torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+                optimizer.step()
+                memory.total["step"] = counter.now()
+            memory.peak = counter.peak()
+            owner = _places_of(tuned)
+            parts["gradients"] = _storages(
+                (owner(name, p), p.grad)
+                for name, p in tuned.trainable.items()
+                if p.grad is not None
+            )
+            parts["activations"] = kept
+            aside = _storages((owner(name), tensor) for name, tensor in _held(tuned))
+            parts["aside"] = {at: what for at, what in aside.items() if at not in known | {*kept}}
+    finally:
+        for parameter in trainable:
+            parameter.grad = None
+    memory.parts = {part: _summed(found.values()) for part, found in parts.items()}
+    return memory
+
+
+def _step(tuned: Tuned, batch: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+    tuned.batch_loss(batch).backward()
+    torch.nn.utils.clip_grad_norm_(tuned.trainable.values(), 1.0)
+    optimizer.step()
+
+
+# --- parts -----------------------------------------------------------------------------------
+
+Found = dict[int, tuple[str, int]]  # a storage's address: the place it belongs to, its bytes
+
+
+def _standing(tuned: Tuned, batch: dict[str, Tensor], optimizer) -> dict[str, Found]:
+    """The parts that are there before, during and after a step; each storage in one of them."""
+    place = _places_of(tuned)
+    model = {**dict(tuned.model.named_parameters()), **dict(tuned.model.named_buffers())}
+    modules = {
+        f"{name}.{key}": tensor
+        for name, module in tuned.modules.items()
+        for key, tensor in (*module.named_parameters(), *module.named_buffers())
+    }
+    states = [
+        (place(name, parameter), tensor)
+        for name, parameter in tuned.trainable.items()
+        for tensor in optimizer.state.get(parameter, {}).values()
+        if isinstance(tensor, Tensor)
+    ]
+    parts = {
+        "weights": _storages(
+            (place(name, tensor), tensor)
+            for name, tensor in {**modules, **tuned.trainable, **model}.items()
+        ),
+        "optimiser": _storages(states),
+        "batch": _storages(("input", tensor) for tensor in batch.values()),
+    }
+    seen: set[int] = set()
+    for part, found in parts.items():
+        parts[part] = {at: what for at, what in found.items() if at not in seen}
+        seen |= parts[part].keys()
+    return parts
+
+
+def _held(tuned: Tuned) -> Iterator[tuple[str, Tensor]]:
+    """Tensors that the sites hold: originals that they will put back, masks."""
+    for site in tuned._sites:
+        for leaf in tree_leaves(vars(site) if hasattr(site, "__dict__") else {}):
+            if isinstance(leaf, Tensor):
+                yield getattr(site, "name", ""), leaf
+
+
+def _places_of(tuned: Tuned) -> Callable[[str, Tensor | None], str]:
+    """The layer of a tensor: by where it is in the model, or of a method's own by its name."""
+    found = {}
+    for stack, blocks in tuned.anatomy.layers.items():
+        for layer, block in enumerate(blocks):
+            for tensor in (*block.parameters(), *block.buffers()):
+                found[id(tensor)] = f"{stack}.layers.{layer}".removeprefix(".")
+    for tensor in (*tuned.model.parameters(), *tuned.model.buffers()):
+        found.setdefault(id(tensor), "around")
+
+    def place(name: str, tensor: Tensor | None = None) -> str:
+        match = re.search(r"(?:encoder\.|decoder\.)?layers\.\d+", name)
+        return found.get(id(tensor)) or (match[0] if match else "method")
+
+    return place
+
+
+def _storages(tensors: Iterable[tuple[str, Tensor]]) -> Found:
+    found: Found = {}
+    for place, tensor in tensors:
+        storage = tensor.untyped_storage()
+        if storage.nbytes():
+            found.setdefault(storage.data_ptr(), (place, storage.nbytes()))
+    return found
+
+
+def _summed(found: Iterable[tuple[str, int]]) -> dict[str, int]:
+    places: dict[str, int] = {}
+    for place, size in found:
+        places[place] = places.get(place, 0) + size
+    return places
+
+
+def _note(tensor: Tensor, known: set[int], kept: Found, place: list[str]) -> Tensor:
+    """A tensor is kept for the backward pass: count its storage, unless it is a part already."""
+    storage = tensor.untyped_storage()
+    if storage.nbytes() and storage.data_ptr() not in known:
+        kept.setdefault(storage.data_ptr(), (place[0], storage.nbytes()))
+    return tensor
+
+
+@contextlib.contextmanager
+def _places(tuned: Tuned):
+    """Inside, the one item of the list yielded says where the forward pass is."""
+    stacks = list(tuned.anatomy.stacks)
+    place, hooks = [f"{stacks[0]}.input".removeprefix(".")], []
+
+    def say(module: nn.Module, name: str, before: bool) -> None:
+        add = module.register_forward_pre_hook if before else module.register_forward_hook
+        hooks.append(add(lambda *_: place.__setitem__(0, name.removeprefix("."))))
+
+    for stack, blocks in tuned.anatomy.layers.items():
+        if stack != stacks[0]:
+            say(tuned.anatomy.stacks[stack], f"{stack}.input", before=True)
+        for layer, block in enumerate(blocks):
+            say(block, f"{stack}.layers.{layer}", before=True)
+        say(blocks[-1], f"{stack}.output", before=False)
+    if len(stacks) > 1:
+        say(tuned.anatomy.stacks[stacks[-1]], "output", before=False)
+    try:
+        yield place
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+# --- totals ----------------------------------------------------------------------------------
+
+
+class _Live(TorchDispatchMode):
+    """Bytes of all storages that are alive: those known at the start, and all made since."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive = self.most = 0
+        self.followed: dict[int, weakref.ref] = {}
+
+    def start(self, tuned: Tuned, batch: dict[str, Tensor], optimizer) -> None:
+        model = (*tuned.model.parameters(), *tuned.model.buffers(), *tuned.trainable.values())
+        added = (t for m in tuned.modules.values() for t in (*m.parameters(), *m.buffers()))
+        states = tree_leaves([list(state.values()) for state in optimizer.state.values()])
+        held = (tensor for _, tensor in _held(tuned))
+        for tensor in (*model, *added, *states, *held, *batch.values()):
+            if isinstance(tensor, Tensor):
+                self._follow(tensor.untyped_storage())
+        self.most = self.alive
+
+    def now(self) -> int:
+        return self.alive
+
+    def peak(self) -> int:
+        return self.most
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._follow(leaf.untyped_storage())
+        return result
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        if id(storage) in self.followed:
+            return
+        key, size = id(storage), storage.nbytes()
+
+        def gone(_: weakref.ref) -> None:
+            self.followed.pop(key, None)
+            self.alive -= size
+
+        self.followed[key] = weakref.ref(storage, gone)
+        self.alive += size
+        self.most = max(self.most, self.alive)
+
+
+class _Allocator(contextlib.nullcontext):
+    """Bytes that torch has allocated on a GPU, less the matrix library's own workspace."""
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.device = device
+
+    def start(self, tuned: Tuned, batch: dict[str, Tensor], optimizer) -> None:
+        torch.cuda.synchronize(self.device)
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def now(self) -> int:
+        torch.cuda.synchronize(self.device)
+        torch._C._cuda_clearCublasWorkspaces()
+        return torch.cuda.memory_allocated(self.device)
+
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated(self.device)
