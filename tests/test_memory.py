@@ -36,13 +36,14 @@ from peftlab import (
     attach,
     count,
 )
-from peftlab.bases import Base, Shape
+from peftlab.bases import CLASSES, FAMILIES, Base, Shape
 from peftlab.heads import Classification, Spans, Tagging
 from peftlab.memory import MOMENTS, Memory, measure
 from peftlab.methods import Method
 from peftlab.training import move
 
 BATCH, LENGTH, TARGETS = 3, 13, 5
+EVERY_SITE = [FullFineTuning(), LoRA(target_modules="all-linear"), PromptTuning(4), PrefixTuning(3)]
 OTHERS = ("lora all", "p attention", "v2 mlp", "lora + prompt")  # what no plain case has
 MEASURED = [p for p in PAIRS if p in PLAIN or p[1] in OTHERS or "head" in p[1]]
 
@@ -271,3 +272,23 @@ def test_on_a_gpu_the_allocator_agrees(method):
         assert abs(memory.total[moment] - memory.sum(moment)) <= 0.02 * memory.total[moment]
     step = accounting.step_bytes(method, base, batch=8, length=128, device="cuda")
     assert abs(step.peak - memory.peak) <= 0.1 * memory.peak
+
+
+RELATIVES = {  # the other architectures that share a walk, and T5 as it was first published
+    "qwen2": dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=44)
+    | dict(num_key_value_heads=2, max_position_embeddings=48, vocab_size=257, pad_token_id=0),
+    "roberta": dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, vocab_size=260)
+    | dict(intermediate_size=40, max_position_embeddings=50, pad_token_id=1),
+    "t5": dict(d_model=24, d_kv=8, d_ff=40, num_layers=2, num_heads=3, vocab_size=259)
+    | dict(n_positions=48, pad_token_id=0, decoder_start_token_id=0, feed_forward_proj="relu"),
+}
+
+
+@pytest.mark.parametrize("method", EVERY_SITE, ids=lambda m: m.name)
+@pytest.mark.parametrize("family", RELATIVES)
+def test_the_walks_hold_for_their_other_families(family, method):
+    config = transformers.AutoConfig.for_model(family, **RELATIVES[family])
+    model = CLASSES[FAMILIES[family].kind].from_config(config)
+    words = {"roberta": "bert", "qwen2": "gpt2"}.get(family, family)
+    tuned = attach(Base(family, model, tokenizer(words)), method)
+    assert measure(tuned, batch_of(tuned)).parts["activations"] == predicted(tuned)
