@@ -1,0 +1,257 @@
+"""Weights as codes of four bits: sixteen levels, a scale for every block, two codes in a byte.
+
+    w ≈ m · T[c]      T the levels in [−1, 1],  c a code of 4 bits,  m = max|w| of the block
+
+Pure functions of tensors, and `Quantised`, which holds exactly the bytes that it counts. A tensor
+is read row by row and cut into blocks; block after block has its own m. With double quantisation
+the m's are themselves codes: their mean is subtracted, and the rest is cut into blocks of 256 and
+written in 8 bits. Dettmers et al. 2023, arXiv:2305.14314, section 3.
+
+The tie rule: a value exactly halfway between two levels takes the lower one. The scaled value is
+w · (1/m) and the halfway points are (a + b)/2, both in float32, so near a tie the codes are those
+of bitsandbytes and not always those of w / m.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Float32, UInt8
+from torch import Tensor
+from torch.nn.functional import embedding, pad
+
+QUANT_TYPES = ("nf4", "fp4", "e2m1", "int4")
+ABSMAX_BLOCK = 256  # how many m's share one scale under double quantisation
+
+# Where the outermost quantiles of NF4 lie. At probability 1 the quantile is infinite, so one stops
+# short of it: cut the normal into n equally likely cells, and the middle of the outermost one is
+# 1/(2n) from the edge. All 16 levels suggest n = 16; the 15 that lie evenly around an exact zero
+# suggest n = 15. The average of the two is bitsandbytes' constant, 0.9677083; that this is where
+# it comes from is our reading, for neither the paper nor the code says.
+NF4_OFFSET = ((1 - 1 / 30) + (1 - 1 / 32)) / 2
+
+
+# --- tables ------------------------------------------------------------------------------------
+
+
+def normal_levels(
+    negative: int = 7, positive: int = 8, offset: float = NF4_OFFSET
+) -> Float32[Tensor, " levels"]:
+    """Quantiles of the normal on both sides of an exact zero, divided by the largest.
+
+    The probabilities go from ½ to `offset` in equal steps, as many as there are levels on that
+    side. Each half has its own step, so that neither has a level of −0 beside the zero.
+    """
+    sides = [
+        torch.special.ndtri(torch.linspace(0.5, offset, count + 1, dtype=torch.float64)[1:])
+        for count in (negative, positive)
+    ]
+    levels = torch.cat([-sides[0].flip(0), torch.zeros(1, dtype=torch.float64), sides[1]])
+    return (levels / levels.abs().max()).float()
+
+
+def float_levels(subnormal: float) -> Float32[Tensor, " levels"]:
+    """One sign bit, two of exponent, one of mantissa: 2ᵉ (1 + m/2), and a subnormal; by size.
+
+    Every power of two from the smallest: 2, 3, 4, 6, 8, 12, and below them 0 and the subnormal,
+    which is 1 where the format is kept to the letter.
+    """
+    positive = [subnormal, *(2**e * (1 + m / 2) for e in (1, 2, 3) for m in (0, 1))]
+    return torch.tensor([*(-level for level in positive[::-1]), 0.0, *positive]) / 12
+
+
+@functools.cache
+def table(quant_type: str = "nf4") -> Float32[Tensor, " levels"]:
+    """The levels of a data type, from the lowest up, in [−1, 1]. Raises ValueError for another.
+
+    nf4    16 levels at quantiles of the normal
+    fp4    15 levels, as bitsandbytes has them: its subnormal is 1/192, where E2M1 has 1/12
+    e2m1   15 levels, the format itself
+    int4   15 levels at equal distances, −7/7 … 7/7
+    """
+    if quant_type == "nf4":
+        return normal_levels()
+    if quant_type in ("fp4", "e2m1"):
+        return float_levels(0.0625 if quant_type == "fp4" else 1.0)
+    if quant_type == "int4":
+        return torch.arange(-7, 8) / 7
+    raise ValueError(f"quant_type={quant_type!r}: allowed is {', '.join(QUANT_TYPES)}")
+
+
+@functools.cache
+def dynamic_table() -> Float32[Tensor, " levels"]:
+    """The 8-bit levels for the m's: zero, one, and ±10⁻ᵉ times the middles of 2⁶⁻ᵉ cells of
+    [0.1, 1], for e = 0 … 6: fine near the ends, and never coarse in ratio. Dettmers et al. 2021,
+    arXiv:2110.02861, section 2.1."""
+    positive = []
+    for e in range(7):
+        edges = torch.linspace(0.1, 1, 2 ** (6 - e) + 1)
+        positive.append((edges[:-1] + edges[1:]) / 2 * 10.0**-e)
+    positive = torch.cat(positive)
+    return torch.cat([-positive, positive, torch.tensor([0.0, 1.0])]).sort().values
+
+
+# --- codes -------------------------------------------------------------------------------------
+
+
+def nearest(
+    values: Float32[Tensor, "*size"], levels: Float32[Tensor, " levels"]
+) -> UInt8[Tensor, "*size"]:
+    """The number of the nearest level; exactly halfway, of the lower one.
+
+    Levels may come in any order. Of two equal ones the first stands for what lies below them.
+    """
+    ordered, order = levels.sort(stable=True)
+    halfway = (ordered[:-1] + ordered[1:]) / 2
+    return order[torch.bucketize(values, halfway)].to(torch.uint8)
+
+
+def blockwise(
+    flat: Float32[Tensor, " n"], block_size: int, levels: Float32[Tensor, " levels"]
+) -> tuple[UInt8[Tensor, " n"], Float32[Tensor, " blocks"]]:
+    """Codes, and m = max|w| of every block; the last block may be short.
+
+    A block of zeros has m = 0 and the code of zero.
+    """
+    blocks = pad(flat, (0, -len(flat) % block_size)).view(-1, block_size)
+    absmax = blocks.abs().amax(dim=1)
+    inverse = 1 / absmax.clamp(min=torch.finfo(torch.float32).tiny)
+    scaled = (blocks * inverse[:, None]).clamp(-1, 1)  # w · (1/m) can round to above 1
+    return nearest(scaled, levels.to(flat.device)).view(-1)[: len(flat)], absmax
+
+
+def pack(codes: UInt8[Tensor, " n"]) -> UInt8[Tensor, " bytes"]:
+    """Two codes of four bits in a byte, the first in the high half; an odd one is padded."""
+    high, low = pad(codes, (0, len(codes) % 2)).view(-1, 2).unbind(dim=1)
+    return high << 4 | low
+
+
+def unpack(packed: UInt8[Tensor, " bytes"], n: int) -> UInt8[Tensor, " n"]:
+    """The first n codes again."""
+    return torch.stack([packed >> 4, packed & 15], dim=1).view(-1)[:n]
+
+
+@dataclass(frozen=True, eq=False)
+class Quantised:
+    """A tensor in 4 bits: the bytes, and what is needed to read them.
+
+    `packed` two codes a byte, `absmax` one m for each block: numbers in float32, or with double
+    quantisation the codes of m − `mean`, in blocks of 256 whose scales are `scale`.
+    """
+
+    packed: UInt8[Tensor, " bytes"]
+    absmax: Tensor
+    scale: Float32[Tensor, " scales"] | None
+    mean: Float32[Tensor, ""] | None
+    shape: torch.Size
+    block_size: int
+    levels: Float32[Tensor, " levels"]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is held. The table of levels, 64 bytes, is one for all tensors."""
+        held = {"packed": self.packed, "absmax": self.absmax, "scale": self.scale}
+        return {k: t for k, t in (held | {"mean": self.mean}).items() if t is not None}
+
+    @property
+    def bytes(self) -> int:
+        """Bytes really held."""
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    @property
+    def bits(self) -> float:
+        """Bits really held for each weight."""
+        return 8 * self.bytes / self.shape.numel()
+
+    @property
+    def codes(self) -> UInt8[Tensor, "*shape"]:
+        """The codes, one a byte, in the shape of the tensor: for looking."""
+        return unpack(self.packed, self.shape.numel()).view(self.shape)
+
+    @property
+    def scales(self) -> Float32[Tensor, " blocks"]:
+        """m of every block, as it is read back."""
+        if self.scale is None:
+            return self.absmax
+        coarse = self.scale.repeat_interleave(ABSMAX_BLOCK)[: len(self.absmax)]
+        return dynamic_table().to(coarse.device)[self.absmax.int()] * coarse + self.mean
+
+    def dequantise(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:
+        """m · T[c], computed in float32. Each byte looks up its two levels at once."""
+        pairs = torch.cartesian_prod(*[pad(self.levels, (0, 16 - len(self.levels)))] * 2)
+        values = embedding(self.packed.int(), pairs.to(self.packed.device)).view(-1)
+        values = values[: self.shape.numel()].view(-1, self.block_size)
+        return values.mul_(self.scales[:, None]).view(self.shape).to(dtype)
+
+    def to(self, device: torch.device | str) -> Quantised:
+        """The same bytes on another device."""
+        moved = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        return Quantised(**{**vars(self), **moved})
+
+
+@torch.no_grad()
+def quantise(
+    weight: Float[Tensor, "*shape"],
+    block_size: int = 64,
+    quant_type: str = "nf4",
+    double_quant: bool = True,
+    levels: Float32[Tensor, " levels"] | None = None,
+) -> Quantised:
+    """Write a tensor in codes of 4 bits.
+
+    `levels` stands in place of a data type's own table. Raises ValueError if `block_size` does
+    not divide the number of weights, or if one of them is not finite.
+    """
+    levels = table(quant_type) if levels is None else levels
+    check_block_size(block_size, weight.numel())
+    flat = weight.detach().float().reshape(-1)
+    codes, absmax = blockwise(flat, block_size, levels)
+    if not absmax.isfinite().all():
+        raise ValueError("a weight that is infinite or not a number has no code")
+    scale = mean = None
+    if double_quant:
+        mean = absmax.mean()
+        absmax, scale = blockwise(absmax - mean, ABSMAX_BLOCK, dynamic_table())
+    return Quantised(pack(codes), absmax, scale, mean, weight.shape, block_size, levels)
+
+
+# --- closed forms ------------------------------------------------------------------------------
+
+
+def check_block_size(block_size: int, n: int, where: str = "the tensor") -> None:
+    """Raise ValueError unless blocks of this size fill n weights."""
+    if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
+        raise ValueError(f"block_size={block_size!r}: a whole number of at least 1 is needed")
+    if n % block_size:
+        raise ValueError(
+            f"block_size={block_size} does not divide the {n:,} weights of {where}: "
+            f"allowed is a divisor of {n:,}, such as {_divisor_near(block_size, n)}"
+        )
+
+
+def _divisor_near(block_size: int, n: int) -> int:
+    return max(d for d in range(1, block_size + 1) if n % d == 0)
+
+
+def held_bytes(n: int, block_size: int = 64, double_quant: bool = True) -> int:
+    """Bytes of n weights: half a byte each, and the scales.
+
+    4 bytes a block; or with double quantisation 1 a block, 4 for every 256 blocks, and 4 for the
+    mean.
+    """
+    blocks = n // block_size
+    scales = blocks + 4 * -(-blocks // ABSMAX_BLOCK) + 4 if double_quant else 4 * blocks
+    return -(-n // 2) + scales
+
+
+def bits_per_weight(block_size: int = 64, double_quant: bool = True) -> float:
+    """What a weight takes in a tensor so large that its mean does not count.
+
+        4 + 32/B,  or with double quantisation  4 + 8/B + 32/(256 B)
+
+    >>> bits_per_weight(64, double_quant=False), round(bits_per_weight(64), 6)
+    (4.5, 4.126953)
+    """
+    return 4 + (8 + 32 / ABSMAX_BLOCK if double_quant else 32) / block_size
