@@ -14,6 +14,7 @@ from peftlab.accounting import count
 from peftlab.bases import load
 from peftlab.methods import (
     IA3,
+    NF4,
     AdaLoRA,
     BitFit,
     DeepPromptTuning,
@@ -32,6 +33,7 @@ from peftlab.methods import (
     PruneStructures,
     PTuning,
     PTuningV2,
+    QLoRA,
     VeRA,
 )
 from peftlab.training import train
@@ -45,6 +47,7 @@ _ROOMS = ("accounting", "exercises", "figures", "heads", "memory", "panels", "pr
 __all__ = [
     "AdaLoRA",
     "BitFit",
+    "NF4",
     "DeepPromptTuning",
     "DoRA",
     "FullFineTuning",
@@ -62,6 +65,7 @@ __all__ = [
     "PromptTuning",
     "Prune",
     "PruneStructures",
+    "QLoRA",
     "Tuned",
     "VeRA",
     "attach",

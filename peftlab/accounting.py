@@ -63,15 +63,15 @@ def training_bytes(method: Any, model: Any, dtype: str = "float32") -> Ledger:
         frozen · b  +  trained · (4 + 4 + 8)      b: bytes of a frozen number, by `dtype`
 
     What trains is held in float32: its weight, its gradient, and Adam's two moments. What is
-    frozen needs neither gradient nor moments, and its `dtype` can be narrower. Left out:
-    activations, temporary buffers, and the copy of the original weights that makes full
-    fine-tuning undoable here.
+    frozen needs neither gradient nor moments, and its `dtype` can be narrower; weights that a
+    method holds as codes take the codes' own bytes. Left out: activations, temporary buffers, and
+    the copy of the original weights that makes full fine-tuning undoable here, and codes.
     """
     base, trained = base_parameters(model), count(method, model)
-    frozen = base - trained if method.in_place else base
-    return Ledger(
-        weights=frozen * _width(dtype) + 4 * trained, gradients=4 * trained, adam=8 * trained
-    )
+    coded, codes = method.coded(as_shape(model))
+    frozen = (base - trained if method.in_place else base) - coded
+    weights = frozen * _width(dtype) + codes + 4 * trained
+    return Ledger(weights=weights, gradients=4 * trained, adam=8 * trained)
 
 
 def saved_activations(

@@ -34,6 +34,7 @@ _STYLE = {
     "vera": (BLUE, "triangle-right"),
     "adalora": (BLUE, "triangle-up-open"),
     "qlora": (SKY, "triangle-up"),
+    "nf4": (SKY, "triangle-up-open"),
     "houlsby": (PURPLE, "star"),
     "pfeiffer": (PURPLE, "star-open"),
     "parallel": (PURPLE, "hexagon"),

@@ -220,8 +220,8 @@ def quantise(
 # --- closed forms ------------------------------------------------------------------------------
 
 
-def check_block_size(block_size: int, n: int, where: str = "the tensor") -> None:
-    """Raise ValueError unless blocks of this size fill n weights."""
+def check_block_size(block_size: int, n: int = 0, where: str = "the tensor") -> None:
+    """Raise ValueError unless blocks of this size fill n weights; without n, unless they could."""
     if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
         raise ValueError(f"block_size={block_size!r}: a whole number of at least 1 is needed")
     if n % block_size:

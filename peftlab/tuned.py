@@ -25,6 +25,7 @@ from torch import nn
 from peftlab.bases import Base, LanguageModel
 from peftlab.heads import Head
 from peftlab.methods import Attachment, Method
+from peftlab.quantisation import Quantised
 from peftlab.sites import Deltas, Kept
 from peftlab.soft import Source
 
@@ -163,6 +164,11 @@ class Tuned(LanguageModel):
         return {k: m for k, m in self.modules.items() if hasattr(m, "delta_weight")}
 
     @property
+    def codes(self) -> dict[str, Quantised]:
+        """The weights held as codes, by the weight's name; q, k and v of one module are "qkv"."""
+        return {site.linear.name: site.codes for site in self._sites if hasattr(site, "codes")}
+
+    @property
     def prompt(self) -> torch.Tensor:
         """The virtual tokens P (num_virtual_tokens, d_model): as they train, or as made now."""
         return self._made("prompt")
@@ -228,8 +234,8 @@ class Tuned(LanguageModel):
                 raise ValueError(f"{getattr(site, 'name', site)} cannot be merged: it has no ΔW")
             if getattr(site, "linear", None) and site.linear.code is not None and not requantise:
                 raise ValueError(
-                    f"{site.name} is held as codes: merging rounds W + ΔW to them again and "
-                    "changes the output. merge(requantise=True) does it"
+                    f"{site.name} is held as codes and cannot be merged unasked: W + ΔW is rounded "
+                    "to codes again, and the output changes. merge(requantise=True) does it"
                 )
         for site in sites:
             site.merge()

@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 
 from peftlab import (
     IA3,
+    NF4,
     AdaLoRA,
     BitFit,
     DeepPromptTuning,
@@ -37,6 +38,7 @@ from peftlab import (
     PruneStructures,
     PTuning,
     PTuningV2,
+    QLoRA,
     Tuned,
     VeRA,
     attach,
@@ -255,6 +257,9 @@ CASES = {
         families=("gpt2", "llama"),
     ),
     "adalora": Case([AdaLoRA(init_r=4, target_r=2)], starts_equal=True, merges=True, plain=True),
+    "qlora": Case([QLoRA(r=3, alpha=5, block_size=8)], restored=False, plain=True),
+    "nf4 + lora": Case([NF4(12, False, "fp4", ["q", "up"]), LoRA(r=2)], restored=False),
+    "nf4 + prefix": Case([NF4(4, quant_type="int4"), PrefixTuning(3)], restored=False),
     "prompt": Case([PromptTuning(5)], plain=True),
     "prompt random": Case([PromptTuning(1, init="random")]),
     "prompt normal": Case([PromptTuning(4, init="normal")]),

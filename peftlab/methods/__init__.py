@@ -10,6 +10,7 @@ from peftlab.methods.ia3 import IA3
 from peftlab.methods.layer_norm import LayerNormTuning
 from peftlab.methods.lora import LoRA
 from peftlab.methods.method import METHODS, Attachment, Method
+from peftlab.methods.nf4 import NF4
 from peftlab.methods.p_tuning import PTuning
 from peftlab.methods.p_tuning_v2 import PTuningV2
 from peftlab.methods.parallel import ParallelAdapter
@@ -19,12 +20,14 @@ from peftlab.methods.prefix_tuning import PrefixTuning
 from peftlab.methods.prompt_tuning import PromptTuning
 from peftlab.methods.prune import Prune
 from peftlab.methods.prune_structures import PruneStructures
+from peftlab.methods.qlora import QLoRA
 from peftlab.methods.variants import DeepPromptTuning, PromptAndPrefix
 from peftlab.methods.vera import VeRA
 
 __all__ = [
     "AdaLoRA",
     "Adapter",
+    "NF4",
     "Attachment",
     "BitFit",
     "DeepPromptTuning",
@@ -47,4 +50,5 @@ __all__ = [
     "VeRA",
     "Prune",
     "PruneStructures",
+    "QLoRA",
 ]

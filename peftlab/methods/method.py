@@ -85,6 +85,10 @@ class Method:
         """Bytes of what is stored, with `width` bytes for a trained number."""
         return width * self.stored(shape)
 
+    def coded(self, shape: Shape) -> tuple[int, int]:
+        """How many weights of the base are held as codes, and the bytes of those."""
+        return 0, 0
+
     def objection(self, before: list[Method], after: list[Method]) -> str:
         """Why it cannot stand between these methods on one base; "" where it can."""
         return ""
