@@ -28,7 +28,7 @@ from transformers import (
 from peftlab import accounting
 from peftlab._data import data_path
 from peftlab.bases.shapes import Shape, as_shape
-from peftlab.methods import FullFineTuning, LoRA, PromptTuning
+from peftlab.methods import BitFit, FullFineTuning, LoRA, PromptTuning
 
 CLASSES = {
     "gpt2": (GPT2Config, GPT2LMHeadModel),
@@ -325,6 +325,8 @@ def test_bytes_percent_and_ledger():
     base = accounting.base_parameters("gpt2")
     assert accounting.training_bytes(FullFineTuning(), "gpt2").total == 16 * base
     assert accounting.training_bytes(FullFineTuning(), "gpt2", "bfloat16").total == 16 * base
+    biases = accounting.training_bytes(BitFit(), "gpt2", "bfloat16")
+    assert biases.total == 2 * (base - 102144) + 16 * 102144  # its numbers are the base's own
     lora = accounting.training_bytes(method, "gpt2", "bfloat16")
     assert lora.total == 2 * base + 16 * 294912
     assert (lora.gradients, lora.adam) == (4 * 294912, 8 * 294912)

@@ -5,8 +5,17 @@ import torch
 from models import FAMILIES, U64, call, surroundings, tiny, token_ids
 from torch import nn
 
+from peftlab.methods.bottleneck import Bottleneck
+from peftlab.methods.ia3 import Factors
 from peftlab.methods.lora import LowRankDelta
-from peftlab.sites import ExistingParameters, InputEmbeddings, KeysValues, LinearWeight
+from peftlab.sites import (
+    ExistingParameters,
+    InputEmbeddings,
+    KeysValues,
+    LinearWeight,
+    Scale,
+    SublayerOutput,
+)
 
 FLOAT64 = torch.float64
 
@@ -59,6 +68,63 @@ def test_a_delta_is_merged_once_and_the_original_is_restored(base):
     assert base.fingerprint() == before
 
 
+def bottleneck():
+    module = Bottleneck(24, 3, "gelu", 1.0).double()
+    for parameter in module.parameters():
+        nn.init.uniform_(parameter, -1, 1, generator=torch.Generator().manual_seed(0))
+    return module
+
+
+def factors(size):
+    module = Factors(size).double()
+    nn.init.uniform_(module.l, -1, 2, generator=torch.Generator().manual_seed(0))
+    return module
+
+
+def test_factors_act_on_their_own_rows_only(base):
+    """The module's output is l times what it was on the target's rows, and as it was elsewhere."""
+    for linear in base.anatomy.linears.values():
+        x = torch.randn(2, 3, linear.d_in, dtype=FLOAT64)
+        plain, module = linear.module(x), factors(linear.d_out)
+        wanted = plain.clone()
+        wanted[..., linear.index] *= module.l
+        with Scale(linear, module):
+            assert torch.equal(linear.module(x), wanted)
+        if linear.whole:
+            module = factors(linear.d_in)
+            with Scale(linear, module, of_input=True):
+                assert torch.equal(linear.module(x), linear.module.forward(x * module.l))
+        assert torch.equal(linear.module(x), plain)
+
+
+def test_scaled_weights_and_biases_are_restored(base):
+    for linear in base.anatomy.linears.values():
+        before, kept = base.fingerprint(), (linear.weight.clone(), linear.bias)
+        site = Scale(linear, factors(linear.d_out))
+        with site:
+            site.merge()
+            site.merge()
+            assert torch.equal(linear.weight, kept[0] * site.module.l[:, None])
+            assert site.merged and base.fingerprint() != before
+            site.unmerge()
+            site.unmerge()
+            assert not site.merged and base.fingerprint() == before
+            site.merge()
+        assert base.fingerprint() == before
+
+
+def test_sublayers_are_named_by_block_and_kind(base):
+    for sublayer in base.anatomy.sublayers:
+        where, kind = sublayer.name.rsplit(".", 1)
+        ends = ("q", "o") if kind != "mlp" else ("up", "down")
+        cross = "cross." if kind == "cross" else ""
+        names = [f"{where}.{cross}{end}" for end in ends]
+        assert [sublayer.first.name, sublayer.last.name] == names
+        assert (sublayer.kind, sublayer.last.d_out) == (kind, base.anatomy.shape.d_model)
+    counted = [s.kind for s in base.anatomy.sublayers]
+    assert all(base.anatomy.shape.sublayers(kind) == counted.count(kind) for kind in set(counted))
+
+
 def in_front(base, prompt):
     """Virtual tokens as a site on this base."""
     return InputEmbeddings(base.anatomy, lambda: {"prompt": prompt}, [(len(prompt), "front", None)])
@@ -104,7 +170,7 @@ def test_every_site_takes_everything_back(base, error):
     ids = token_ids(2, 6)
     sites = base.anatomy.attentions
     before, output = surroundings(base), call(base, ids)
-    linear = next(iter(base.anatomy.linears.values()))
+    linear, last = next(iter(base.anatomy.linears.values())), base.anatomy.sublayers[0].last
     names = [name for name, _ in base.model.named_parameters()]
     shape = (len(sites), sites[0].kv_heads, 3, sites[0].head_dim)
     keys_values = {"P_k": torch.randn(shape).double(), "P_v": torch.randn(shape).double()}
@@ -117,6 +183,13 @@ def test_every_site_takes_everything_back(base, error):
         KeysValues(base.anatomy, sites, lambda: keys_values, shift_positions=False),
         KeysValues(base.anatomy, sites, lambda: keys_values, shift_positions=True),
         LinearWeight(linear, delta_for(linear)),
+        *(
+            SublayerOutput(s, bottleneck(), b)
+            for s in base.anatomy.sublayers
+            for b in (True, False)
+        ),
+        Scale(linear, factors(linear.d_out)),
+        Scale(last, factors(last.d_in), of_input=True),
         ExistingParameters(base.model, names),
         ExistingParameters(base.model, names[3:5]),
     ):
@@ -127,7 +200,7 @@ def test_every_site_takes_everything_back(base, error):
                         assert parameter.requires_grad
                         parameter.data += 1
                     call(base, ids).sum().backward()
-                elif isinstance(site, LinearWeight):
+                elif isinstance(site, LinearWeight | Scale):
                     site.merge()
                 assert not torch.equal(call(base, ids), output)
                 if error is not None:

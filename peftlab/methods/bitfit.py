@@ -34,7 +34,12 @@ class BitFit(Method):
 
     def reach(self, base, attachment, generator):
         module = base.anatomy.backbone if attachment.headless else base.model
-        names = [name for name, _ in module.named_parameters() if name.split(".")[-1] == "bias"]
+        names = [
+            name
+            for name, _ in module.named_parameters()
+            if name.split(".")[-1] == "bias"
+            and not (attachment.headless and name.startswith("pooler"))  # out of use, as a head
+        ]
         if not names:
             raise ValueError(
                 f"BitFit trains biases, and {base.name} has none: no linear map or norm of "

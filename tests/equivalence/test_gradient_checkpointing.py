@@ -1,4 +1,4 @@
-"""Recomputing a block in the backward pass changes no gradient of a soft prompt.
+"""Recomputing a block in the backward pass changes no gradient of a soft prompt or an adapter.
 
 The block is run again with the same numbers in the same order, so the gradients are equal bit for
 bit but where their sums are taken in another order; `check` allows rounding.
@@ -9,7 +9,17 @@ import torch
 from models import FAMILIES, loss_of, padded, stir, tiny, token_ids
 from torch import nn
 
-from peftlab import DeepPromptTuning, PrefixTuning, PromptAndPrefix, PromptTuning, PTuning, attach
+from peftlab import (
+    IA3,
+    DeepPromptTuning,
+    HoulsbyAdapter,
+    ParallelAdapter,
+    PrefixTuning,
+    PromptAndPrefix,
+    PromptTuning,
+    PTuning,
+    attach,
+)
 
 from .closeness import check
 
@@ -22,6 +32,9 @@ METHODS = {
     "prefix mlp": PrefixTuning(4, prefix_projection=True, encoder_hidden_size=8),
     "deep": DeepPromptTuning(4),
     "prompt and prefix": PromptAndPrefix(4, encoder_hidden_size=8),
+    "houlsby": HoulsbyAdapter(3),
+    "parallel": ParallelAdapter(3, sublayers=["attention", "mlp"]),
+    "ia3": IA3(),
 }
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")

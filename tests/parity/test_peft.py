@@ -23,7 +23,7 @@ from models import DECODERS, U32, U64, hf_model, padded, stir, tiny, token_ids
 from torch.nn.functional import cross_entropy
 
 import peftlab
-from peftlab import LoRA, PromptTuning, PTuning
+from peftlab import IA3, LayerNormTuning, LoRA, PromptTuning, PTuning
 from peftlab.bases import Base
 
 from .twins import CachePrefix, fitting_t5, twins
@@ -33,6 +33,9 @@ METHODS = {
     "lora q v": LoRA(r=3, alpha=5),
     "lora o up down": LoRA(r=2, alpha=8, target_modules=["o", "up", "down"]),
     "lora all": LoRA(r=2, alpha=3, target_modules="all-linear"),
+    "ia3": IA3(),
+    "ia3 fused": IA3(["q", "k", "v", "down"]),
+    "layer norm": LayerNormTuning(),
     "prompt": PromptTuning(5),
     "prompt of one": PromptTuning(1, init="random"),
     "p lstm": PTuning(4, "lstm", **ENCODER),
@@ -45,13 +48,15 @@ METHODS = {
 SOFT = ["prompt", "p lstm", "p mlp"]
 PREFIX = ["prefix", "prefix mlp"]
 LORA = ["lora q v", "lora o up down", "lora all"]
+SCALES = ["ia3", "layer norm"]
+FUSED = ["ia3 fused", "layer norm"]  # PEFT scales all of a fused matrix
 BASES = {
-    "gpt2": list(METHODS),
-    "llama": [*LORA, *SOFT, *PREFIX],
-    "bert": [*LORA, *SOFT, *PREFIX],
-    "t5": [*LORA, *SOFT],  # its heads are of a width at which PEFT's prefix fails
+    "gpt2": [method for method in METHODS if method != "ia3"],
+    "llama": [*LORA, *SCALES, *SOFT, *PREFIX],
+    "bert": [*LORA, *SCALES, *SOFT, *PREFIX],
+    "t5": [*LORA, *SCALES, *SOFT],  # its heads are of a width at which PEFT's prefix fails
     "fitting t5": ["prefix of one", *PREFIX],
-    "tiny-gpt": ["lora q v", "lora all", *SOFT, *PREFIX],  # the base that ships is larger
+    "tiny-gpt": ["lora q v", "lora all", *FUSED, *SOFT, *PREFIX],  # the base that ships is larger
 }
 PAIRS = [(family, method) for family, methods in BASES.items() for method in methods]
 # PEFT generates from a T5 with as many layers in one stack as in the other.

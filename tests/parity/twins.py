@@ -8,6 +8,9 @@ LoRA. PEFT adapts GPT-2's `c_attn` as one matrix. Our separate deltas on some of
 rank r, are one of its deltas of rank n·r: the factors A stacked, the factors B on the diagonal of
 a block matrix, alpha n times as large so that alpha / r stays.
 
+(IA)³ and norms. Factor by factor the same; GPT-2's fused matrix is compared where ours scales all
+of it, for what ours does not scale has no zero but a one in PEFT.
+
 Prompts and P-tuning. PEFT drops position_ids and counts positions through the padding, so there
 ours is called with those positions given. On T5 its prompt is asked for the encoder alone, as
 `num_transformer_submodules=1`.
@@ -32,7 +35,16 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import T5ForConditionalGeneration
 
-from peftlab import LoRA, PrefixTuning, PromptTuning, PTuning, Tuned, attach
+from peftlab import (
+    IA3,
+    LayerNormTuning,
+    LoRA,
+    PrefixTuning,
+    PromptTuning,
+    PTuning,
+    Tuned,
+    attach,
+)
 from peftlab.bases import Base
 
 TASKS = {
@@ -123,7 +135,14 @@ class Twins:
 def twins(base, model, method, stir) -> Twins:
     """`model` is a second copy of the base's weights, for PEFT to change in place."""
     ours = stir(attach(base, method))
-    make = {LoRA: _lora, PromptTuning: _prompt, PTuning: _p_tuning, CachePrefix: _prefix}
+    make = {
+        LoRA: _lora,
+        IA3: _ia3,
+        LayerNormTuning: _norms,
+        PromptTuning: _prompt,
+        PTuning: _p_tuning,
+        CachePrefix: _prefix,
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of fan_in_fan_out
         theirs, parts = make[type(method)](ours, model, method)
@@ -223,6 +242,37 @@ def _prefix(ours, model, method):
         return lambda tensor: {f"{start}.{name}": read(tensor)}
 
     return theirs, [Part(name, p, named(name, read)) for name, (p, read) in reads.items()]
+
+
+def _ia3(ours, model, method):
+    places = defaultdict(list)  # module's name -> the scaled weights in it
+    names = {module: name for name, module in ours.model.named_modules()}
+    for name in ours.modules:
+        places[names[ours.anatomy.linears[name].module]].append(name)
+    inner = [m for m, (first, *_) in places.items() if first.endswith("down")]
+    config = peft.IA3Config(target_modules=list(places), feedforward_modules=inner)
+    theirs = _wrap(ours, model, config)
+    parts = []
+    for module, scaled in places.items():
+
+        def read(tensor, scaled=scaled, inner=module in inner):
+            whole = tensor.flatten()
+            where = {n: slice(None) if inner else ours.anatomy.linears[n].index for n in scaled}
+            return {f"ia3.{name}.l": whole[index] for name, index in where.items()}
+
+        layer = theirs.base_model.model.get_submodule(module)
+        parts.append(Part(f"{module}.l", layer.ia3_l["default"], read))
+    return theirs, parts
+
+
+def _norms(ours, model, method):
+    modules = list(dict.fromkeys(name.rsplit(".", 1)[0] for name in ours.trainable))
+    theirs = _wrap(ours, model, peft.LNTuningConfig(target_modules=modules))
+    parts = []
+    for module in modules:
+        norm = theirs.base_model.model.get_submodule(module).ln_tuning_layers["default"]
+        parts += _same(module, dict(norm.named_parameters()))
+    return theirs, parts
 
 
 def _lora(ours, model, method):
