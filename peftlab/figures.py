@@ -40,6 +40,7 @@ _STYLE = {
     "parallel": (PURPLE, "hexagon"),
     "ia3": (PURPLE, "hexagon-open"),
     "prune": (VERMILLION, "pentagon"),
+    "prune_structures": (VERMILLION, "pentagon-open"),
 }
 COLOURS = {method: colour for method, (colour, _) in _STYLE.items()}
 MARKERS = {method: marker for method, (_, marker) in _STYLE.items()}

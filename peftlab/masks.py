@@ -30,7 +30,9 @@ def wanda(
     return W.abs() * norms.to(W)
 
 
-def lowest_out(scores: Float[Tensor, "groups n"], sparsity: float) -> Bool[Tensor, "groups n"]:
+def lowest_out(
+    scores: Float[Tensor, "groups n"], sparsity: int | float
+) -> Bool[Tensor, "groups n"]:
     """The mask of each group by itself: exactly round(sparsity · n) of the lowest are False.
 
     Of equal scores the first goes first, so that the same scores give the same mask anywhere.
@@ -40,7 +42,7 @@ def lowest_out(scores: Float[Tensor, "groups n"], sparsity: float) -> Bool[Tenso
     return torch.ones_like(scores, dtype=torch.bool).scatter_(1, order[:, :count], False)
 
 
-def choose(scores: list[Tensor], sparsity: float, within: str) -> list[Tensor]:
+def choose(scores: list[Tensor], sparsity: int | float, within: str) -> list[Tensor]:
     """A mask for each matrix of scores (d_out, d_in).
 
     Entries are compared `within` a "row", a "layer" (one matrix), all matrices ("global"), or
@@ -60,7 +62,7 @@ def is_two_four(mask: Bool[Tensor, "d_out d_in"]) -> bool:
     return mask.shape[1] % 4 == 0 and bool((mask.view(-1, 4).sum(dim=1) == 2).all())
 
 
-def cubic(sparsity: float, progress: float) -> float:
+def cubic(sparsity: int | float, progress: int | float) -> float:
     """s (1 − (1 − t)³): fast while much is superfluous, slow at the end (Zhu and Gupta 2017)."""
     return sparsity * (1 - (1 - min(progress, 1.0)) ** 3)
 

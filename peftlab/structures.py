@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from peftlab.bases import FAMILIES, Anatomy, Linear, Shape
 from peftlab.bases.shapes import ATTENTION
 
+KINDS = ("heads", "queries", "neurons")  # what goes by index; layers go by name
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads")  # what attentions call their sizes
 WIDTHS = ("split_size", "all_head_size", "inner_dim")
 
@@ -70,6 +71,11 @@ class Removed:
     def check(self, shape: Shape) -> None:
         """Raise ValueError unless all of it is there, and enough stays for a model to run."""
         there = blocks(shape)
+        if not (self.layers or any(i for k in KINDS for i in getattr(self, k).values())):
+            raise ValueError(
+                f"nothing would go: of {shape.kv_heads} key-value heads, {shape.d_ff} neurons and "
+                f"{len(there)} layers each fraction is less than half of one"
+            )
         for name in self.layers:
             if name not in there:
                 raise ValueError(f"no block {name!r}: {shape.name} has {there[0]} to {there[-1]}")
@@ -153,7 +159,7 @@ class SmallerModel:
         self.anatomy, self.removed, self.shape = anatomy, removed, removed.smaller(anatomy.shape)
         self.names = [
             f"{name}.{kind}"
-            for kind in ("heads", "queries", "neurons")
+            for kind in KINDS
             for name, indices in getattr(removed, kind).items()
             if indices
         ]

@@ -64,7 +64,7 @@ class Prune(Method):
     every: int = 10
 
     name: ClassVar[str] = "prune"
-    title: ClassVar[str] = "Pruning"
+    title: ClassVar[str] = "Prune"
 
     def __post_init__(self):
         require("sparsity", self.sparsity, 0.0, 1.0)
@@ -120,7 +120,7 @@ class Prune(Method):
         later = self.score == "stored" or self.schedule == "gradual"
         self.hold(scores, 0.0 if later else self.sparsity)
 
-    def hold(self, scores: dict[MaskedWeight, Tensor], sparsity: float) -> None:
+    def hold(self, scores: dict[MaskedWeight, Tensor], sparsity: int | float) -> None:
         """Choose the masks of all weights by their scores."""
         scope = self.scope or ("row" if self.score == "wanda" else "layer")
         groups = self.pattern if self.pattern and sparsity else scope

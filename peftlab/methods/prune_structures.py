@@ -10,7 +10,7 @@ import torch
 from peftlab.bases import Shape
 from peftlab.masks import lowest_out
 from peftlab.methods.method import Method, require
-from peftlab.structures import Removed, SmallerModel, attentions, blocks, importance
+from peftlab.structures import KINDS, Removed, SmallerModel, attentions, blocks, importance
 
 SCORES = ("magnitude", "random")
 PREFIXES = ("prefix_tuning", "p_tuning_v2", "prompt_and_prefix")  # by name
@@ -45,22 +45,28 @@ class PruneStructures(Method):
     score: str = "magnitude"
 
     name: ClassVar[str] = "prune_structures"
-    title: ClassVar[str] = "Structured pruning"
+    title: ClassVar[str] = "Prune structures"
 
     def __post_init__(self):
         if self.score not in SCORES:
             raise ValueError(f"score={self.score!r}: allowed is {', '.join(SCORES)}")
-        for kind in ("heads", "queries", "neurons"):
+        for kind in KINDS:
             value = getattr(self, kind)
             if isinstance(value, dict):
-                named = {str(name): tuple(indices) for name, indices in value.items()}
+                named = {str(name): tuple(dict.fromkeys(which)) for name, which in value.items()}
                 object.__setattr__(self, kind, named)
             else:
-                require(kind, value, 0.0, 1.0)
+                self._check_fraction(kind, value, "a dict of indices, {'layers.0': [2, 5]}")
         if isinstance(self.layers, list | tuple):
             object.__setattr__(self, "layers", tuple(dict.fromkeys(self.layers)))
         else:
-            require("layers", self.layers, 0.0, 1.0)
+            self._check_fraction("layers", self.layers, "a list of names, ['layers.3']")
+
+    @staticmethod
+    def _check_fraction(name: str, value, otherwise: str) -> None:
+        if not isinstance(value, int | float):
+            raise ValueError(f"{name}={value!r}: a fraction is needed, or {otherwise}")
+        require(name, value, 0.0, 1.0)
 
     def objection(self, before, after):
         if before:
@@ -78,7 +84,7 @@ class PruneStructures(Method):
         removed = self.removed(base.anatomy.shape, score)
         site = attachment.stack.enter_context(SmallerModel(base.anatomy, removed))
         attachment.sites.append(site)
-        named = {kind: getattr(removed, kind) for kind in ("heads", "queries", "neurons", "layers")}
+        named = {kind: getattr(removed, kind) for kind in (*KINDS, "layers")}
         attachment.chosen = replace(self, **named)
 
     def removed(self, shape: Shape, score=lambda kind, name, size: torch.zeros(size)) -> Removed:
