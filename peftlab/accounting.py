@@ -151,7 +151,7 @@ def step_bytes(
     shape = as_shape(model)
     tape = _record(methods, model, batch, length, targets, head)
     counts = {method: 4 * count(method, tape.plan.shape) for method in _as_list(methods)}
-    trained, aside = sum(counts.values()), sum(n for m, n in counts.items() if m.name in IN_PLACE)
+    trained, aside = sum(counts.values()), sum(n for m, n in counts.items() if m.in_place)
     extra = 0 if head is None else 4 * head.parameters(shape.d_model)
     table = shape.vocab * shape.d_model * 4 if tape.plan.trains("embedding.weight") else 0
     return Step(
