@@ -152,9 +152,9 @@ class UpperLoRA(LoRA, listed=False):
 
     def footprint(self, plan):
         super().footprint(plan)
-        names, delta = plan.beside.pop()
+        names, *delta = plan.beside.pop()
         low = tuple(f"layers.{layer}." for layer in range(self.lowest))
-        plan.beside.append((lambda name: names(name) and not name.startswith(low), delta))
+        plan.beside.append((lambda name: names(name) and not name.startswith(low), *delta))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])

@@ -20,7 +20,7 @@ tests hold every one against what autograd really keeps.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from peftlab.bases.shapes import Shape
@@ -52,8 +52,12 @@ class Plan:
     prompt       virtual tokens at the input; `placed`: not all in front of everything;
                  `every_layer`: written over with others at each layer's input
     prefixes     (count, takes): virtual keys and values where takes(stack, layer)
-    beside       (names, f): f(tape, x, width) is added to the output of these linear maps
-    after        (names, f): f(tape, y) stands in place of these outputs
+    before       (names, f): f(tape, x) stands in place of these linear maps' input
+    beside       (names, f, shared): f(tape, x, y) is added to the output y of these linear maps;
+                 `shared`: once for all that one module computes together
+    after        (names, f): f(tape, x, y) stands in place of the output y of these linear maps, or
+                 sublayers ("layers.3.mlp"), that read x
+    masked       weights some of whose entries are held at zero, and a delta's beside them
     trains       which of the model's own tensors train, by name
     prompt_makers, prefix_makers   f(tape): networks that make them, run once by the prompt, and
                                    once in each stack by the prefix
@@ -64,11 +68,21 @@ class Plan:
     placed: bool = False
     every_layer: bool = False
     prefixes: list[tuple[int, Callable[[str, int], bool]]] = field(default_factory=list)
-    beside: list[tuple[Names, Callable[[Tape, Value, int], Value]]] = field(default_factory=list)
-    after: list[tuple[Names, Callable[[Tape, Value], Value]]] = field(default_factory=list)
+    before: list[tuple[Names, Callable[[Tape, Value], Value]]] = field(default_factory=list)
+    beside: list[tuple[Names, Callable[[Tape, Value, Value], Value], bool]] = field(
+        default_factory=list
+    )
+    after: list[tuple[Names, Callable[[Tape, Value, Value], Value]]] = field(default_factory=list)
+    masked: list[Names] = field(default_factory=list)
     unfrozen: list[Names] = field(default_factory=list)
     prompt_makers: list[Callable[[Tape], None]] = field(default_factory=list)
     prefix_makers: list[Callable[[Tape], None]] = field(default_factory=list)
+
+    def put_beside(
+        self, targets: Sequence[str], delta: Callable[[Tape, Value, Value], Value], shared=False
+    ) -> None:
+        """A delta beside every linear map with one of these logical names."""
+        self.beside.append((lambda name: name.rsplit(".", 1)[-1] in targets, delta, shared))
 
     def trains(self, name: str) -> bool:
         """Whether this tensor of the model itself trains."""
@@ -87,6 +101,7 @@ class Tape:
         self.kept: dict[Value, str] = {}
         self.place = "input"
         self.order: Value | None = None
+        self.under_mask = False  # while a delta is asked what it keeps
         self.around_loss = self.around_layer = 0  # bytes needed for a moment, beside what is kept
         self.cache: dict[str, Value] = {}
 
@@ -107,6 +122,19 @@ class Tape:
         """A tensor that several layers read, made once."""
         return self.cache.setdefault(name, Value(rows, width, size=size))
 
+    def heads(self, stack: str, layer: int, cross: bool = False) -> tuple[int, int]:
+        """Heads of an attention, and those of its keys. Some may have been taken out."""
+        shape = self.plan.shape
+        left = getattr(shape, "attention", ())
+        first = (shape.layers if stack == "decoder" else 0) + cross * shape.decoder_layers
+        return left[first + layer] if left else (shape.heads, shape.kv_heads)
+
+    def d_ff(self, stack: str, layer: int) -> int:
+        """Width of an MLP. Some neurons may have been taken out."""
+        left = getattr(self.plan.shape, "neurons", ())
+        first = self.plan.shape.layers if stack == "decoder" else 0
+        return left[first + layer] if left else self.plan.shape.d_ff
+
     # --- operations --------------------------------------------------------------------------
 
     def linear(self, x: Value, width: int, weight: bool = False, bias: bool = False) -> Value:
@@ -117,23 +145,34 @@ class Tape:
 
     def mapped(self, x: Value, width: int, *names: str) -> Value:
         """One linear map of the model by its name, or a fused one by several, and what is there."""
+        for here, change in self.plan.before:
+            if here(names[0]):
+                x = change(self, x)
         y = self.linear(
             x,
             width,
             any(self.plan.trains(f"{name}.weight") for name in names),
             any(self.plan.trains(f"{name}.bias") for name in names),
         )
-        for name in names:
-            for here, delta in self.plan.beside:
-                if here(name) and delta(self, x, width // len(names)).grad:
+        part = width // len(names)
+        for here, delta, shared in self.plan.beside:
+            hits = [name for name in names if here(name)]
+            for its in [hits] if shared and hits else [[name] for name in hits]:
+                self.under_mask = any(held(name) for name in its for held in self.plan.masked)
+                if delta(self, x, Value(y.rows, part * len(its), y.grad)).grad:
                     y = replace(y, grad=True)
-        return y if len(names) > 1 else self.at(names[0], y)
+        if len(names) == 1:
+            return self.at(names[0], x, y)
+        for name in names:  # a part of a fused output is changed in place
+            if self.at(name, x, Value(y.rows, part, y.grad)).grad:
+                y = replace(y, grad=True)
+        return y
 
-    def at(self, name: str, y: Value) -> Value:
-        """An output, after what methods put behind it."""
+    def at(self, name: str, x: Value, y: Value) -> Value:
+        """An output y, after what methods put behind it; x was read for it."""
         for here, change in self.plan.after:
             if here(name):
-                y = change(self, y)
+                y = change(self, x, y)
         return y
 
     def norm(self, x: Value, name: str) -> Value:
@@ -172,6 +211,20 @@ class Tape:
             self.keep(b)
         return Value(a.rows, a.width, a.grad or b.grad)
 
+    def times(self, x: Value, made: bool = False) -> Value:
+        """x times a trained number for each column, which is kept too if it was `made`."""
+        self.keep(x)
+        if made and x.grad:
+            self.keep(Value(1, x.width))
+        return Value(x.rows, x.width, True)
+
+    def masked(self, x: Value, width: int) -> Value:
+        """(M ⊙ ΔW) x: ΔW is formed, and M laid over it as numbers."""
+        self.keep(x, Value(width, x.width))
+        if x.grad:
+            self.keep(Value(width, x.width))
+        return Value(x.rows, width, True)
+
     def add(self, a: Value, b: Value) -> Value:
         """a + b keeps nothing."""
         return Value(a.rows, a.width, a.grad or b.grad)
@@ -192,6 +245,7 @@ class Tape:
         q: Value,
         k: Value,
         v: Value,
+        heads: tuple[int, int],
         stack: str,
         layer: int,
         bias: Value | None = None,
@@ -203,8 +257,8 @@ class Tape:
         `bias` is T5's position bias, of heads · queries · keys numbers. A bias that trains keeps
         torch from its fused kernel: queries, keys, values and weights are then kept apart.
         """
-        shape, batch = self.plan.shape, self.batch
-        heads, inner = shape.heads, shape.heads * shape.head_dim
+        batch, width = self.batch, self.plan.shape.head_dim
+        (heads, kv_heads), inner = heads, heads[0] * width
         rows = q.rows  # batch · queries
         queries, keys = rows // batch, k.rows // batch
         virtual, ours = self.plan.prefix(stack, layer), bool(self.plan.prefixes)
@@ -224,8 +278,8 @@ class Tape:
             elif bias is not None:
                 mask = Value(heads * queries, keys + virtual) if virtual else bias
             if virtual:
-                k, v = (Value(batch * (keys + virtual), shape.d_kv, True) for _ in (k, v))
-            if shape.heads > shape.kv_heads:
+                k, v = (Value(batch * (keys + virtual), kv_heads * width, True) for _ in (k, v))
+            if heads > kv_heads:
                 k, v = (Value(x.rows, inner, x.grad) for x in (k, v))
         elif bias is not None:
             mask = bias if cross else Value(heads * queries, keys)
@@ -300,11 +354,13 @@ def gpt2(tape: Tape, length: int) -> Value:
     for layer in range(shape.layers):
         at = tape.enter("", layer)
         h = tape.norm(x, f"{at}.norm1")
-        qkv = tape.mapped(h, 3 * shape.d_model, *(f"{at}.{t}" for t in "qkv"))
-        h = tape.attention(qkv, qkv, qkv, "", layer)
-        x = tape.add(x, tape.at(f"{at}.attention", tape.mapped(h, shape.d_model, f"{at}.o")))
-        h = tape.act(tape.mapped(tape.norm(x, f"{at}.norm2"), shape.d_ff, f"{at}.up"))
-        x = tape.add(x, tape.at(f"{at}.mlp", tape.mapped(h, shape.d_model, f"{at}.down")))
+        heads = tape.heads("", layer)
+        inner = heads[0] * shape.head_dim
+        qkv = tape.mapped(h, 3 * inner, *(f"{at}.{t}" for t in "qkv"))
+        a = tape.mapped(tape.attention(qkv, qkv, qkv, heads, "", layer), shape.d_model, f"{at}.o")
+        x = tape.add(x, tape.at(f"{at}.attention", h, a))
+        h = tape.norm(x, f"{at}.norm2")
+        x = tape.add(x, _mlp(tape, h, layer))
     tape.place = "output"
     return tape.without_prompt(tape.norm(x, "norm"), length)
 
@@ -316,21 +372,27 @@ def llama(tape: Tape, length: int) -> Value:
     for layer in range(shape.layers):
         at = tape.enter("", layer)
         h = tape.norm(x, f"{at}.norm1")
-        q = tape.mapped(h, shape.heads * shape.head_dim, f"{at}.q")
-        k, v = (tape.mapped(h, shape.d_kv, f"{at}.{t}") for t in "kv")
-        h = tape.attention(tape.rotated(q), tape.rotated(k), v, "", layer)
-        x = tape.add(x, tape.at(f"{at}.attention", tape.mapped(h, shape.d_model, f"{at}.o")))
-        x = tape.add(x, tape.at(f"{at}.mlp", _gated(tape, tape.norm(x, f"{at}.norm2"), at)))
+        heads = tape.heads("", layer)
+        inner, d_kv = (count * shape.head_dim for count in heads)
+        q = tape.mapped(h, inner, f"{at}.q")
+        k, v = (tape.mapped(h, d_kv, f"{at}.{t}") for t in "kv")
+        a = tape.attention(tape.rotated(q), tape.rotated(k), v, heads, "", layer)
+        a = tape.mapped(a, shape.d_model, f"{at}.o")
+        x = tape.add(x, tape.at(f"{at}.attention", h, a))
+        x = tape.add(x, _mlp(tape, tape.norm(x, f"{at}.norm2"), layer))
     tape.place = "output"
     return tape.without_prompt(tape.norm(x, "norm"), length)
 
 
-def _gated(tape: Tape, h: Value, at: str) -> Value:
-    """W_down (act(W_gate h) ⊙ W_up h)."""
-    shape = tape.plan.shape
-    gate = tape.act(tape.mapped(h, shape.d_ff, f"{at}.gate"))
-    h = tape.product(gate, tape.mapped(h, shape.d_ff, f"{at}.up"))
-    return tape.mapped(h, shape.d_model, f"{at}.down")
+def _mlp(tape: Tape, x: Value, layer: int, stack: str = "") -> Value:
+    """W_down act(W_up x), or W_down (act(W_gate x) ⊙ W_up x)."""
+    shape, d_ff, at = tape.plan.shape, tape.d_ff(stack, layer), tape.place
+    if shape.gated:
+        gate = tape.act(tape.mapped(x, d_ff, f"{at}.gate"))
+        h = tape.product(gate, tape.mapped(x, d_ff, f"{at}.up"))
+    else:
+        h = tape.act(tape.mapped(x, d_ff, f"{at}.up"))
+    return tape.at(f"{at}.mlp", x, tape.mapped(h, shape.d_model, f"{at}.down"))
 
 
 def bert(tape: Tape, length: int) -> Value:
@@ -339,13 +401,12 @@ def bert(tape: Tape, length: int) -> Value:
     x = tape.norm(tape.embedded(length), "norm")
     for layer in range(shape.layers):
         at = tape.enter("", layer)
-        q, k, v = (tape.mapped(x, shape.d_model, f"{at}.{t}") for t in "qkv")
-        h = tape.attention(q, k, v, "", layer, causal=False)
-        h = tape.at(f"{at}.attention", tape.mapped(h, shape.d_model, f"{at}.o"))
+        heads = tape.heads("", layer)
+        q, k, v = (tape.mapped(x, heads[0] * shape.head_dim, f"{at}.{t}") for t in "qkv")
+        h = tape.attention(q, k, v, heads, "", layer, causal=False)
+        h = tape.at(f"{at}.attention", x, tape.mapped(h, shape.d_model, f"{at}.o"))
         x = tape.norm(tape.add(x, h), f"{at}.norm1")
-        h = tape.act(tape.mapped(x, shape.d_ff, f"{at}.up"))
-        h = tape.at(f"{at}.mlp", tape.mapped(h, shape.d_model, f"{at}.down"))
-        x = tape.norm(tape.add(x, h), f"{at}.norm2")
+        x = tape.norm(tape.add(x, _mlp(tape, x, layer)), f"{at}.norm2")
     tape.place = "output"
     return tape.without_prompt(x, length)
 
@@ -365,7 +426,6 @@ def t5(tape: Tape, length: int, targets: int) -> Value:
 def _t5_stack(tape: Tape, x: Value, stack: str, layers: int, states: Value | None = None) -> Value:
     shape, plan = tape.plan.shape, tape.plan
     queries, keys = x.rows // tape.batch, 0 if states is None else states.rows // tape.batch
-    inner = shape.heads * shape.head_dim
     trains = plan.trains(f"{stack}.bias.weight")
     bias = Value(shape.heads * queries, queries, trains)
     nothing = Value(shape.heads * queries, keys)  # zeros, one tensor for all layers
@@ -374,23 +434,21 @@ def _t5_stack(tape: Tape, x: Value, stack: str, layers: int, states: Value | Non
         if layer == 0 and trains:
             tape.keep(Value(queries, queries, size=8))  # the number of every pair's distance
         h = tape.norm(x, f"{at}.norm1")
-        q, k, v = (tape.mapped(h, inner, f"{at}.{t}") for t in "qkv")
-        h = tape.attention(q, k, v, stack, layer, bias, causal=stack == "decoder")
-        x = tape.add(x, tape.at(f"{at}.attention", tape.mapped(h, shape.d_model, f"{at}.o")))
+        heads = tape.heads(stack, layer)
+        q, k, v = (tape.mapped(h, heads[0] * shape.head_dim, f"{at}.{t}") for t in "qkv")
+        a = tape.attention(q, k, v, heads, stack, layer, bias, causal=stack == "decoder")
+        a = tape.mapped(a, shape.d_model, f"{at}.o")
+        x = tape.add(x, tape.at(f"{at}.attention", h, a))
         if states is not None:
             h = tape.norm(x, f"{at}.cross.norm")
+            heads = tape.heads(stack, layer, cross=True)
+            inner = heads[0] * shape.head_dim
             q = tape.mapped(h, inner, f"{at}.cross.q")
             k, v = (tape.mapped(states, inner, f"{at}.cross.{t}") for t in "kv")
-            h = tape.attention(q, k, v, stack, layer, nothing, cross=True)
-            h = tape.mapped(h, shape.d_model, f"{at}.cross.o")
-            x = tape.add(x, tape.at(f"{at}.cross.attention", h))
-        h = tape.norm(x, f"{at}.norm2")
-        if shape.gated:
-            h = _gated(tape, h, at)
-        else:
-            h = tape.act(tape.mapped(h, shape.d_ff, f"{at}.up"))
-            h = tape.mapped(h, shape.d_model, f"{at}.down")
-        x = tape.add(x, tape.at(f"{at}.mlp", h))
+            a = tape.attention(q, k, v, heads, stack, layer, nothing, cross=True)
+            a = tape.mapped(a, shape.d_model, f"{at}.cross.o")
+            x = tape.add(x, tape.at(f"{at}.cross", h, a))
+        x = tape.add(x, _mlp(tape, tape.norm(x, f"{at}.norm2"), layer, stack))
     tape.place = f"{stack}.output"
     return tape.norm(x, f"{stack}.norm")
 

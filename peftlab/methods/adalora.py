@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import linear as times
 
+from peftlab.bases.tape import Value
 from peftlab.methods.deltas import DeltaMethod, check_rank
 from peftlab.methods.method import require
 
@@ -131,3 +132,15 @@ class AdaLoRA(DeltaMethod):
         stay[scores.topk(self.budget(done, len(deltas))).indices] = True
         for delta, kept in zip(deltas, stay.split(self.init_r), strict=True):
             delta.L.mul_(kept)
+
+    def footprint(self, plan):
+        """x, Q x, s λ and their product, which P reads. Under a mask: s λ, and P times it."""
+
+        def delta(tape, x, y):
+            if tape.under_mask:
+                tape.keep(Value(1, self.init_r), Value(y.width, self.init_r))
+                return tape.masked(x, y.width)
+            low = tape.times(tape.linear(x, self.init_r, weight=True), made=True)
+            return tape.linear(low, y.width, weight=True)
+
+        plan.put_beside(self.targets(plan.shape.targets), delta)

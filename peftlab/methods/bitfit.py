@@ -49,6 +49,10 @@ class BitFit(Method):
         attachment.sites.append(site)
         attachment.trainable.update(site.parameters)
 
+    def footprint(self, plan):
+        """A bias needs nothing kept, but a norm with one keeps its input."""
+        plan.unfrozen.append(lambda name: name.endswith(".bias"))
+
     def parameters(self, shape: Shape) -> int:
         """All biases; 0 where there are none."""
         return shape.biases

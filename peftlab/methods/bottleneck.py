@@ -92,6 +92,16 @@ class Adapter(Method, listed=False):
             for name, parameter in f.named_parameters():
                 attachment.trainable[f"{self.name}.{sublayer.name}.{name}"] = parameter
 
+    def footprint(self, plan):
+        """f keeps what it reads, and what the non-linearity needs."""
+
+        def after(tape, x, y):
+            low = tape.linear(x if self.beside else y, self.bottleneck, weight=True)
+            low = tape.act(low, self.non_linearity)
+            return tape.add(y, tape.linear(low, y.width, weight=True))
+
+        plan.after.append((lambda name: name.rsplit(".", 1)[-1] in self.sublayers, after))
+
     def parameters(self, shape: Shape) -> int:
         """2 m d_model + m + d_model at every sublayer that has one."""
         m, d = self.bottleneck, shape.d_model

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from peftlab.bases.tape import Value
 from peftlab.methods.deltas import DeltaMethod, check_rank
 from peftlab.methods.lora import LowRankDelta
 from peftlab.methods.method import require
@@ -111,3 +112,18 @@ class DoRA(DeltaMethod):
     def size(self, d_in, d_out):
         check_rank("r", self.r, d_in, d_out)
         return self.r * (d_in + d_out) + d_out
+
+    def footprint(self, plan):
+        """As LoRA, and what the ratio m / n multiplies: W x apart from b, and LoRA's output."""
+
+        def delta(tape, x, y):
+            n = Value(1, y.width)
+            if tape.under_mask:  # s B, the ratio, and ΔW before it is stretched
+                tape.keep(n, Value(y.width, self.r), Value(1, y.width), Value(y.width, x.width))
+                return tape.masked(x, y.width)
+            added = tape.linear(tape.linear(x, self.r, weight=True), y.width, weight=True)
+            tape.keep(n)
+            product = tape.times(Value(y.rows, y.width, y.grad), made=True)
+            return tape.add(product, tape.times(added, made=True))
+
+        plan.put_beside(self.targets(plan.shape.targets), delta)

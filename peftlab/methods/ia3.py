@@ -70,6 +70,19 @@ class IA3(Method):
             attachment.modules[linear.name] = factors
             attachment.trainable[f"ia3.{linear.name}.l"] = factors.l
 
+    def footprint(self, plan):
+        """What the factors multiply: outputs, and the inputs of `feedforward_modules`."""
+        outputs = set(self.target_modules) - set(self.feedforward_modules)
+        plan.before.append(
+            (
+                lambda name: name.rsplit(".", 1)[-1] in self.feedforward_modules,
+                lambda tape, x: tape.times(x),
+            )
+        )
+        plan.after.append(
+            (lambda name: name.rsplit(".", 1)[-1] in outputs, lambda tape, x, y: tape.times(y))
+        )
+
     def parameters(self, shape: Shape) -> int:
         """The width of what is scaled, over all scaled weights."""
         return sum(

@@ -42,6 +42,10 @@ class LayerNormTuning(Method):
         attachment.sites.append(site)
         attachment.trainable.update(site.parameters)
 
+    def footprint(self, plan):
+        """The norms' inputs, which a gradient makes them keep anyway but for the lowest."""
+        plan.unfrozen.append(lambda name: name.split(".")[-2].startswith("norm"))
+
     def parameters(self, shape: Shape) -> int:
         """The size of a norm times their number."""
         return shape.norms * shape.norm_size

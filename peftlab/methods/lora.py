@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from peftlab.bases import Shape, fused
+from peftlab.bases.tape import Value
 from peftlab.methods.deltas import DeltaMethod, check_rank
 from peftlab.methods.method import require
 
@@ -116,13 +117,15 @@ class LoRA(DeltaMethod):
         return self.r * (d_in + d_out)
 
     def footprint(self, plan):
-        """A keeps x, B keeps A x; the frozen W beside them needs neither."""
-        targets = self.targets(plan.shape.targets)
+        """A keeps x, B keeps A x; the frozen W beside them needs neither. Under a mask: s B."""
 
-        def delta(tape, x, d_out):
-            return tape.linear(tape.linear(x, self.r, weight=True), d_out, weight=True)
+        def delta(tape, x, y):
+            if tape.under_mask:
+                tape.keep(Value(y.width, self.r))
+                return tape.masked(x, y.width)
+            return tape.linear(tape.linear(x, self.r, weight=True), y.width, weight=True)
 
-        plan.beside.append((lambda name: name.rsplit(".", 1)[-1] in targets, delta))
+        plan.put_beside(self.targets(plan.shape.targets), delta, shared=self.fused)
 
     def parameters(self, shape: Shape) -> int:
         """Σ r (d_in + d_out) over the target matrices, less r d_in for every A that is shared."""

@@ -112,3 +112,11 @@ class PiSSA(DeltaMethod):
 
     def stored(self, shape):
         return 2 * self.parameters(shape)
+
+    def footprint(self, plan):
+        """As LoRA: the frozen start beside it keeps nothing."""
+
+        def delta(tape, x, y):
+            return tape.linear(tape.linear(x, self.r, weight=True), y.width, weight=True)
+
+        plan.put_beside(self.targets(plan.shape.targets), delta)

@@ -152,3 +152,9 @@ class Prune(Method):
     def file_bytes(self, shape: Shape, width: int = 4) -> int:
         """The packed bits, whatever a trained number takes."""
         return self.stored(shape)
+
+    def footprint(self, plan):
+        """The zeros are in the weights. A delta beside them is held at zero as well."""
+        targets = self.targets(plan.shape.targets)
+        if self.mask_deltas:
+            plan.masked.append(lambda name: name.rsplit(".", 1)[-1] in targets)

@@ -131,3 +131,7 @@ class PruneStructures(Method):
     def parameters(self, shape: Shape) -> int:
         """None: what stays is frozen."""
         return 0
+
+    def footprint(self, plan):
+        """The walk goes through what is left."""
+        plan.shape = self.smaller(plan.shape)

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import linear as times
 
+from peftlab.bases.tape import Value
 from peftlab.methods.deltas import DeltaMethod
 from peftlab.methods.method import require
 
@@ -112,3 +113,14 @@ class VeRA(DeltaMethod):
 
     def size(self, d_in, d_out):
         return self.r + d_out
+
+    def footprint(self, plan):
+        """What d and b multiply; the frozen A and B need nothing. Under a mask: d A and b B."""
+
+        def delta(tape, x, y):
+            if tape.under_mask:
+                tape.keep(Value(self.r, x.width), Value(y.width, self.r))
+                return tape.masked(x, y.width)
+            return tape.times(tape.linear(tape.times(tape.linear(x, self.r)), y.width))
+
+        plan.put_beside(self.targets(plan.shape.targets), delta)
