@@ -113,7 +113,8 @@ def _as_list(methods: Any) -> list:
 class Step:
     """Bytes of one training step in float32, part by part.
 
-    `aside` is the copy of the original weights that makes full fine-tuning undoable here;
+    `aside` is the copy of the original weights that makes full fine-tuning undoable here, the
+    masks and originals of pruned ones, and what structured pruning took out;
     `around_it` lives for a moment beside the activations: logits, their copy and gradients, or
     what one layer works on; `around_update` beside the gradients.
     """
@@ -154,9 +155,11 @@ def step_bytes(
     trained, aside = sum(counts.values()), sum(n for m, n in counts.items() if m.in_place)
     extra = 0 if head is None else 4 * head.parameters(shape.d_model)
     table = shape.vocab * shape.d_model * 4 if tape.plan.trains("embedding.weight") else 0
+    whole = shape if head is None else shape.without_head()
+    left = shape.parameters() - whole.parameters() + tape.plan.shape.parameters()
     return Step(
-        weights=4 * shape.parameters() + trained - aside + extra,
-        aside=aside,
+        weights=4 * left + tape.plan.standing + trained - aside + extra,
+        aside=aside + tape.plan.aside,
         gradients=trained + extra,
         adam=2 * (trained + extra),
         activations=sum(tape.by_place().values()),

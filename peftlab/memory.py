@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from peftlab.sites import MaskedWeight
+from peftlab.structures import SmallerModel
 from peftlab.tuned import Tuned
 
 MOMENTS = ("forward", "backward", "step")  # the end of each
@@ -83,9 +85,12 @@ def measure(tuned: Tuned, batch: dict[str, Tensor], lr: float = 0.0) -> Memory:
             memory = Memory(tuned.label, str(device), {})
             kept: dict[int, tuple[str, int]] = {}
             with counter, _places(tuned) as place:
-                with torch.autograd.graph.saved_tensors_hooks(
-                    lambda tensor: _note(tensor, known, kept, place), lambda tensor: tensor
-                ):
+
+                def note(tensor: Tensor) -> Tensor:
+                    counter.see(tensor)
+                    return _note(tensor, known, kept, place)
+
+                with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
                     loss = tuned.batch_loss(batch)
                 memory.total["forward"] = counter.now()
                 loss.backward()
@@ -155,6 +160,11 @@ def _standing(tuned: Tuned, batch: dict[str, Tensor], optimizer) -> dict[str, Fo
 def _held(tuned: Tuned) -> Iterator[tuple[str, Tensor]]:
     """Tensors that the sites hold: originals that they will put back, masks."""
     for site in tuned._sites:
+        if isinstance(site, MaskedWeight) and site.linear.mask is not None:
+            yield site.name, site.linear.mask
+        if isinstance(site, SmallerModel):  # whole blocks
+            blocks = nn.ModuleList(part for part in site.aside if isinstance(part, nn.Module))
+            yield from (("", tensor) for tensor in (*blocks.parameters(), *blocks.buffers()))
         for leaf in tree_leaves(vars(site) if hasattr(site, "__dict__") else {}):
             if isinstance(leaf, Tensor):
                 yield getattr(site, "name", ""), leaf
@@ -247,6 +257,10 @@ class _Live(TorchDispatchMode):
                 self._follow(tensor.untyped_storage())
         self.most = self.alive
 
+    def see(self, tensor: Tensor) -> None:
+        """Count this one too, if it was made before: indices that a hook holds, once kept."""
+        self._follow(tensor.untyped_storage())
+
     def now(self) -> int:
         return self.alive
 
@@ -286,6 +300,9 @@ class _Allocator(contextlib.nullcontext):
         torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self.device)
+
+    def see(self, tensor: Tensor) -> None:
+        """It is allocated, so it is counted."""
 
     def now(self) -> int:
         torch.cuda.synchronize(self.device)

@@ -61,6 +61,8 @@ class Plan:
     trains       which of the model's own tensors train, by name
     prompt_makers, prefix_makers   f(tape): networks that make them, run once by the prompt, and
                                    once in each stack by the prefix
+    standing     bytes that stand beside the weights and do not train
+    aside        bytes that wait to be put back, and masks
     """
 
     shape: Shape
@@ -77,6 +79,8 @@ class Plan:
     unfrozen: list[Names] = field(default_factory=list)
     prompt_makers: list[Callable[[Tape], None]] = field(default_factory=list)
     prefix_makers: list[Callable[[Tape], None]] = field(default_factory=list)
+    standing: int = 0
+    aside: int = 0
 
     def put_beside(
         self, targets: Sequence[str], delta: Callable[[Tape, Value, Value], Value], shared=False
@@ -428,13 +432,17 @@ def _t5_stack(tape: Tape, x: Value, stack: str, layers: int, states: Value | Non
     queries, keys = x.rows // tape.batch, 0 if states is None else states.rows // tape.batch
     trains = plan.trains(f"{stack}.bias.weight")
     bias = Value(shape.heads * queries, queries, trains)
-    nothing = Value(shape.heads * queries, keys)  # zeros, one tensor for all layers
+    nothing = Value(tape.heads(stack, 0, states is not None)[0] * queries, keys)  # zeros, for all
+    whole = {(shape.heads, shape.kv_heads)}
+    fewer = not whole.issuperset(getattr(shape, "attention", ()))  # each takes its own columns
     for layer in range(layers):
         at = tape.enter(stack, layer)
         if layer == 0 and trains:
             tape.keep(Value(queries, queries, size=8))  # the number of every pair's distance
         h = tape.norm(x, f"{at}.norm1")
         heads = tape.heads(stack, layer)
+        if trains and fewer:
+            tape.keep(Value(heads[0], 1, size=8))  # which columns of the bias
         q, k, v = (tape.mapped(h, heads[0] * shape.head_dim, f"{at}.{t}") for t in "qkv")
         a = tape.attention(q, k, v, heads, stack, layer, bias, causal=stack == "decoder")
         a = tape.mapped(a, shape.d_model, f"{at}.o")

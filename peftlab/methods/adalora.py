@@ -135,6 +135,9 @@ class AdaLoRA(DeltaMethod):
 
     def footprint(self, plan):
         """x, Q x, s λ and their product, which P reads. Under a mask: s λ, and P times it."""
+        targets = self.targets(plan.shape.targets)
+        matrices = [matrix for target in targets for matrix in plan.shape.matrices(target)]
+        plan.standing += 4 * self.init_r * sum(copies for copies, _, _ in matrices)  # the scores
 
         def delta(tape, x, y):
             if tape.under_mask:
@@ -143,4 +146,4 @@ class AdaLoRA(DeltaMethod):
             low = tape.times(tape.linear(x, self.init_r, weight=True), made=True)
             return tape.linear(low, y.width, weight=True)
 
-        plan.put_beside(self.targets(plan.shape.targets), delta)
+        plan.put_beside(targets, delta)

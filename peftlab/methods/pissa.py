@@ -114,7 +114,8 @@ class PiSSA(DeltaMethod):
         return 2 * self.parameters(shape)
 
     def footprint(self, plan):
-        """As LoRA: the frozen start beside it keeps nothing."""
+        """As LoRA: the frozen start beside it keeps nothing, but stands there."""
+        plan.standing += 4 * self.parameters(plan.shape)
 
         def delta(tape, x, y):
             return tape.linear(tape.linear(x, self.r, weight=True), y.width, weight=True)

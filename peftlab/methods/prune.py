@@ -154,7 +154,14 @@ class Prune(Method):
         return self.stored(shape)
 
     def footprint(self, plan):
-        """The zeros are in the weights. A delta beside them is held at zero as well."""
+        """The zeros are in the weights. A delta beside them is held at zero as well.
+
+        Aside: the original rows, one bit an entry, and for deltas a byte.
+        """
         targets = self.targets(plan.shape.targets)
+        matrices = [matrix for target in targets for matrix in plan.shape.matrices(target)]
+        entries = sum(copies * d_in * d_out for copies, d_in, d_out in matrices)
+        plan.aside += 4 * entries + self.stored(plan.shape)
         if self.mask_deltas:
+            plan.aside += entries
             plan.masked.append(lambda name: name.rsplit(".", 1)[-1] in targets)

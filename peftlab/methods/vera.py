@@ -116,6 +116,10 @@ class VeRA(DeltaMethod):
 
     def footprint(self, plan):
         """What d and b multiply; the frozen A and B need nothing. Under a mask: d A and b B."""
+        targets = self.targets(plan.shape.targets)
+        matrices = [matrix for target in targets for matrix in plan.shape.matrices(target)]
+        _, d_in, d_out = (max(sizes) for sizes in zip(*matrices, strict=True))
+        plan.standing += 4 * self.r * (d_in + d_out)  # A and B
 
         def delta(tape, x, y):
             if tape.under_mask:
@@ -123,4 +127,4 @@ class VeRA(DeltaMethod):
                 return tape.masked(x, y.width)
             return tape.times(tape.linear(tape.times(tape.linear(x, self.r)), y.width))
 
-        plan.put_beside(self.targets(plan.shape.targets), delta)
+        plan.put_beside(targets, delta)
