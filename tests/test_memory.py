@@ -24,19 +24,31 @@ from models import (
     token_ids,
     tokenizer,
 )
+from models import FAMILIES as FOUR
 
 from peftlab import (
+    IA3,
+    AdaLoRA,
+    BitFit,
+    DoRA,
     FullFineTuning,
+    LayerNormTuning,
     LoRA,
+    ParallelAdapter,
+    PiSSA,
     PrefixTuning,
     PromptTuning,
+    Prune,
+    PruneStructures,
     PTuning,
     PTuningV2,
+    VeRA,
     accounting,
     attach,
     count,
 )
 from peftlab.bases import CLASSES, FAMILIES, Base, Shape
+from peftlab.bases.tape import Plan, Tape, Value
 from peftlab.heads import Classification, Spans, Tagging
 from peftlab.memory import MOMENTS, Memory, measure
 from peftlab.methods import Method
@@ -44,8 +56,50 @@ from peftlab.training import move
 
 BATCH, LENGTH, TARGETS = 3, 13, 5
 EVERY_SITE = [FullFineTuning(), LoRA(target_modules="all-linear"), PromptTuning(4), PrefixTuning(3)]
-OTHERS = ("lora all", "p attention", "v2 mlp", "lora + prompt")  # what no plain case has
+OTHERS = (  # what no plain case has
+    *("p attention", "v2 mlp", "lora + prompt", "lora fused", "houlsby all", "parallel attention"),
+    *("ia3 outputs", "ia3 inputs", "adapter + lora", "prune + dense lora", "prune + full"),
+    "smaller + full",
+)
 MEASURED = [p for p in PAIRS if p in PLAIN or p[1] in OTHERS or "head" in p[1]]
+ALL = "all-linear"
+COMPOSED = {  # beside the cases: masks over other deltas, over parts of a fused map, smaller models
+    "dora under a mask": [Prune(0.5), DoRA(r=3, target_modules=ALL)],
+    "vera under a mask": [Prune(0.5), VeRA(r=7)],
+    "adalora under a mask": [Prune(0.5), AdaLoRA(init_r=4, target_r=2)],
+    "a mask over one of three": [
+        Prune(0.5, target_modules=["q"]),
+        LoRA(r=3, target_modules=["q", "k", "v"], fused=True),
+    ],
+    "mask and factors": [Prune(0.5), IA3()],
+    "mask and norms": [Prune(0.5), LayerNormTuning()],
+    "smaller, with factors": [PruneStructures(heads=0.34), IA3()],
+    "smaller, masked, lora": [
+        PruneStructures(neurons=0.25),
+        Prune(0.5),
+        LoRA(r=3, target_modules=ALL),
+    ],
+    "fewer layers, all trained": [PruneStructures(0.34, layers=0.34), FullFineTuning()],
+    "fewer queries": [PruneStructures(queries=0.5), LoRA(r=3, target_modules=ALL)],
+    "pissa, prefix, adapter": [
+        PiSSA(r=2, target_modules=ALL),
+        PrefixTuning(2),
+        ParallelAdapter(3, "silu", 1.0, ["attention", "mlp"]),
+    ],
+}
+ONLY = {  # families that have it, or the two that differ most in how their maps are stored
+    "dora under a mask": ("gpt2", "t5"),
+    "vera under a mask": ("gpt2", "llama"),
+    "adalora under a mask": ("gpt2", "bert"),
+    "a mask over one of three": ("gpt2",),
+    "mask and factors": ("gpt2", "llama"),
+    "mask and norms": ("llama", "bert"),
+    "smaller, with factors": ("gpt2", "t5"),
+    "smaller, masked, lora": ("gpt2", "llama"),
+    "fewer queries": ("llama",),
+    "pissa, prefix, adapter": ("gpt2", "t5"),
+}
+COMPOSITIONS = [(family, name) for name in COMPOSED for family in ONLY.get(name, FOUR)]
 
 
 def batch_of(model, batch: int = BATCH, length: int = LENGTH) -> dict[str, torch.Tensor]:
@@ -71,38 +125,50 @@ def has_lstm(case: Case) -> bool:
     return any(isinstance(m, PTuning) and m.encoder == "lstm" for m in case.methods)
 
 
-def predicted(tuned, **options) -> dict[str, int]:
-    return accounting.saved_activations(
-        tuned.methods, tuned.anatomy.shape, BATCH, LENGTH, TARGETS, tuned.head, **options
-    )
+def predicted(tuned, shape: Shape | None = None) -> dict[str, int]:
+    shape = shape or tuned.anatomy.shape
+    return accounting.saved_activations(tuned.methods, shape, BATCH, LENGTH, TARGETS, tuned.head)
 
 
 @pytest.mark.parametrize("family, case", MEASURED)
 def test_the_parts_sum_to_the_total_and_the_closed_form_is_both(case, family):
-    tuned = put(case, tiny(family))
+    base = tiny(family)
+    shape = base.anatomy.shape  # the whole model's
+    agree(put(case, base), shape, has_lstm(CASES[case]), says_what_it_keeps(CASES[case]))
+
+
+@pytest.mark.parametrize("family, composed", COMPOSITIONS)
+def test_methods_together_keep_what_the_closed_form_says(composed, family):
+    base = tiny(family)
+    shape = base.anatomy.shape
+    agree(attach(base, COMPOSED[composed]), shape)
+
+
+def agree(tuned, shape: Shape, lstm: bool = False, said: bool = True) -> None:
+    """Parts, totals and the closed form of a step of what is attached to a model of this shape."""
     memory = measure(tuned, batch_of(tuned))
     for moment in MOMENTS:
         # What is left over is the loss and positions that a site makes anew: below 2%, not below 0.
         rest = memory.total[moment] - memory.sum(moment)
         assert 0 <= rest <= 0.02 * memory.total[moment], (moment, rest)
     assert memory.peak >= max(memory.total.values())
-    if not says_what_it_keeps(CASES[case]):
+    if not said:
         return
-    kept, closed = memory.parts["activations"], predicted(tuned)
-    if has_lstm(CASES[case]):  # its kernel has a workspace of the library's own size
-        first = "encoder.input" if family == "t5" else "input"
+    kept, closed = memory.parts["activations"], predicted(tuned, shape)
+    if lstm:  # its kernel has a workspace of the library's own size
+        first = "encoder.input" if shape.decoder_layers else "input"
         assert kept.pop(first) > closed.pop(first)
     assert kept == closed  # to the byte, in every layer
-    step = accounting.step_bytes(
-        tuned.methods, tuned.anatomy.shape, BATCH, LENGTH, TARGETS, tuned.head
-    )
+    step = accounting.step_bytes(tuned.methods, shape, BATCH, LENGTH, TARGETS, tuned.head)
     buffers = sum(buffer.nbytes for buffer in tuned.model.buffers())
     assert memory.bytes("weights") <= step.weights + buffers
     assert memory.bytes("weights") >= step.weights
     assert memory.bytes("gradients") == step.gradients
     steps_taken = 4 * len(tuned.trainable)  # Adam counts them for every tensor
     assert memory.bytes("optimiser") == step.adam + steps_taken
-    if not has_lstm(CASES[case]):
+    if not tuned.sources:  # positions of virtual tokens stay in their site until the next forward
+        assert memory.bytes("aside") == step.aside
+    if not lstm:
         assert abs(step.peak - memory.peak) <= 0.1 * memory.peak
 
 
@@ -155,6 +221,55 @@ class UpperLoRA(LoRA, listed=False):
         names, *delta = plan.beside.pop()
         low = tuple(f"layers.{layer}." for layer in range(self.lowest))
         plan.beside.append((lambda name: names(name) and not name.startswith(low), *delta))
+
+
+@pytest.mark.parametrize("trains", [(), ("weight",), ("bias",), ("weight", "bias")], ids=str)
+@pytest.mark.parametrize("carries", [False, True])
+@pytest.mark.parametrize("kind", ["linear", "LayerNorm", "llama", "t5"])
+def test_what_a_linear_map_and_a_norm_keep_hangs_on_what_trains(kind, carries, trains):
+    """A bias needs nothing: a linear map with only b training keeps nothing, whatever x carries.
+    LayerNorm keeps x and its statistics for any of the three, for b alone too, as torch has it;
+    a norm built out of parts keeps x for x's gradient, and x̂ for its weight's."""
+    base = tiny(kind if kind in FAMILIES else "bert")
+    module = {
+        "linear": lambda: torch.nn.Linear(24, 24),
+        "LayerNorm": lambda: torch.nn.LayerNorm(24),
+        "llama": lambda: base.model.model.norm,
+        "t5": lambda: base.model.encoder.final_layer_norm,
+    }[kind]()
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name in trains)
+    x = torch.randn(5, 24, requires_grad=carries) * 1.0
+    own, found = {p.data_ptr() for p in module.parameters()}, {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = module(x)
+    tape = Tape(Plan(base.anatomy.shape, unfrozen=[lambda name: name.split(".")[1] in trains]), 1)
+    value = Value(5, 24, carries)
+    if kind == "linear":
+        closed = tape.linear(value, 24, "weight" in trains, "bias" in trains)
+    else:
+        closed = tape.norm(value, "norm")
+    has = [name for name in trains if hasattr(module, name)]
+    if has == list(trains):  # an RMSNorm has no bias
+        assert closed.grad == output.requires_grad
+        assert sum(tape.by_place().values()) == sum(n for at, n in found.items() if at not in own)
+
+
+def test_training_biases_alone_keeps_no_input_of_a_linear_map():
+    """Full fine-tuning keeps every x that a matrix reads; BitFit keeps those alone that something
+    else needs: a norm, the nonlinearity, attention."""
+    shape = Shape.named("bert-base")
+    options = dict(batch=2, length=64, head=Tagging(("O", "B")))
+    full, bias = (in_blocks(m, shape, **options) for m in (FullFineTuning(), BitFit()))
+    rows, d = 2 * 64, shape.d_model
+    # x of q, k, v and up, which a norm made; gelu's output. The output of attention is kept anyway.
+    assert full - bias == shape.layers * 4 * rows * (2 * d + shape.d_ff)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
