@@ -21,7 +21,20 @@ from peftlab import accounting
 from peftlab._data import data_path
 from peftlab.bases import Base, load
 from peftlab.memory import measure
-from peftlab.methods import METHODS, LoRA, Method, PrefixTuning, PromptTuning, PTuningV2
+from peftlab.methods import (
+    IA3,
+    METHODS,
+    NF4,
+    FullFineTuning,
+    LoRA,
+    Method,
+    ParallelAdapter,
+    PrefixTuning,
+    PromptTuning,
+    Prune,
+    PruneStructures,
+    PTuningV2,
+)
 from peftlab.training import move
 from peftlab.tuned import attach
 
@@ -43,6 +56,15 @@ MORE = (  # beside every method as it comes
     PromptTuning(128),
     PrefixTuning(128),
     PTuningV2(depth=2),
+    LoRA(target_modules=["q", "k", "v"], fused=True),
+    IA3(["o", "up", "down"], ["o", "up", "down"]),
+    [Prune(), LoRA()],
+    [Prune(mask_deltas=False), LoRA()],
+    [Prune(), FullFineTuning()],
+    [PruneStructures(heads=0.25, neurons=0.25), LoRA()],
+    [PruneStructures(layers=0.25), FullFineTuning()],
+    [NF4(), LoRA()],
+    [PrefixTuning(30), ParallelAdapter()],
 )
 
 
@@ -61,7 +83,7 @@ def listed() -> list[list[Method]]:
             plain.append([kind()])
         except TypeError:  # it has a setting without a default
             continue
-    return plain + [[method] for method in MORE]
+    return plain + [more if isinstance(more, list) else [more] for more in MORE]
 
 
 def row(base: Base, methods: list[Method], device: str, batch: int, length: int) -> dict:
