@@ -113,10 +113,11 @@ def _as_list(methods: Any) -> list:
 class Step:
     """Bytes of one training step in float32, part by part.
 
-    `aside` is the copy of the original weights that makes full fine-tuning undoable here, the
-    masks and originals of pruned ones, and what structured pruning took out;
-    `around_it` lives for a moment beside the activations: logits, their copy and gradients, or
-    what one layer works on; `around_update` beside the gradients.
+    `aside` is the copy of the original weights that makes full fine-tuning undoable here, on a CPU
+    that of weights held as codes, the masks and originals of pruned ones, and what structured
+    pruning took out; `around_it` lives for a moment beside the activations: logits, their copy
+    and gradients, or what one layer works on, a decoded weight and the numbers to look it up
+    included; `around_update` beside the gradients.
     """
 
     weights: int
@@ -152,18 +153,20 @@ def step_bytes(
     shape = as_shape(model)
     tape = _record(methods, model, batch, length, targets, head)
     counts = {method: 4 * count(method, tape.plan.shape) for method in _as_list(methods)}
-    trained, aside = sum(counts.values()), sum(n for m, n in counts.items() if m.in_place)
+    trained, copied = sum(counts.values()), sum(n for m, n in counts.items() if m.in_place)
+    held = [method.coded(tape.plan.shape) for method in counts]
+    coded, codes = (sum(numbers) for numbers in zip(*held, strict=True)) if held else (0, 0)
     extra = 0 if head is None else 4 * head.parameters(shape.d_model)
     table = shape.vocab * shape.d_model * 4 if tape.plan.trains("embedding.weight") else 0
     whole = shape if head is None else shape.without_head()
     left = shape.parameters() - whole.parameters() + tape.plan.shape.parameters()
     return Step(
-        weights=4 * left + tape.plan.standing + trained - aside + extra,
-        aside=aside + tape.plan.aside,
+        weights=4 * (left - coded) + codes + tape.plan.standing + trained - copied + extra,
+        aside=copied + tape.plan.aside + (4 * coded if device == "cpu" else 0),
         gradients=trained + extra,
         adam=2 * (trained + extra),
         activations=sum(tape.by_place().values()),
-        around_it=max(tape.around_loss, tape.around_layer),
+        around_it=max(tape.around_loss, tape.around_layer + 6 * tape.plan.decoded),
         around_update=max(
             2 * table if shape.tied else 0, 0 if device == "cpu" else trained + extra
         ),

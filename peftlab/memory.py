@@ -131,6 +131,8 @@ def _standing(tuned: Tuned, batch: dict[str, Tensor], optimizer) -> dict[str, Fo
     """The parts that are there before, during and after a step; each storage in one of them."""
     place = _places_of(tuned)
     model = {**dict(tuned.model.named_parameters()), **dict(tuned.model.named_buffers())}
+    if tuned.codes:  # where those are, the model has views of a single number
+        model = {n: t for n, t in model.items() if t.untyped_storage().nbytes() >= t.nbytes}
     modules = {
         f"{name}.{key}": tensor
         for name, module in tuned.modules.items()
@@ -145,7 +147,7 @@ def _standing(tuned: Tuned, batch: dict[str, Tensor], optimizer) -> dict[str, Fo
     parts = {
         "weights": _storages(
             (place(name, tensor), tensor)
-            for name, tensor in {**modules, **tuned.trainable, **model}.items()
+            for name, tensor in {**modules, **tuned.trainable, **model, **_codes(tuned)}.items()
         ),
         "optimiser": _storages(states),
         "batch": _storages(("input", tensor) for tensor in batch.values()),
@@ -157,8 +159,18 @@ def _standing(tuned: Tuned, batch: dict[str, Tensor], optimizer) -> dict[str, Fo
     return parts
 
 
+def _codes(tuned: Tuned) -> dict[str, Tensor]:
+    """The tensors of weights that are held as codes."""
+    return {
+        f"{name}.{key}": tensor
+        for name, codes in tuned.codes.items()
+        for key, tensor in codes.tensors.items()
+    }
+
+
 def _held(tuned: Tuned) -> Iterator[tuple[str, Tensor]]:
-    """Tensors that the sites hold: originals that they will put back, masks."""
+    """Tensors that the sites hold: originals that they will put back, masks. On a GPU the
+    originals of coded weights are elsewhere, and not counted."""
     for site in tuned._sites:
         if isinstance(site, MaskedWeight) and site.linear.mask is not None:
             yield site.name, site.linear.mask
@@ -166,7 +178,7 @@ def _held(tuned: Tuned) -> Iterator[tuple[str, Tensor]]:
             blocks = nn.ModuleList(part for part in site.aside if isinstance(part, nn.Module))
             yield from (("", tensor) for tensor in (*blocks.parameters(), *blocks.buffers()))
         for leaf in tree_leaves(vars(site) if hasattr(site, "__dict__") else {}):
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and leaf.device == tuned.device:
                 yield getattr(site, "name", ""), leaf
 
 
@@ -252,7 +264,8 @@ class _Live(TorchDispatchMode):
         added = (t for m in tuned.modules.values() for t in (*m.parameters(), *m.buffers()))
         states = tree_leaves([list(state.values()) for state in optimizer.state.values()])
         held = (tensor for _, tensor in _held(tuned))
-        for tensor in (*model, *added, *states, *held, *batch.values()):
+        codes = _codes(tuned).values()
+        for tensor in (*model, *added, *states, *held, *codes, *batch.values()):
             if isinstance(tensor, Tensor):
                 self._follow(tensor.untyped_storage())
         self.most = self.alive

@@ -119,7 +119,8 @@ def blockwise(
     absmax = blocks.abs().amax(dim=1)
     inverse = 1 / absmax.clamp(min=torch.finfo(torch.float32).tiny)
     scaled = (blocks * inverse[:, None]).clamp(-1, 1)  # w · (1/m) can round to above 1
-    return nearest(scaled, levels.to(flat.device)).view(-1)[: len(flat)], absmax
+    codes = nearest(scaled, levels.to(flat.device)).view(-1)
+    return codes[: len(flat)].clone(), absmax  # a view would hold the padding as well
 
 
 def pack(codes: UInt8[Tensor, " n"]) -> UInt8[Tensor, " bytes"]:
@@ -157,8 +158,8 @@ class Quantised:
 
     @property
     def bytes(self) -> int:
-        """Bytes really held."""
-        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+        """Bytes really held, by the storages themselves."""
+        return sum(t.untyped_storage().nbytes() for t in self.tensors.values())
 
     @property
     def bits(self) -> float:

@@ -11,14 +11,30 @@ from models import (
     call,
     letters,
     loss_of,
-    put,
     stir,
     surroundings,
     tiny,
     token_ids,
 )
 
-from peftlab import NF4, FullFineTuning, LoRA, PromptTuning, QLoRA, accounting, attach, train
+from peftlab import (
+    IA3,
+    NF4,
+    AdaLoRA,
+    BitFit,
+    DoRA,
+    FullFineTuning,
+    HoulsbyAdapter,
+    LoRA,
+    PiSSA,
+    PromptTuning,
+    Prune,
+    QLoRA,
+    VeRA,
+    accounting,
+    attach,
+    train,
+)
 from peftlab.bases.anatomy import CODED
 from peftlab.methods import Method
 from peftlab.quantisation import bits_per_weight, quantise
@@ -161,7 +177,8 @@ def test_outputs_and_gradients_are_those_of_the_dense_decoded_base(family):
             else:
                 tuned = stir(attach(dense(family, dtype), PARTS[1]))
             outputs[kind, dtype] = call(tuned, ids).detach()
-            grads[kind, dtype] = gradients(tuned, ids)
+            made = gradients(tuned, ids)
+            grads[kind, dtype] = {name.removeprefix("q"): g for name, g in made.items()}
             tuned.detach()
     E = (outputs["dense", FLOAT32].double() - outputs["dense", FLOAT64]).abs().max()
 
@@ -373,10 +390,46 @@ def test_a_weight_without_a_code_leaves_nothing_behind(family):
     assert not coded_modules(base)
 
 
-def test_it_composes_with_a_prompt():
+BESIDE = {
+    "dora": [DoRA(r=3)],
+    "pissa": [PiSSA(r=3)],
+    "vera": [VeRA(r=5)],
+    "adalora": [AdaLoRA(init_r=4, target_r=2)],
+    "ia3": [IA3()],
+    "bitfit": [BitFit()],
+    "houlsby": [HoulsbyAdapter(4)],
+    "prompt": [PromptTuning(3)],
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_it_composes_with_what_trains(name, family):
+    """Beside codes: gradients reach all of it, merging where it merges is undone, the base is
+    given back bit for bit; and in the other order as well."""
+    if name == "bitfit" and family == "llama":
+        return  # it has no bias
     ids = token_ids(2, 5)
-    tuned = put("nf4 + prefix", tiny("llama"))
-    both = attach(tiny("llama"), [NF4(block_size=BLOCK), PromptTuning(3)])
-    assert call(tuned, ids).isfinite().all() and call(both, ids).isfinite().all()
-    tuned.detach()
-    both.detach()
+    for methods in ([NF4(BLOCK), *BESIDE[name]], [*BESIDE[name], NF4(BLOCK)]):
+        base = tiny(family)
+        before = surroundings(base)
+        tuned = stir(attach(base, methods), size=0.02)
+        assert len(tuned.codes) > 0
+        wanted, made = call(tuned, ids), gradients(tuned, ids)
+        assert all(g.isfinite().all() for g in made.values())
+        assert any(g.any() for g in made.values())
+        if name in ("dora", "pissa", "vera", "adalora", "ia3"):
+            tuned.merge(requantise=True)
+            assert not torch.equal(call(tuned, ids), wanted)
+            tuned.unmerge()
+            assert torch.equal(call(tuned, ids), wanted)
+            tuned.merge(requantise=True)
+        tuned.detach()
+        assert surroundings(base) == before
+
+
+@pytest.mark.parametrize("codes", [NF4(BLOCK), QLoRA(r=2, block_size=BLOCK)])
+def test_a_mask_and_codes_are_refused_in_either_order(base, codes):
+    for methods in ([Prune(0.5), codes], [codes, Prune(0.5)]):
+        with pytest.raises(ValueError, match="Pruning does not go with"):
+            attach(base, methods)

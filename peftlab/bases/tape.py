@@ -63,6 +63,7 @@ class Plan:
                                    once in each stack by the prefix
     standing     bytes that stand beside the weights and do not train
     aside        bytes that wait to be put back, and masks
+    decoded      weights of the largest matrix that codes are decoded to for a moment
     """
 
     shape: Shape
@@ -81,6 +82,7 @@ class Plan:
     prefix_makers: list[Callable[[Tape], None]] = field(default_factory=list)
     standing: int = 0
     aside: int = 0
+    decoded: int = 0
 
     def put_beside(
         self, targets: Sequence[str], delta: Callable[[Tape, Value, Value], Value], shared=False

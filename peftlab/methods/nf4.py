@@ -95,4 +95,5 @@ class NF4(Method):
                     yield copies, d_in * d_out, target
 
     def footprint(self, plan):
-        """A frozen product keeps nothing but its weight, and that is the codes."""
+        """A frozen product keeps nothing but its weight, and that is codes."""
+        plan.decoded = max(n for _, n, _ in self._sizes(plan.shape))

@@ -48,6 +48,11 @@ class QLoRA(LoRA):
         self.codes.reach(base, attachment, generator)
         super().reach(base, attachment, generator)
 
+    def footprint(self, plan):
+        """Of A and B what LoRA keeps; of the codes nothing."""
+        self.codes.footprint(plan)
+        super().footprint(plan)
+
     def coded(self, shape: Shape) -> tuple[int, int]:
         """Every linear weight, and the bytes of their codes and scales."""
         return self.codes.coded(shape)

@@ -23,7 +23,7 @@ THROUGH = (
         "prompt + prefix",
     ),
     *("houlsby", "houlsby all", "pfeiffer", "parallel", "parallel attention", "ia3", "ia3 inputs"),
-    *("bitfit", "layer norm", "mam", "head adapter"),
+    *("bitfit", "layer norm", "mam", "head adapter", "qlora"),
     *("head v2", "head prompt", "head deep"),
 )
 
