@@ -431,5 +431,5 @@ def test_it_composes_with_what_trains(name, family):
 @pytest.mark.parametrize("codes", [NF4(BLOCK), QLoRA(r=2, block_size=BLOCK)])
 def test_a_mask_and_codes_are_refused_in_either_order(base, codes):
     for methods in ([Prune(0.5), codes], [codes, Prune(0.5)]):
-        with pytest.raises(ValueError, match="Pruning does not go with"):
+        with pytest.raises(ValueError, match="Prune does not go with"):
             attach(base, methods)
