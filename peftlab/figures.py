@@ -435,3 +435,57 @@ def token_bars(
     fig = _figure(title, x_title, "", height=110 + 26 * len(rows))
     fig.add_bar(x=list(values), y=rows, orientation="h", marker_color=colour)
     return fig.update_yaxes(tickvals=rows, ticktext=[repr(t) for t in tokens], autorange="reversed")
+
+
+def code_levels(tables: Mapping[str, Sequence[float]], title: str) -> go.Figure:
+    """The levels of data types, one row each, over the normal that weights resemble."""
+    fig = _figure(title, "level, as a part of the block's largest weight", "")
+    names = list(tables)[::-1]
+    x = np.linspace(-1, 1, 201)
+    bell = np.exp(-0.5 * (x / 0.4) ** 2) * 0.9 + len(names) - 0.4
+    grey = dict(color=GREY, width=1.5, dash="dot")
+    fig.add_scatter(x=x, y=bell, mode="lines", line=grey, name="a normal", showlegend=False)
+    for row, (name, style) in enumerate(_styles(names).items()):
+        mark = dict(symbol="line-ns-open", size=16, color=style["colour"], line=dict(width=2))
+        levels = [float(level) for level in tables[name]]
+        fig.add_scatter(
+            x=levels,
+            y=[row] * len(levels),
+            mode="markers",
+            marker=mark,
+            name=name,
+            showlegend=False,
+        )
+    fig.update_yaxes(
+        tickvals=list(range(len(names))), ticktext=names, range=[-0.6, len(names) + 0.7]
+    )
+    return fig.update_xaxes(range=[-1.05, 1.05])
+
+
+CODE_TYPES = {  # data types of four bits
+    "nf4": (SKY, "triangle-up-open"),
+    "e2m1": (VERMILLION, "square-open"),
+    "int4": (BLACK, "circle-open"),
+    "fp4": (PURPLE, "x-thin-open"),
+}
+
+
+def code_errors(
+    errors: Mapping[str, Mapping[int, float]], bits: Mapping[int, float], now: tuple, title: str
+) -> go.Figure:
+    """The error of each data type against the block size; `now`, a type and a size, is marked.
+
+    Above each size stand the bits that a weight takes with it.
+    """
+    fig = _figure(title, "block size, and bits a weight", "error, % of the weights' own size")
+    for name, (colour, marker) in CODE_TYPES.items():
+        sizes = list(errors[name])
+        here = [15 if (name, size) == now else 7 for size in sizes]
+        mark = dict(symbol=marker, color=colour, size=here, line=dict(width=2))
+        line = dict(color=colour, width=3 if name == now[0] else 1.5)
+        values = [100 * errors[name][size] for size in sizes]
+        fig.add_scatter(x=sizes, y=values, mode="lines+markers", marker=mark, line=line, name=name)
+    ticks = list(bits)
+    labels = [f"{size}<br>{bits[size]:.3f}" for size in ticks]
+    fig.update_xaxes(type="log", tickvals=ticks, ticktext=labels)
+    return fig.update_yaxes(rangemode="tozero")
