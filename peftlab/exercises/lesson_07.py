@@ -81,8 +81,8 @@ def which_way():
         "a": ("nearly all of it", "A code moves only when W + ΔW crosses a halfway point."),
         "b": ("about half of it", "Few codes move, but one that moves goes a whole level, which is "
               "far more than ΔW asked for."),
-        "c": ("none of it: what arrives is as far from ΔW as nothing would be", "The few codes that "
-              "move go by a whole level, and the scales of the blocks move too."),
+        "c": ("none of it: what arrives is as far from ΔW as nothing would be", "The few codes "
+              "that move go by a whole level, and the scales of the blocks move too."),
     },
 )  # fmt: skip
 def how_much_arrives():

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 from playwright.sync_api import expect
 
-from peftlab.panels import allowed_sizes, count_view
+from peftlab.panels import allowed_sizes, code_view, count_view
+from peftlab.quantisation import bits_per_weight
 
 pytestmark = pytest.mark.browser
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
@@ -70,3 +72,23 @@ def test_lesson_06_counts_what_the_slider_says(open_lesson, record_property):
     if path := os.environ.get("PEFTLAB_SCREENSHOT"):  # the picture in the README
         handle.scroll_into_view_if_needed()
         lesson.page.screenshot(path=path)
+
+
+def test_lesson_07_quantises_at_the_block_size_that_the_slider_says(open_lesson):
+    """One press of an arrow key changes block size, bits, error and figure."""
+    lesson = open_lesson(NOTEBOOKS / "07_qlora.ipynb")
+    lesson.run_all()
+    answer = lesson.page.locator(".peftlab-code-answer").first
+    handle = lesson.page.locator(".peftlab-code-block [role=slider]").first
+    readout = lesson.page.locator(".peftlab-code-block .widget-readout").first
+    assert number(readout.inner_text()) == 64
+    expect(answer).to_contain_text(f"{bits_per_weight(64):.3f} bits")
+    handle.focus()
+    handle.press("ArrowRight")
+    expect(answer).to_contain_text(f"blocks of 128: {bits_per_weight(128):.3f} bits")
+    kind = lesson.page.locator(".peftlab-code-type select").first
+    kind.select_option("int4")
+    expect(answer).to_contain_text("int4, blocks of 128")
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(192, 768, generator=generator)
+    expect(answer).to_contain_text(code_view(drawn, 128, "int4").text)

@@ -34,7 +34,9 @@ def tags(cell) -> set[str]:
 
 
 def test_the_lessons_are_here():
-    assert {"00_start_here", "02_prompt_tuning", "06_lora"} <= {path.stem for path in NOTEBOOKS}
+    assert {"00_start_here", "02_prompt_tuning", "06_lora", "07_qlora"} <= {
+        path.stem for path in NOTEBOOKS
+    }
 
 
 @every_lesson
