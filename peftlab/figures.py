@@ -298,6 +298,22 @@ def counts_figure(
     return fig.update_yaxes(type="log", dtick=1, tickformat="~s", range=[low - 0.3, high + 0.7])
 
 
+def strengths(
+    curves: Mapping[str, Mapping[float, float]], current: float, title: str, y_title: str
+) -> go.Figure:
+    """Something measured while a trained change is turned up from 0, the base, to 1 and beyond."""
+    fig = _figure(title, "strength t: 0 is the base, 1 is as trained", y_title)
+    for label, style in _styles(curves).items():
+        at, colour = curves[label], style["colour"]
+        line = dict(color=colour, dash=style["dash"], width=2)
+        fig.add_scatter(x=list(at), y=list(at.values()), mode="lines", line=line, name=label)
+        mark = dict(symbol=style["marker"], size=13, color=colour)
+        fig.add_scatter(
+            x=[current], y=[at[current]], mode="markers", marker=mark, name=label, showlegend=False
+        )
+    return fig
+
+
 def heat_map(
     matrix: Any,
     x: Any = None,

@@ -40,6 +40,10 @@ def by_hand(name, size, targets, shape):
         return shape.parameters()
     if name == "Prompt tuning":
         return size * shape.d_model
+    if name.endswith(" adapter"):  # two matrices and two biases, in Houlsby's twice a block
+        a_block = 2 if name.startswith("Houlsby") else 1
+        d = shape.d_model
+        return a_block * (shape.layers + shape.decoder_layers) * (2 * size * d + size + d)
     if name in ("Prefix tuning", "P-tuning v2"):  # a decoder layer of T5 attends twice
         return (
             2 * size * (shape.layers + 2 * shape.decoder_layers) * shape.kv_heads * shape.head_dim

@@ -1,0 +1,434 @@
+"""Lesson 08, adapters and scales: the bottleneck, its start, its size, merged factors, a clinic."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pandas as pd
+import torch
+from torch import nn
+from torch.nn.functional import relu
+
+from peftlab.accounting import count
+from peftlab.exercises import Wrong, exercise, expect, match, question, swapped
+from peftlab.methods import IA3, BitFit, HoulsbyAdapter
+
+# --- predict first -----------------------------------------------------------------------------
+
+
+@question(
+    "BERT-base has 12 blocks and d_model = 768. Houlsby's adapters have a bottleneck of 64 and "
+    "biases. How many numbers train in them?",
+    {
+        "a": (
+            "1,189,632",
+            "That is one adapter a block. Houlsby has two, one a sublayer.",
+        ),
+        "b": ("2,379,264", "That is W_down, W_up and both biases, twice a block."),
+        "c": ("2,359,296", "That is the matrices alone: each adapter has 64 + 768 biases."),
+        "d": (
+            "14,155,776",
+            "That is a d × d matrix for each adapter, with no bottleneck.",
+        ),
+    },
+)
+def how_many():
+    m, d, places = 64, 768, 24
+    numbers = {
+        "a": 12 * (2 * m * d + m + d),
+        "b": places * (2 * m * d + m + d),
+        "c": places * 2 * m * d,
+        "d": places * d * d,
+    }
+    trained = count(HoulsbyAdapter(64), "bert-base")
+    letter = next(letter for letter, number in numbers.items() if number == trained)
+    return letter, f"24 adapters × (2·64·768 + 64 + 768) = {trained:,}."
+
+
+@question(
+    "BitFit trains every bias of a model and nothing else. How many numbers is that on Llama-3-8B?",
+    {
+        "a": ("0.08% of it", "That is its share on BERT, where every linear map has a bias."),
+        "b": ("as many as (IA)³ has", "(IA)³ brings its own vectors. BitFit has what it finds."),
+        "c": (
+            "the shifts of the norms",
+            "An RMSNorm has a scale alone, and no shift.",
+        ),
+        "d": ("none", "A method that picks from what is there depends on what is there."),
+    },
+)
+def biases_of_llama():
+    trained, scales = count(BitFit(), "llama-3-8b"), count(IA3(), "llama-3-8b")
+    letter = "d" if trained == 0 else "b" if trained == scales else "a"
+    bert = count(BitFit(), "bert-base")
+    return letter, f"{trained:,} on Llama-3-8B, {bert:,} on BERT-base."
+
+
+@question(
+    "The bias of a key, b_k, is added to every key: the score of query q with key k becomes "
+    "q·(k + b_k). You change b_k to anything at all. What becomes of the attention weights?",
+    {
+        "a": ("they become uniform", "Adding one number to all scores flattens nothing."),
+        "b": (
+            "they become sharper",
+            "Sharper needs larger differences; none changes.",
+        ),
+        "c": ("they stay as they are", "q·b_k is the same for every key of this query."),
+        "d": ("it depends on the sign", "Either sign adds one number to all scores of a query."),
+    },
+)
+def key_bias():
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 5, 8, generator=generator, dtype=torch.float64)
+    b = 10 * torch.randn(8, generator=generator, dtype=torch.float64)
+    before, after = ((q @ keys.T).softmax(dim=-1) for keys in (k, k + b))
+    moved = (after - before).abs().max().item()
+    spread = after.std(dim=-1).mean() / before.std(dim=-1).mean()
+    letter = "c" if moved < 1e-9 else "b" if spread > 1 else "a"
+    return letter, f"Five queries, five keys, a bias ten times as large: moved by {moved:.0e}."
+
+
+# --- the adapter -------------------------------------------------------------------------------
+
+
+def parts(d: int = 5, m: int = 3) -> dict[str, torch.Tensor]:
+    """Random y (tokens, d) and the tensors of one adapter, the same at every call."""
+    generator = torch.Generator().manual_seed(8)
+
+    def drawn(*size):
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    return {
+        "y": drawn(4, d),
+        "W_down": drawn(m, d),
+        "b_down": drawn(m),
+        "W_up": drawn(d, m),
+        "b_up": drawn(d),
+    }
+
+
+def near(a, b) -> bool:
+    """Same shape, same numbers up to rounding."""
+    return isinstance(a, torch.Tensor) and a.shape == b.shape and torch.allclose(a, b.to(a.dtype))
+
+
+def adapter_solution(y, W_down, b_down, W_up, b_up):
+    hidden = torch.relu(y @ W_down.T + b_down)
+    return y + hidden @ W_up.T + b_up
+
+
+@exercise(
+    "A sequential adapter",
+    solution=adapter_solution,
+    mistakes=(
+        (lambda y, D, b, U, c: relu(y @ D.T + b) @ U.T + c, "forgot the way around"),
+        (lambda y, D, b, U, c: y + (y @ D.T + b) @ U.T + c, "nothing bends"),
+        (lambda y, D, b, U, c: y + relu((y @ D.T + b) @ U.T + c), "bend stands behind W_up"),
+        (lambda y, D, b, U, c: y + relu(y @ D.T) @ U.T, "left out the biases"),
+        (lambda y, D, b, U, c: y + relu(y @ D + b) @ U.T + c, "do not fit"),
+        (lambda y, D, b, U, c: relu(y + relu(y @ D.T + b) @ U.T + c), "the sum goes through"),
+    ),
+    difficulty=1,
+    importance=5,
+    minutes=4,
+    hints=(
+        "Down, bend, up, and then add what you started from.",
+        "W_down is (m, d) and y is (tokens, d): y @ W_down.T is (tokens, m).",
+    ),
+)
+def adapter(answer):
+    p = parts()
+    y, D, b, U, c = p.values()
+    right = adapter_solution(*p.values())
+    try:
+        mine = answer(y, D, b, U, c)
+    except RuntimeError as error:
+        if isinstance(error, NotImplementedError):
+            raise
+        raise Wrong(
+            "the shapes do not fit: W_down is (m, d) and W_up is (d, m), so both are transposed "
+            "when they stand behind y"
+        ) from error
+    expect(isinstance(mine, torch.Tensor), f"return a tensor; yours is {type(mine).__name__}")
+    if near(mine, right):
+        return "down, bend, up, and y around it all"
+    f = right - y
+    expect(not near(mine, f), "the bottleneck is right, but you forgot the way around it: y + f(y)")
+    straight = y + (y @ D.T + b) @ U.T + c
+    expect(not near(mine, straight), "nothing bends: without σ the adapter is one matrix, LoRA's")
+    late = y + relu((y @ D.T + b) @ U.T + c)
+    expect(not near(mine, late), "the bend stands behind W_up; its place is in the middle")
+    expect(not near(mine, y + relu(y @ D.T) @ U.T), "you left out the biases b_down and b_up")
+    expect(not near(mine, relu(right)), "the sum goes through σ; only W_down y + b_down does")
+    raise Wrong(f"expected {tuple(right.shape)} with other numbers; yours is {tuple(mine.shape)}")
+
+
+# --- its start ---------------------------------------------------------------------------------
+
+
+def start_solution(d, m):
+    W_down = torch.randn(m, d) / d**0.5
+    W_up = torch.zeros(d, m)
+    return W_down, W_up
+
+
+@exercise(
+    "Start at the identity",
+    solution=start_solution,
+    mistakes=(
+        (lambda d, m: (torch.zeros(m, d), torch.zeros(d, m)), "no gradient ever comes"),
+        (lambda d, m: (torch.randn(m, d) / 3, torch.randn(d, m)), "not the base"),
+        (lambda d, m: (torch.zeros(m, d), torch.randn(d, m)), "σ has no slope"),
+        (lambda d, m: (torch.randn(d, m), torch.zeros(m, d)), "W_down should be"),
+        (lambda d, m: (torch.ones(m, d) / d, torch.zeros(d, m)), "all units of the bottleneck"),
+    ),
+    difficulty=2,
+    importance=5,
+    minutes=5,
+    hints=(
+        "y + f(y) = y for every y needs f = 0. Which matrix at zero is enough?",
+        "The other one must let something through, or the first step has nothing to go by.",
+    ),
+)
+def start(answer):
+    d, m = 6, 4
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = answer(d, m)
+    expect(isinstance(made, tuple) and len(made) == 2, "return two tensors, W_down and W_up")
+    D, U = made
+    for name, tensor, shape in (("W_down", D, (m, d)), ("W_up", U, (d, m))):
+        expect(
+            isinstance(tensor, torch.Tensor) and tuple(tensor.shape) == shape,
+            f"{name} should be {shape}, yours is {tuple(getattr(tensor, 'shape', ()))}",
+        )
+    D, U = (t.detach().float().requires_grad_() for t in (D, U))
+    y = torch.randn(32, d, generator=torch.Generator().manual_seed(1))
+    f = relu(y @ D.T) @ U.T
+    expect(
+        not (f != 0).any(),
+        f"the start is not the base: |f(y)| is {f.norm() / y.norm():.2g} of |y|. Houlsby's is near "
+        "zero; here, make it zero",
+    )
+    (y + f - 1).square().mean().backward()
+    if not U.grad.any() and not D.grad.any():
+        expect(
+            U.any(),
+            "both are zero, so no gradient ever comes: each factor's passes through the other",
+        )
+        raise Wrong(
+            "with W_down at zero every unit sits where σ has no slope, and ReLU passes nothing back"
+        )
+    expect(
+        torch.linalg.matrix_rank(D.detach()) > 1,
+        "all units of the bottleneck are equal, and get equal gradients: it has one unit, not m",
+    )
+    return "f = 0 at the start, and W_up has a gradient: ParallelAdapter's start"
+
+
+# --- its size ----------------------------------------------------------------------------------
+
+
+def count_adapters_solution(m, layers, d_model, a_block):
+    return layers * a_block * (2 * m * d_model + m + d_model)
+
+
+@exercise(
+    "Count adapters",
+    solution=count_adapters_solution,
+    mistakes=(
+        (lambda m, L, d, n: L * n * 2 * m * d, "left out the biases"),
+        (lambda m, L, d, n: L * n * (m * d + m + d), "one of the two matrices"),
+        (lambda m, L, d, n: L * (2 * m * d + m + d), "one adapter a block"),
+        (lambda m, L, d, n: L * n * (2 * m * d + 2 * d), "m numbers and not d_model"),
+        (lambda m, L, d, n: n * (2 * m * d + m + d), "forgot the blocks"),
+    ),
+    difficulty=1,
+    importance=3,
+    minutes=4,
+    hints=(
+        "W_down has m·d_model numbers, b_down has m. And W_up and b_up?",
+        "Houlsby puts two adapters into a block, Pfeiffer one.",
+    ),
+)
+def count_adapters(answer):
+    m, L, d, n = 48, 12, 768, 2
+    for case in ((m, L, d, n), (3, 6, 192, 1)):
+        right, mine = count_adapters_solution(*case), answer(*case)
+        expect(isinstance(mine, int), f"return a whole number; yours is {type(mine).__name__}")
+        if mine == right:
+            continue
+        m, L, d, n = case
+        for wrong, words in (
+            (L * n * 2 * m * d, "the matrices are right, but you left out the biases"),
+            (L * n * (m * d + m + d), "you counted one of the two matrices"),
+            (L * (2 * m * d + m + d), "that is one adapter a block"),
+            (L * n * (2 * m * d + 2 * d), "the bias of W_down has m numbers and not d_model"),
+            (n * (2 * m * d + m + d), "that is one block: you forgot the blocks"),
+        ):
+            expect(mine != wrong, words)
+        raise Wrong(f"for m = {m}, {L} blocks, d_model = {d}, {n} a block: not {mine:,}")
+    houlsby = count(HoulsbyAdapter(48), "bert-base")
+    assert right and houlsby == count_adapters_solution(48, 12, 768, 2)
+    return f"on BERT-base with m = 48, two a block: {houlsby:,}"
+
+
+# --- merged factors ----------------------------------------------------------------------------
+
+
+def merge_factors_solution(W, b, factors, of_input):
+    if of_input:
+        return W * factors, b
+    return W * factors[:, None], b * factors
+
+
+@exercise(
+    "Merge (IA)³",
+    solution=merge_factors_solution,
+    mistakes=(
+        (lambda W, b, f, i: (W * f if i else W * f[:, None], b), "the bias as well"),
+        (lambda W, b, f, i: (W * f[:, None], b * f) if not i else (W * f, b * 2), "bias stays"),
+        (lambda W, b, f, i: (W * f, b * f), "columns, that is inputs"),
+        (lambda W, b, f, i: (W + f if i else W + f[:, None], b), "added the factors"),
+        (lambda W, b, f, i: (W / f, b) if i else (W / f[:, None], b / f), "divided"),
+    ),
+    difficulty=3,
+    importance=4,
+    minutes=8,
+    hints=(
+        "l ⊙ (W x + b) = W' x + b' for every x. Which rows or columns of W belong to l?",
+        "Output factors scale rows, l[:, None], and the bias. Input factors scale columns only.",
+    ),
+)
+def merge_factors(answer):
+    generator = torch.Generator().manual_seed(3)
+    W, b, factors, x = (
+        torch.randn(*size, generator=generator, dtype=torch.float64)
+        for size in ((4, 4), (4,), (4,), (6, 4))
+    )
+    for of_input in (False, True):
+        made = answer(W.clone(), b.clone(), factors.clone(), of_input)
+        expect(isinstance(made, tuple) and len(made) == 2, "return two tensors: W and b, merged")
+        W_, b_ = made
+        for name, got, old in (("W", W_, W), ("b", b_, b)):
+            expect(
+                isinstance(got, torch.Tensor) and got.shape == old.shape,
+                f"{name} keeps its shape {tuple(old.shape)} when factors are merged",
+            )
+        wanted = (x * factors) @ W.T + b if of_input else factors * (x @ W.T + b)
+        if near(x @ W_.T + b_, wanted):
+            continue
+        across = factors if of_input else factors[:, None]
+        rows = W * across
+        expect(
+            not near(W_, W + across),
+            "you added the factors; (IA)³ multiplies",
+        )
+        divided = W / across
+        expect(not near(W_, divided), "you divided: that is how one would unmerge")
+        if of_input:
+            expect(not near(W_, rows), "W is right, but here the bias stays: x is scaled, not b")
+            raise Wrong("of inputs: each column of W belongs to one input, so W * l")
+        expect(not near(W_, rows), "W is right, but the output was l ⊙ (W x + b): the bias as well")
+        expect(
+            not near(W_, W * factors),
+            "you scaled columns, that is inputs; outputs are rows, W * l[:, None]",
+        )
+        raise Wrong("of outputs: each row of W belongs to one output, so W * l[:, None] and b * l")
+    return "rows and bias for outputs, columns alone for inputs"
+
+
+# --- a clinic ----------------------------------------------------------------------------------
+
+FAULTS = {
+    "healthy": "nothing is wrong",
+    "no way around": "y is not added to f(y)",
+    "both zero": "W_down and W_up both started at zero",
+    "base not frozen": "the base's weights were given to the optimizer too",
+}
+PATIENTS = {"A": "both zero", "B": "healthy", "C": "base not frozen", "D": "no way around"}
+
+
+class Patient(nn.Module):
+    """A frozen linear map with an adapter behind it, ill or well."""
+
+    def __init__(self, fault: str):
+        super().__init__()
+        self.base, self.fault = nn.Linear(8, 8), fault
+        self.down, self.up = nn.Linear(8, 4), nn.Linear(4, 8)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+        if fault == "both zero":
+            nn.init.zeros_(self.down.weight)
+            nn.init.zeros_(self.down.bias)
+        self.base.requires_grad_(fault == "base not frozen")
+
+    def forward(self, x):
+        y = self.base(x)
+        f = self.up(torch.relu(self.down(y)))
+        return f if self.fault == "no way around" else y + f
+
+
+@cache
+def clinic(steps: int = 60) -> pd.DataFrame:
+    """What four patients show: at the start, in the first gradients, and after some steps."""
+    rows = {}
+    for letter, fault in PATIENTS.items():
+        with torch.random.fork_rng():
+            torch.manual_seed(8)
+            model = Patient(fault)
+            x, rule = torch.randn(256, 8), torch.randn(8, 8) / 3
+        before = model.base.weight.detach().clone()
+        plain = model.base(x).detach()
+        target = plain + torch.relu(x @ rule)
+        change = (model(x) - plain).norm() / plain.norm()
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
+        losses = []
+        for step in range(steps):
+            loss = (model(x) - target).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            if step == 1:  # the first in which a zero W_up has let W_down see anything
+                gradient = model.down.weight.grad.norm().item()
+            optimizer.step()
+            losses.append(loss.item())
+        rows[letter] = {
+            "output at the start, moved by": change.item(),
+            "loss at the start": losses[0],
+            "loss at the end": losses[-1],
+            "gradient of W_down, step 2": gradient,
+            "base moved by": (model.base.weight - before).norm().item() / before.norm().item(),
+            "trained numbers": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        }
+    return pd.DataFrame(rows).T.rename_axis("patient")
+
+
+SIGNS = {
+    "healthy": "Its output starts at the base's, its W_down gets a gradient, the base is still.",
+    "no way around": "At the start its output is gone entirely: moved by 100%.",
+    "both zero": "Its W_down gets no gradient, so only the bias of W_up can learn.",
+    "base not frozen": "Look at what the base moved by, and at how many numbers train.",
+}
+
+
+@exercise(
+    "Debug the broken adapters",
+    solution=PATIENTS,
+    mistakes=(
+        (swapped(PATIENTS, "A", "B"), "at patient A. Its W_down gets no gradient"),
+        (swapped(PATIENTS, "B", "C"), "at patient B. Its output starts at the base's"),
+        (swapped(PATIENTS, "C", "D"), "at patient C. Look at what the base moved by"),
+        (PATIENTS | {"D": "healthy"}, "one fault twice"),
+        (PATIENTS | {"B": "overfitting"}, "is none of the four"),
+    ),
+    difficulty=3,
+    importance=5,
+    minutes=8,
+    hints=(
+        "Begin with the column on the base: three of the four must not move it.",
+        "An output moved by 1 at the start is an output that was replaced.",
+    ),
+)
+def debug(answer):
+    expect(isinstance(answer, dict), "hand over a dict: patient to diagnosis")
+    return match(answer, PATIENTS, FAULTS, SIGNS)
