@@ -72,6 +72,7 @@ class Entry:
     rates: tuple[float, ...]
     skill: str = ""
     seeds: tuple[int, ...] = field(default=SEEDS)
+    head_lr: float | None = None  # of a head under a method; None is the usual one
 
     def facts(self) -> dict:
         method = self.method.to_dict() if self.method else {"method": "head"}
@@ -197,11 +198,11 @@ def one(entry: Entry, lr: float, seed: int, split: str, device: str, steps: int 
         _bases[entry.base, device] = load(entry.base, device=device)
     base = _bases[entry.base, device]
     task = tasks.load(entry.task, **({"skill": entry.skill} if entry.skill else {}))
-    methods = [entry.method] if entry.method else []
+    methods, head_lr = ([entry.method], entry.head_lr) if entry.method else ([], lr)
     with attach(base, methods, seed=seed, head=task.head) as tuned:
         run = train(
             tuned, task, steps=steps or entry.steps, lr=lr, seed=seed, precision="fp32",
-            progress=False, evaluate=False, **({} if entry.method else {"head_lr": lr}),
+            progress=False, evaluate=False, **({"head_lr": head_lr} if head_lr else {}),
         )  # fmt: skip
         examples = getattr(task, split)
         scores = task.score(tuned, examples[:20] if steps else examples)

@@ -29,7 +29,7 @@ class BitFit(Method):
 
     name: ClassVar[str] = "bitfit"
     title: ClassVar[str] = "BitFit"
-    learning_rate: ClassVar[float] = 3e-3
+    learning_rate: ClassVar[float] = 1e-2
     in_place: ClassVar[bool] = True
 
     def reach(self, base, attachment, generator):

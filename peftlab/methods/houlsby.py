@@ -39,7 +39,7 @@ class HoulsbyAdapter(Adapter):
 
     name: ClassVar[str] = "houlsby"
     title: ClassVar[str] = "Houlsby adapter"
-    learning_rate: ClassVar[float] = 3e-3
+    learning_rate: ClassVar[float] = 1e-2
 
     def __post_init__(self):
         super().__post_init__()

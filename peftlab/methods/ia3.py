@@ -44,7 +44,7 @@ class IA3(Method):
 
     name: ClassVar[str] = "ia3"
     title: ClassVar[str] = "(IA)³"
-    learning_rate: ClassVar[float] = 1e-2
+    learning_rate: ClassVar[float] = 1e-1
 
     def __post_init__(self):
         for field in ("target_modules", "feedforward_modules"):

@@ -27,7 +27,7 @@ class LayerNormTuning(Method):
 
     name: ClassVar[str] = "layer_norm"
     title: ClassVar[str] = "LayerNorm tuning"
-    learning_rate: ClassVar[float] = 3e-3
+    learning_rate: ClassVar[float] = 1e-2
     in_place: ClassVar[bool] = True
 
     def reach(self, base, attachment, generator):

@@ -35,7 +35,7 @@ class ParallelAdapter(Adapter):
 
     name: ClassVar[str] = "parallel"
     title: ClassVar[str] = "Parallel adapter"
-    learning_rate: ClassVar[float] = 3e-3
+    learning_rate: ClassVar[float] = 1e-2
     beside: ClassVar[bool] = True
 
     def initialise(self, f, generator):

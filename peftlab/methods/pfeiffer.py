@@ -33,7 +33,7 @@ class PfeifferAdapter(Adapter):
 
     name: ClassVar[str] = "pfeiffer"
     title: ClassVar[str] = "Pfeiffer adapter"
-    learning_rate: ClassVar[float] = 3e-3
+    learning_rate: ClassVar[float] = 1e-2
 
     def initialise(self, f, generator):
         for weight in (f.W_down, f.W_up):
