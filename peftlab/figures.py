@@ -76,8 +76,11 @@ def method_key(label: str) -> str | None:
 
     >>> method_key("QLoRA, 4 bits")
     'qlora'
+    >>> method_key("(IA)³"), method_key("LayerNorm tuning")
+    ('ia3', 'layer_norm')
     """
     text = label.lower().replace(" ", "_").replace("-", "_")
+    text = text.replace("(ia)³", "ia3").replace("layernorm", "layer_norm")
     return max((key for key in _STYLE if key in text), key=len, default=None)
 
 
@@ -303,14 +306,18 @@ def strengths(
 ) -> go.Figure:
     """Something measured while a trained change is turned up from 0, the base, to 1 and beyond."""
     fig = _figure(title, "strength t: 0 is the base, 1 is as trained", y_title)
-    for label, style in _styles(curves).items():
+    for (label, style), dash in zip(_styles(curves).items(), DASHES, strict=False):
         at, colour = curves[label], style["colour"]
-        line = dict(color=colour, dash=style["dash"], width=2)
-        fig.add_scatter(x=list(at), y=list(at.values()), mode="lines", line=line, name=label)
-        mark = dict(symbol=style["marker"], size=13, color=colour)
+        line, small = dict(color=colour, dash=dash, width=2), dict(symbol=style["marker"], size=8)
+        points = dict(x=list(at), y=list(at.values()), mode="lines+markers", marker=small)
+        fig.add_scatter(**points, line=line, name=label)
+        mark = dict(symbol=style["marker"], size=16, color=colour)
         fig.add_scatter(
             x=[current], y=[at[current]], mode="markers", marker=mark, name=label, showlegend=False
         )
+    lowest = min(min(at.values()) for at in curves.values())
+    if lowest > 0:
+        fig.update_yaxes(type="log", dtick=1, exponentformat="none")
     return fig
 
 
