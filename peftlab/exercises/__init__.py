@@ -165,6 +165,11 @@ def collect(module) -> list[Exercise | Question]:
     return [item for item in vars(module).values() if isinstance(item, (Exercise, Question))]
 
 
+def finding(statement: str, holds: Any) -> None:
+    """Print a statement about a run, and whether it held in this one."""
+    print("✓" if holds else "✗ not in this run:", statement)
+
+
 def swapped(right: dict[str, str], first: str, second: str) -> dict[str, str]:
     """A right answer with two of its names exchanged: a mistake that learners make."""
     return right | {first: right[second], second: right[first]}

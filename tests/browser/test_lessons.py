@@ -92,3 +92,26 @@ def test_lesson_07_quantises_at_the_block_size_that_the_slider_says(open_lesson)
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randn(192, 768, generator=generator)
     expect(answer).to_contain_text(code_view(drawn, 128, "int4").text)
+
+
+def test_lesson_08_counts_what_the_bottleneck_says(open_lesson):
+    """The whole lesson runs; an arrow key changes the bottleneck, another the strength."""
+    lesson = open_lesson(NOTEBOOKS / "08_adapters_and_scales.ipynb")
+    lesson.run_all()
+    count = lesson.page.locator(".peftlab-count").first
+    handle = lesson.page.locator(".peftlab-size [role=slider]").first
+    readout = lesson.page.locator(".peftlab-size .widget-readout").first
+    before, m = number(count.inner_text()), number(readout.inner_text())
+    handle.focus()
+    handle.press("ArrowRight")
+    expect(count).not_to_contain_text(f"{before:,} parameters")
+    now = number(readout.inner_text())
+    assert now > m
+    view = count_view("Houlsby adapter", now, ("q", "v"), "bert-base")
+    assert number(count.inner_text()) == view.parameters
+    text = lesson.page.locator(".peftlab-strength-text").first
+    expect(text).to_contain_text("strength 1: ")
+    strength = lesson.page.locator(".peftlab-strength [role=slider]").first
+    strength.focus()
+    strength.press("ArrowRight")
+    expect(text).to_contain_text("strength 1.25: Parallel adapter ")
