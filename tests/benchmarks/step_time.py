@@ -25,6 +25,14 @@ CASES = {
         peftlab.LoRA(r=8, alpha=16),
         peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=["c_attn"]),
     ),
+    "(IA)³, queries too": (
+        peftlab.IA3(["q", "k", "v", "down"]),
+        peft.IA3Config(task_type="CAUSAL_LM"),
+    ),
+    "LayerNorm tuning": (
+        peftlab.LayerNormTuning(),
+        peft.LNTuningConfig(task_type="CAUSAL_LM"),
+    ),
     "prompt tuning": (
         peftlab.PromptTuning(20),
         peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20),
