@@ -298,16 +298,13 @@ CASES = {
         [HoulsbyAdapter(2, "tanh", 2.0, ["attention", "cross", "mlp"])], families=("t5",)
     ),
     "pfeiffer": Case([PfeifferAdapter(4)]),
-    "parallel": Case([ParallelAdapter(5)], starts_equal=True, plain=True),
+    "parallel": Case([ParallelAdapter(5)], starts_equal=True),
     "parallel attention": Case(
         [ParallelAdapter(2, "silu", 0.5, ["attention"]), PfeifferAdapter(2, "gelu")]
     ),
     "ia3": Case([IA3()], starts_equal=True, merges=True, drawn=False, plain=True),
-    "ia3 outputs": Case(
-        [IA3(["q", "o", "up", "down"], [])], starts_equal=True, merges=True, drawn=False
-    ),
-    "ia3 inputs": Case(
-        [IA3(["o", "up", "down"], ["o", "up", "down"])],
+    "ia3 both": Case(
+        [IA3(["q", "o", "up", "down"], ["o", "down"])],
         starts_equal=True,
         merges=True,
         drawn=False,
@@ -324,7 +321,7 @@ CASES = {
         restored=False,
     ),
     "lora + ia3": Case(
-        [IA3(), LoRA(target_modules=["q", "o", "up"])], starts_equal=True, merges=True, plain=True
+        [IA3(), LoRA(target_modules=["q", "o", "up"])], starts_equal=True, merges=True
     ),
     "ia3 + bitfit": Case(
         [IA3(), BitFit()],

@@ -12,17 +12,8 @@ from peftlab.soft import PrefixMLP, PromptEncoder
 FLOAT64 = torch.float64
 THROUGH = (
     *("prompt", "prompt random", "lora", "lora + prompt", "prefix", "prefix mlp", "prefix shifted"),
-    *(
-        "qlora",
-        "p lama",
-        "p around",
-        "p back",
-        "v2 depth",
-        "deep",
-        "prompt and prefix",
-        "prompt + prefix",
-    ),
-    *("houlsby", "houlsby all", "pfeiffer", "parallel", "parallel attention", "ia3", "ia3 inputs"),
+    *("p lama", "p around", "p back", "v2 depth", "deep", "prompt and prefix", "prompt + prefix"),
+    *("houlsby", "houlsby all", "pfeiffer", "parallel", "parallel attention", "ia3", "ia3 both"),
     *("bitfit", "layer norm", "mam", "head adapter", "qlora"),
     *("head v2", "head prompt", "head deep"),
 )
