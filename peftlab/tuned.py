@@ -115,7 +115,9 @@ class Tuned(LanguageModel):
             self.train(base.model.training)  # new modules start with dropout on
             self._stack = stack.pop_all()
         self.virtual_tokens = virtual
-        self.using: str | list[str] | tuple[str, ...] | dict[str, float] | None = None  # see `use`
+        self.using: str | list[str] | tuple[str, ...] | dict[str, int | float] | None = (
+            None  # see `use`
+        )
         self._linear_now = self.linear
         base.adapted_by = self
 
@@ -317,7 +319,7 @@ class Tuned(LanguageModel):
         device = self.device
         self.kept[name] = {key: tensor.to(device) for key, tensor in state.items()}
 
-    def use(self, names: str | list[str] | tuple[str, ...] | dict[str, float] | None) -> None:
+    def use(self, names: str | list[str] | tuple[str, ...] | dict[str, int | float] | None) -> None:
         """Put kept adapters in place: one for every row, or a list with one for each row.
 
         A dict such as {"a": 0.5, "b": 0.5} puts the weighted sum of their deltas in place. None

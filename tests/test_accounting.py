@@ -28,7 +28,16 @@ from transformers import (
 from peftlab import accounting
 from peftlab._data import data_path
 from peftlab.bases.shapes import Shape, as_shape
-from peftlab.methods import BitFit, FullFineTuning, LoRA, PromptTuning
+from peftlab.methods import (
+    AdaLoRA,
+    BitFit,
+    DoRA,
+    FullFineTuning,
+    LoRA,
+    PiSSA,
+    PromptTuning,
+    VeRA,
+)
 
 CLASSES = {
     "gpt2": (GPT2Config, GPT2LMHeadModel),
@@ -304,6 +313,50 @@ def test_known_counts(name):
         for targets, expected in zip((("q", "v"), "qkvo", "all-linear"), row, strict=True):
             targets = tuple(targets) if targets == "qkvo" else targets
             assert accounting.count(LoRA(r=r, target_modules=targets), shape) == expected
+
+
+# Computed apart from this package, as the table above: LoRA's numbers and d_out for each target.
+KNOWN_DORA = {
+    "gpt2": {4: 165888, 8: 313344, 16: 608256},
+    "bert-base": {4: 165888, 8: 313344, 16: 608256},
+    "t5-base": {4: 497664, 8: 940032, 16: 1824768},
+    "toy-gqa": {4: 14592, 8: 27904, 16: 54528},
+}
+
+
+@pytest.mark.parametrize("name", KNOWN_DORA)
+def test_known_counts_of_the_lora_family(name):
+    shape = as_shape(CONFIGS[name])
+    for r, expected in KNOWN_DORA[name].items():
+        assert accounting.count(DoRA(r=r), shape) == expected
+        plain = accounting.count(LoRA(r=r), shape)
+        assert accounting.count(LoRA(r=r, use_rslora=True, loraplus_lr_ratio=16), shape) == plain
+        assert accounting.count(PiSSA(r=r), shape) == plain == accounting.stored(LoRA(r=r), shape)
+        assert accounting.stored(PiSSA(r=r), shape) == 2 * plain
+        matrices = [m for t in "qv" for m in shape.matrices(t)]
+        ranks = sum(copies for copies, _, _ in matrices)
+        adalora = AdaLoRA(init_r=r, target_r=1)
+        assert accounting.count(adalora, shape) == plain + r * ranks
+        rows = sum(copies * d_out for copies, _, d_out in matrices)
+        assert accounting.count(VeRA(r=r), shape) == r * ranks + rows
+
+
+def test_known_counts_of_a_shared_factor():
+    """PEFT 0.21.2 trained 147,456 numbers with r = 4 on GPT-2's c_attn, 393,216 on GPT-2 medium's:
+    as many as separate factors on q and v have, and two thirds of what they have on q, k and v."""
+    targets = ("q", "k", "v")
+    for name, expected in (("gpt2", 147456), ("gpt2-medium", 393216)):
+        fused = accounting.count(LoRA(r=4, target_modules=targets, fused=True), name)
+        assert fused == expected == accounting.count(LoRA(r=4), name)
+        assert 3 * fused == 2 * accounting.count(LoRA(r=4, target_modules=targets), name)
+
+
+def test_published_counts_of_vera():
+    """Table 2 of the paper: RoBERTa base with r = 1024 on q and v, printed as 0.043M; large with
+    r = 256, 0.061M."""
+    large = ROBERTA_BASE | dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16)
+    for fields, r, published in ((ROBERTA_BASE, 1024, 0.043), (large, 256, 0.061)):
+        assert round(accounting.count(VeRA(r=r), as_shape(fields)) / 1e6, 3) == published
 
 
 def test_known_count_of_a_published_table():

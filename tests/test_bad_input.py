@@ -27,14 +27,18 @@ from safetensors.torch import load_file, save_file
 
 import peftlab
 from peftlab import (
+    AdaLoRA,
     DeepPromptTuning,
+    DoRA,
     FullFineTuning,
     LoRA,
+    PiSSA,
     PrefixTuning,
     PromptAndPrefix,
     PromptTuning,
     PTuning,
     PTuningV2,
+    VeRA,
     attach,
 )
 from peftlab.bases import CLASSES, Base
@@ -93,6 +97,73 @@ def untyped():
 def test_lora_refuses(options, words):
     with pytest.raises(ValueError, match=words):
         LoRA(**options)
+
+
+@pytest.mark.parametrize(
+    "method, options, words",
+    [
+        (LoRA, {"loraplus_lr_ratio": 0.5}, "loraplus_lr_ratio=0.5: allowed is at least 1.0"),
+        (DoRA, {"r": 0}, "r=0: allowed is at least 1"),
+        (DoRA, {"alpha": -1}, "alpha=-1: allowed is at least 0"),
+        (DoRA, {"dropout": 2}, "dropout=2: allowed is 0.0 to 1.0"),
+        (DoRA, {"target_modules": "q"}, "target_modules='q': give a list.*or 'all-linear'"),
+        (PiSSA, {"r": 0}, "r=0: allowed is at least 1"),
+        (PiSSA, {"alpha": 0}, "alpha=0: allowed is above 0"),
+        (VeRA, {"r": 0}, "r=0: allowed is at least 1"),
+        (VeRA, {"d_initial": 0}, "d_initial=0: allowed is above 0"),
+        (VeRA, {"projection_prng_key": -1}, "projection_prng_key=-1: allowed is at least 0"),
+        (VeRA, {"target_modules": []}, r"target_modules=\[\]: give a list"),
+        (AdaLoRA, {"init_r": 0}, "init_r=0: allowed is at least 1"),
+        (AdaLoRA, {"target_r": 13}, "target_r=13: allowed is 1 to 12"),
+        (AdaLoRA, {"beta1": 1.5}, "beta1=1.5: allowed is 0.0 to 1.0"),
+        (AdaLoRA, {"start": 0.5, "end": 0.4}, "end=0.4: allowed is 0.5 to 1.0"),
+    ],
+)
+@pytest.mark.usefixtures("untyped")
+def test_the_lora_family_refuses(method, options, words):
+    with pytest.raises(ValueError, match=words):
+        method(**options)
+
+
+@pytest.mark.parametrize(
+    "method, words",
+    [
+        (LoRA(r=99), r"r=99 at .*: allowed is 1 to"),
+        (DoRA(r=99), r"r=99 at .*: allowed is 1 to"),
+        (PiSSA(r=99), r"r=99 at .*: allowed is 1 to"),
+        (AdaLoRA(init_r=99), r"init_r=99 at .*: allowed is 1 to"),
+        (DoRA(target_modules=["x"]), "unknown target 'x': this model has q, k, v, o"),
+        (VeRA(target_modules=["q", "head"]), "unknown target 'head'"),
+    ],
+)
+def test_the_lora_family_does_not_fit(base, method, words):
+    with pytest.raises(ValueError, match=words):
+        attach(base, method)
+
+
+def test_nothing_is_fused_here(base):
+    """One A for several targets needs several targets in one matrix."""
+    everything = LoRA(r=2, target_modules="all-linear", fused=True)
+    if base.anatomy.family == "gpt2":
+        attach(base, everything).detach()
+        method, words = LoRA(fused=True, target_modules=["q", "o"]), "gpt2 holds q, k, v in one"
+    else:
+        method, words = everything, f"{base.anatomy.family} has none in common"
+    with pytest.raises(ValueError, match=f"two targets in one matrix are needed, and {words}"):
+        attach(base, method)
+    with pytest.raises(ValueError, match=words):
+        peftlab.count(method, base.model.config)
+
+
+@pytest.mark.parametrize("others", [[LoRA(target_modules=["k"])], [DoRA(), LoRA(r=2)]])
+def test_a_weight_takes_one_delta(others):
+    """Also where the first holds q, k and v as one."""
+    base = tiny("gpt2")
+    before = surroundings(base)
+    methods = [LoRA(r=2, target_modules=["q", "k", "v"], fused=True), *others]
+    with pytest.raises(ValueError, match="two methods want the same site, layers.0"):
+        attach(base, methods if len(others) == 1 else others)
+    assert surroundings(base) == before
 
 
 @pytest.mark.parametrize(

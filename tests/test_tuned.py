@@ -60,7 +60,16 @@ def test_a_saved_adapter_is_safetensors_and_json(base, tmp_path):
     assert load_file(folder / "adapter_model.safetensors").keys() == tuned.trainable.keys()
     written = json.loads((folder / "adapter_config.json").read_text())
     assert written["methods"] == [
-        {"method": "lora", "r": 2, "alpha": 16, "target_modules": ["q", "v"], "dropout": 0.0}
+        {
+            "method": "lora",
+            "r": 2,
+            "alpha": 16,
+            "target_modules": ["q", "v"],
+            "dropout": 0.0,
+            "use_rslora": False,
+            "loraplus_lr_ratio": 1.0,
+            "fused": False,
+        }
     ]
     assert written["base_digest"] == base.digest
     tuned.merge()  # saving a merged adapter saves the same factors

@@ -106,8 +106,8 @@ class AdaLoRA(DeltaMethod):
         delta.initialise(generator)
         return delta
 
-    def size(self, d_in, d_out):
-        check_rank("init_r", self.init_r, d_in, d_out)
+    def size(self, d_in, d_out, where=""):
+        check_rank("init_r", self.init_r, d_in, d_out, where)
         return self.init_r * (d_in + d_out + 1)
 
     def budget(self, done: float, weights: int) -> int:

@@ -44,8 +44,8 @@ class DeltaMethod(Method, listed=False):
         """The delta for this weight as it starts."""
         raise NotImplementedError
 
-    def size(self, d_in: int, d_out: int) -> int:
-        """How many numbers train beside a weight of this size."""
+    def size(self, d_in: int, d_out: int, where: str = "") -> int:
+        """How many numbers train beside a weight of this size, named `where` in an error."""
         raise NotImplementedError
 
     def places(self, base) -> list[Linear]:
@@ -64,15 +64,14 @@ class DeltaMethod(Method, listed=False):
     def parameters(self, shape: Shape) -> int:
         """Σ size(d_in, d_out) over the target matrices."""
         return sum(
-            copies * self.size(d_in, d_out)
+            copies * self.size(d_in, d_out, target)
             for target in self.targets(shape.targets)
             for copies, d_in, d_out in shape.matrices(target)
         )
 
 
-def check_rank(name: str, r: int, d_in: int, d_out: int, where: str = "") -> None:
+def check_rank(name: str, r: int, d_in: int, d_out: int, where: str) -> None:
     """Raise ValueError if a rank is above what a matrix of this size can have."""
     most = min(d_in, d_out)
     if r > most:
-        at = f" at {where}" if where else ""
-        raise ValueError(f"{name}={r}{at} ({d_out}×{d_in}): allowed is 1 to {most}")
+        raise ValueError(f"{name}={r} at {where} ({d_out}×{d_in}): allowed is 1 to {most}")

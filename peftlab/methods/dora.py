@@ -109,8 +109,8 @@ class DoRA(DeltaMethod):
         for site in attachment.sites:
             site.delta.frozen = site.frozen  # W alone also while it is merged
 
-    def size(self, d_in, d_out):
-        check_rank("r", self.r, d_in, d_out)
+    def size(self, d_in, d_out, where=""):
+        check_rank("r", self.r, d_in, d_out, where)
         return self.r * (d_in + d_out) + d_out
 
     def footprint(self, plan):

@@ -112,8 +112,8 @@ class LoRA(DeltaMethod):
         delta.initialise(generator)
         return delta
 
-    def size(self, d_in, d_out):
-        check_rank("r", self.r, d_in, d_out)
+    def size(self, d_in, d_out, where=""):
+        check_rank("r", self.r, d_in, d_out, where)
         return self.r * (d_in + d_out)
 
     def footprint(self, plan):

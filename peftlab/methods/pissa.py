@@ -106,8 +106,8 @@ class PiSSA(DeltaMethod):
                     lambda delta=site.delta, name=name: getattr(delta, name)
                 )
 
-    def size(self, d_in, d_out):
-        check_rank("r", self.r, d_in, d_out)
+    def size(self, d_in, d_out, where=""):
+        check_rank("r", self.r, d_in, d_out, where)
         return self.r * (d_in + d_out)
 
     def stored(self, shape):

@@ -111,7 +111,7 @@ class VeRA(DeltaMethod):
         shared = attachment.modules[f"{self.name}.projections"]
         return VectorDelta(shared, linear.d_in, linear.d_out, self.d_initial, self.dropout)
 
-    def size(self, d_in, d_out):
+    def size(self, d_in, d_out, where=""):
         return self.r + d_out
 
     def footprint(self, plan):
