@@ -298,9 +298,9 @@ class LinearWeight:
 
     The delta is a module with `forward(x)` and `delta_weight()` (d_out, d_in); one with
     `of_output` True is called as `forward(x, W x)`. Merging writes W + delta_weight() into the
-    model and keeps the original rows; unmerging puts those back. Where entries of W are held at
-    zero by a mask M, so are the delta's: it is then (M ⊙ ΔW) x, which has no low-rank form.
-    `instead` are other deltas in its place, weighed or row by row.
+    model, keeps the original rows and takes the hook away; unmerging puts those back. Where
+    entries of W are held at zero by a mask M, so are the delta's: it is then (M ⊙ ΔW) x, which has
+    no low-rank form. `instead` are other deltas in its place, weighed or row by row.
     """
 
     def __init__(self, linear: Linear, delta: nn.Module):
@@ -328,8 +328,6 @@ class LinearWeight:
         return self.original if self.merged else self.linear.weight
 
     def _add(self, module, args, output):
-        if self.merged:
-            return output
         x = (args[0],)
         if getattr(self.delta, "of_output", False):
             x += (self.linear.product(output),)
@@ -363,6 +361,7 @@ class LinearWeight:
             summed = weight + self._masked(delta.delta_weight()).to(weight.dtype)
             self.original = weight.clone() if code is None else code.snapshot()
             self.linear.write(summed)
+            self.hook.remove()  # a merged weight runs as a plain one
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -373,6 +372,7 @@ class LinearWeight:
             elif isinstance(self.original, Tensor):  # or the codes went, and what was in them
                 self.linear.write(self.original)  # follows the model to its device
             self.original = None
+            self.hook = self.linear.module.register_forward_hook(self._add)
 
 
 class CodedProduct(torch.autograd.Function):

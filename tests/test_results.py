@@ -12,7 +12,7 @@ import pytest
 
 from peftlab import tasks
 from peftlab.bases import load
-from peftlab.experiments import limits, sweep_cloze, sweep_soft
+from peftlab.experiments import limits, sweep_cloze, sweep_soft, time_merge
 
 META, RUNS = sweep_soft.read("families")
 METHODS = [
@@ -80,3 +80,17 @@ def test_p_tuning_asks_an_encoder_better_than_no_prompt(encoder):
     ours = runs[runs.encoder.str.startswith(encoder)].exact
     assert len(ours) >= 5
     assert ours.min() - max(untrained, commonest) > ours.max() - ours.min()
+
+
+@pytest.mark.parametrize("batch", time_merge.BATCHES)
+def test_a_merged_adapter_costs_nothing_and_the_others_something(batch):
+    """No further from the plain base than a second plain base was in some block; what is not
+    merged is above that in every block."""
+    _, rows = time_merge.read()
+    rows = rows[rows.batch == batch].set_index("model")
+    noise = max(abs(ratio - 1) for ratio in rows["ratio by block"][time_merge.TWIN])
+    assert noise < 0.1
+    for name in ("LoRA, merged", "DoRA, merged"):
+        assert abs(rows.ratio[name] - 1) <= noise, name
+    for name in time_merge.METHODS:
+        assert min(rows["ratio by block"][name]) > 1 + noise, name

@@ -8,7 +8,7 @@ import copy
 
 import pytest
 import torch
-from models import FAMILIES, U64, adapted, call, letters, put, stir, tiny, token_ids
+from models import FAMILIES, U64, adapted, call, hook_count, letters, put, stir, tiny, token_ids
 from peft.tuners.adalora.layer import RankAllocator
 
 from peftlab import AdaLoRA, DoRA, LoRA, PiSSA, VeRA, attach, train
@@ -275,3 +275,20 @@ def test_a_relative_of_lora_learns_the_letters(title):
     quiet = {"batch_size": 11, "evaluate": False, "progress": False}
     run = train(attach(tiny("gpt2"), method), letters(), steps=40, lr=lr, **quiet)
     assert run.records[-1]["loss"] < run.records[0]["loss"] / 2
+
+
+# Merged ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["lora all", "lora fused", "dora", "pissa", "vera", "adalora"])
+def test_a_merged_model_runs_as_a_plain_one(case):
+    """The same modules with the same hooks: none. `time_merge` shows the time as well."""
+    base = tiny("gpt2")
+    plain = hook_count(base.model)
+    tuned = stir(put(case, base))
+    attached = hook_count(base.model)
+    for _ in range(2):
+        tuned.merge()
+        assert hook_count(base.model) == plain
+        tuned.unmerge()
+        assert hook_count(base.model) == attached
