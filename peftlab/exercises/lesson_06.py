@@ -1,4 +1,5 @@
-"""Lesson 06, LoRA: the update, its start, its forward pass, its size, and five adapters to cure."""
+"""Lesson 06, LoRA: the update, its start, its forward pass, its size, two relatives, and five
+adapters to cure."""
 
 from __future__ import annotations
 
@@ -282,6 +283,194 @@ def forward(answer):
     raise Wrong(
         f"the output should be {describe(base + alpha / r * low)}; yours is {describe(mine)}"
     )
+
+
+# --- two relatives ------------------------------------------------------------------------------
+
+
+def combine_solution(adapters, weights):
+    return sum(
+        w * alpha / A.shape[0] * B @ A for (A, B, alpha), w in zip(adapters, weights, strict=True)
+    )
+
+
+def _of_factors(adapters, weights):
+    A = sum(w * A for (A, _, _), w in zip(adapters, weights, strict=True))
+    B = sum(w * B for (_, B, _), w in zip(adapters, weights, strict=True))
+    return adapters[0][2] / len(A) * B @ A
+
+
+def _sum_of_factors(adapters, weights):
+    A, B = sum(A for A, _, _ in adapters), sum(B for _, B, _ in adapters)
+    return adapters[0][2] / len(A) * B @ A
+
+
+@exercise(
+    "Two adapters as one",
+    solution=combine_solution,
+    mistakes=(
+        (_of_factors, "weighed the factors"),
+        (_sum_of_factors, "added the factors"),
+        (
+            lambda adapters, weights: sum(
+                w * B @ A for (A, B, _), w in zip(adapters, weights, strict=True)
+            ),
+            "left out alpha / r",
+        ),
+        (
+            lambda adapters, weights: combine_solution(adapters, [1.0] * len(weights)),
+            "without the weights",
+        ),
+        (
+            lambda adapters, weights: combine_solution(
+                adapters, [w / sum(weights) for w in weights]
+            ),
+            "divided the weights",
+        ),
+        (
+            lambda adapters, weights: combine_solution(
+                [(A, B, adapters[0][2]) for A, B, _ in adapters], weights
+            ),
+            "alpha of the first",
+        ),
+    ),
+    difficulty=3,
+    importance=3,
+    minutes=6,
+    hints=(
+        "What is weighed is the change of the weight: Σ w_i ΔW_i, and each ΔW has its own alpha.",
+        "(B₁ + B₂)(A₁ + A₂) is B₁A₁ + B₂A₂ and two products more, which belong to neither.",
+    ),
+)
+def combine(answer):
+    adapters = [(*factors(), 6.0), (*(2 * t.flip(0) for t in factors()), 3.0)]
+    weights = [0.75, 0.5]
+    right = combine_solution(adapters, weights)
+    mine = answer(adapters, weights)
+    if near(mine, right):
+        return "the deltas weighed, each at its own scale, and no products of strangers"
+    expect(isinstance(mine, torch.Tensor), f"return a tensor; yours is {type(mine).__name__}")
+    expect(
+        not near(mine, _of_factors(adapters, weights)),
+        "you weighed the factors: their product has B of one adapter times A of the other in it, "
+        "and each weight squared",
+    )
+    expect(
+        not near(mine, _sum_of_factors(adapters, weights)),
+        "you added the factors: their product has B of one adapter times A of the other in it",
+    )
+    expect(
+        not near(mine, sum(w * B @ A for (A, B, _), w in zip(adapters, weights, strict=True))),
+        "the sum of the products B A, but you left out alpha / r of each",
+    )
+    expect(
+        not near(mine, combine_solution(adapters, [1.0, 1.0])),
+        "that is the sum of both deltas, without the weights",
+    )
+    expect(
+        not near(mine, combine_solution(adapters, [w / sum(weights) for w in weights])),
+        "you divided the weights by their sum: they are what was asked for, and need not sum to 1",
+    )
+    expect(
+        not near(mine, combine_solution([(A, B, 6.0) for A, B, _ in adapters], weights)),
+        "you used alpha of the first adapter for both: each has its own",
+    )
+    raise Wrong(f"the sum should be {describe(right)}; yours is {describe(mine)}")
+
+
+def dora_solution(W, A, B, alpha, m):
+    changed = W + (alpha / A.shape[0]) * B @ A
+    return m[:, None] * changed / changed.norm(dim=1, keepdim=True)
+
+
+@exercise(
+    "DoRA: a length for every row",
+    solution=dora_solution,
+    mistakes=(
+        (
+            lambda W, A, B, alpha, m: (
+                m[:, None] * (W + alpha / len(A) * B @ A) / W.norm(dim=1, keepdim=True)
+            ),
+            "norms of W alone",
+        ),
+        (
+            lambda W, A, B, alpha, m: m[:, None] * (W + alpha / len(A) * B @ A),
+            "never divided",
+        ),
+        (
+            lambda W, A, B, alpha, m: (
+                m[:, None]
+                * (W + alpha / len(A) * B @ A)
+                / (W + alpha / len(A) * B @ A).norm(dim=0, keepdim=True)
+            ),
+            "columns",
+        ),
+        (
+            lambda W, A, B, alpha, m: (
+                m[:, None] * (W + alpha / len(A) * B @ A) / (W + alpha / len(A) * B @ A).norm()
+            ),
+            "one norm for the whole",
+        ),
+        (lambda W, A, B, alpha, m: dora_solution(W, A, B, len(A), m), "left out alpha / r"),
+        (
+            lambda W, A, B, alpha, m: (
+                W + m[:, None] * torch.nn.functional.normalize(alpha / len(A) * B @ A, dim=1)
+            ),
+            "normalised the delta",
+        ),
+    ),
+    difficulty=3,
+    importance=2,
+    minutes=8,
+    hints=(
+        "First the weight that LoRA would make, W + (alpha / r) B A. DoRA changes its rows.",
+        "Divide each row by its own norm, then give it the length in m: every row of W' has it.",
+    ),
+)
+def dora(answer):
+    A, B = factors()
+    generator = torch.Generator().manual_seed(8)
+    W = torch.randn(5, 7, generator=generator, dtype=torch.float64)
+    m, alpha = 1 + torch.rand(5, generator=generator, dtype=torch.float64), 6.0
+    right, changed = dora_solution(W, A, B, alpha, m), W + alpha / 3 * B @ A
+    try:
+        mine = answer(W, A, B, alpha, m)
+    except NotImplementedError:
+        raise
+    except RuntimeError as error:
+        raise Wrong(
+            "the shapes do not fit: m is (d_out), one number for each row. m[:, None] makes it a "
+            "column"
+        ) from error
+    if near(mine, right):
+        lengths = ", ".join(f"{value:.2f}" for value in mine.norm(dim=1))
+        return f"the rows of W' have the lengths {lengths}, which is m"
+    expect(isinstance(mine, torch.Tensor), f"return a tensor; yours is {type(mine).__name__}")
+    long = m[:, None]
+    expect(
+        not near(mine, long * changed / W.norm(dim=1, keepdim=True)),
+        "you divided by the norms of W alone: as A and B train, the rows of W' would not be as "
+        "long as m says",
+    )
+    expect(not near(mine, long * changed), "you never divided by the norms: m would be a scale")
+    expect(
+        not near(mine, long * changed / changed.norm(dim=0, keepdim=True)),
+        "those are the norms of the columns (dim=0). A row makes one output; the paper says "
+        "column, but there W is transposed",
+    )
+    expect(
+        not near(mine, long * changed / changed.norm()),
+        "that is one norm for the whole matrix: every row has its own",
+    )
+    expect(
+        not near(mine, dora_solution(W, A, B, 3, m)),
+        "direction and length are right, but you left out alpha / r",
+    )
+    expect(
+        not near(mine, W + long * nn.functional.normalize(alpha / 3 * B @ A, dim=1)),
+        "you normalised the delta: what has direction and length is W + ΔW",
+    )
+    raise Wrong(f"W' should be {describe(right)}; yours is {describe(mine)}")
 
 
 # --- the size ----------------------------------------------------------------------------------
