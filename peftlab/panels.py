@@ -1041,6 +1041,18 @@ class CodeExplorer(Panel):
             self.block_size.value = max((s for s in sizes if s <= size), default=sizes[0])
         self.view = self._view()
         self.answer.value = f"<b style='font-size:1.25em'>{self.view.text}</b>"
+        _redraw(self.plot, self.view.figure())
+
+    def static(self) -> go.Figure:
+        return self.view.figure()
+
+    def describe(self) -> str:
+        return f"Code explorer: {self.view.name}, {self.view.text}"
+
+
+def code_explorer(weights: Mapping[str, torch.Tensor]) -> CodeExplorer:
+    """A panel that quantises: choose a weight, a data type and a block size, and read the error."""
+    return CodeExplorer(weights)
 
 
 LAB_SIZE, LAB_STEPS, LAB_RATE = 48, 40, 5e-3
@@ -1166,12 +1178,6 @@ class RankLab(Panel):
         return self.view.figure()
 
     def describe(self) -> str:
-        return f"Code explorer: {self.view.name}, {self.view.text}"
-
-
-def code_explorer(weights: Mapping[str, torch.Tensor]) -> CodeExplorer:
-    """A panel that quantises: choose a weight, a data type and a block size, and read the error."""
-    return CodeExplorer(weights)
         return f"Rank lab: {self.view.text}"
 
 

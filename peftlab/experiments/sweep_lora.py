@@ -45,6 +45,7 @@ from peftlab.tuned import Tuned, attach
 SEEDS, TUNING_SEED = (0, 1, 2), 100
 STEPS, BATCH, PEOPLE, LOOKS = 40, 16, 6, (10, 20, 30)
 BUDGET, RANKS = 46_080, (2, 64)
+SCALES = {"α / r": False, "α / √r": True}
 ALL = {"target_modules": "all-linear"}
 FAMILY: dict[str, tuple[Method, tuple[float, ...]]] = {
     "LoRA": (LoRA(r=8, alpha=128, **ALL), (2e-3, 4e-3, 8e-3)),
@@ -174,8 +175,7 @@ def main() -> None:
                 method = LoRA(r=r, alpha=16 * r, target_modules=targets)
                 jobs.append(("matrices", label, method, lr, seed, "test"))
             for r in RANKS:
-                for use_rslora in (False, True):
-                    label = "α / √r" if use_rslora else "α / r"
+                for label, use_rslora in SCALES.items():
                     jobs.append(("ranks", label, rank(r, use_rslora), lr, seed, "test"))
         made = runs(jobs)
     for row in made:

@@ -9,7 +9,14 @@ import pytest
 import torch
 from playwright.sync_api import expect
 
-from peftlab.panels import allowed_sizes, code_view, count_view
+from peftlab.panels import (
+    LAB_ALPHAS,
+    LAB_RANKS,
+    allowed_sizes,
+    code_view,
+    count_view,
+    rank_lab_view,
+)
 from peftlab.quantisation import bits_per_weight
 
 pytestmark = pytest.mark.browser
@@ -69,6 +76,7 @@ def test_lesson_06_counts_what_the_slider_says(open_lesson, record_property):
     targets = [button.inner_text() for button in on.all()]
     assert now in allowed_sizes("LoRA", targets, model)
     assert number(count.inner_text()) == count_view("LoRA", now, targets, model).parameters
+    trains_anew_at_every_move(lesson.page)
     if path := os.environ.get("PEFTLAB_SCREENSHOT"):  # the picture in the README
         handle.scroll_into_view_if_needed()
         lesson.page.screenshot(path=path)
@@ -115,3 +123,18 @@ def test_lesson_08_counts_what_the_bottleneck_says(open_lesson):
     strength.focus()
     strength.press("ArrowRight")
     expect(text).to_contain_text("strength 1.25: Parallel adapter ")
+
+
+def trains_anew_at_every_move(page):
+    """In the rank lab an arrow key moves r, then alpha: the answer is that of a run with both."""
+    answer = page.locator(".peftlab-rank-answer").first
+    setting = {"r": 4, "alpha": 4}
+    for name, options in (("r", LAB_RANKS), ("alpha", LAB_ALPHAS)):
+        handle = page.locator(f".peftlab-rank-{name} [role=slider]").first
+        handle.focus()
+        handle.press("ArrowRight")
+        setting[name] = options[options.index(setting[name]) + 1]
+        view = rank_lab_view(**setting)
+        expect(answer).to_have_text(view.text)
+        title = page.locator(".gtitle", has_text=f"r = {setting['r']}, α = {setting['alpha']}")
+        expect(title.first).to_be_visible()
