@@ -12,7 +12,7 @@ import pytest
 
 from peftlab import tasks
 from peftlab.bases import load
-from peftlab.experiments import limits, sweep_cloze, sweep_soft, time_merge
+from peftlab.experiments import limits, sweep_cloze, sweep_lora, sweep_soft, time_merge
 
 META, RUNS = sweep_soft.read("families")
 METHODS = [
@@ -94,3 +94,19 @@ def test_a_merged_adapter_costs_nothing_and_the_others_something(batch):
         assert abs(rows.ratio[name] - 1) <= noise, name
     for name in time_merge.METHODS:
         assert min(rows["ratio by block"][name]) > 1 + noise, name
+
+
+def test_every_relative_of_lora_learns_facts_that_the_base_does_not_know():
+    """All seeds of every method, and every matrix but q and k, above the untrained base."""
+    made, runs = sweep_lora.read()
+    assert made["base"] == load("tiny-gpt").digest
+    assert made["untrained"]["right"] == 0
+    family = runs[runs.part == "family"]
+    assert sorted(family.label.unique()) == sorted(sweep_lora.FAMILY)
+    assert (family.groupby("label").seed.nunique() == len(sweep_lora.SEEDS)).all()
+    assert family.right.min() > 0.2
+    spent = runs[runs.part == "matrices"]
+    equal = spent[spent.label != "all linear"]
+    assert set(equal.trained) == {sweep_lora.BUDGET}
+    assert equal[~equal.label.isin(["q", "k"])].right.min() > 0
+    assert spent.loss.max() < made["untrained"]["loss"] / 2
