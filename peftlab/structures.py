@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor, nn
 
-from peftlab.bases import FAMILIES, Anatomy, Linear, Shape
+from peftlab.bases import FAMILIES, Anatomy, LanguageModel, Linear, Shape
 from peftlab.bases.shapes import ATTENTION
 
 KINDS = ("heads", "queries", "neurons")  # what goes by index; layers go by name
@@ -142,6 +142,76 @@ def importance(anatomy: Anatomy, kind: str, name: str) -> Tensor:
             W = linear.weight.double().square().cpu()
             total += W.sum(dim=0 if target == write else 1).view(count, -1).sum(dim=1)
     return total
+
+
+def sensitivity(
+    model: LanguageModel, texts: tuple[str, ...], batch_size: int = 16
+) -> dict[tuple[str, str], Tensor]:
+    """|∂L/∂ξ|, the mean over the texts, where ξ = 1 multiplies what a structure adds: by (kind,
+    name), for every head, query, neuron and layer at once. Of a layer ξ is on its o and down.
+
+    L is a text's own loss: the next token of a decoder; of an encoder every seventh token, masked;
+    and T5 writes the text that it reads.
+    """
+    anatomy, gates, totals = model.anatomy, {}, {}
+    counts = {"heads": anatomy.shape.kv_heads, "queries": anatomy.shape.heads}
+
+    def gate(key: tuple[str, str], x: Tensor, count: int) -> Tensor:
+        """A factor for each text and structure, spread over the features: batch 1 features."""
+        if key not in gates:
+            gates[key] = torch.ones(len(x), count, dtype=x.dtype, device=x.device).requires_grad_()
+        return gates[key].repeat_interleave(x.shape[-1] // count, dim=1)[:, None]
+
+    def inside(name: str, kinds: tuple[str, ...]):
+        def hook(module, args):
+            (x,) = args
+            for kind in kinds:
+                x = x * gate((kind, name), x, counts.get(kind, x.shape[-1]))
+            return (x,)
+
+        return hook
+
+    def outside(name: str):
+        return lambda module, args, y: y * gate(("layers", name), y, 1)
+
+    with ExitStack() as stack, torch.enable_grad(), model._evaluating():
+        for key, linear in anatomy.linears.items():
+            name, module = key.rsplit(".", 1)[0], linear.module
+            if linear.target in ("o", "down"):
+                kinds = ("heads", "queries") if linear.target == "o" else ("neurons",)
+                hooks = [
+                    module.register_forward_pre_hook(inside(name, kinds)),
+                    module.register_forward_hook(outside(name.removesuffix(".cross"))),
+                ]
+                for hook in hooks:
+                    stack.callback(hook.remove)
+        for start in range(0, len(texts), batch_size):
+            gates.clear()
+            own_loss(model, list(texts[start : start + batch_size])).sum().backward()
+            for key, factor in gates.items():
+                totals[key] = totals.get(key, 0) + factor.grad.abs().sum(dim=0) / len(texts)
+    return totals
+
+
+def own_loss(model: LanguageModel, texts: list[str]) -> Tensor:
+    """The mean cross entropy of each text, (batch,)."""
+    batch = model.tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
+    batch = batch.to(model.device)
+    ids, mask, given = batch["input_ids"].long(), batch["attention_mask"], {}
+    labels = ids.masked_fill(mask == 0, -100)
+    if model.kind == "encoder":
+        hidden = torch.arange(ids.shape[1], device=ids.device) % 7 == 3
+        labels = labels.masked_fill(~hidden, -100)
+        ids = ids.masked_fill(hidden & mask.bool(), model.tokenizer.mask_token_id)
+    elif model.kind == "encoder-decoder":
+        first = torch.full_like(ids[:, :1], model.decoder_start[0])
+        given["decoder_input_ids"] = torch.cat([first, ids[:, :-1]], dim=1)
+    given |= {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    logits, labels = model.aligned(given)
+    if not (labels != -100).any(dim=1).all():
+        raise ValueError("a calibration text is too short: none of its tokens is predicted")
+    loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    return loss.view(labels.shape).sum(dim=1) / (labels != -100).sum(dim=1)
 
 
 class SmallerModel:

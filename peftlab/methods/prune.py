@@ -29,6 +29,16 @@ APART = {  # methods that put W in another form, by name
 }
 
 
+def check_texts(method: Method, score: str) -> None:
+    """Raise ValueError unless `calibration` is a list of texts, for this score and no other."""
+    texts = method.calibration
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"calibration={texts!r}: a list of texts is needed")
+    object.__setattr__(method, "calibration", tuple(texts))
+    if (method.score == score) != bool(texts):
+        raise ValueError(f"calibration: score={score!r} needs texts to run, and no other does")
+
+
 @dataclass(frozen=True)
 class Prune(Method):
     r"""Unstructured pruning: the entries of W that seem to matter least are zero.
@@ -75,12 +85,7 @@ class Prune(Method):
                 raise ValueError(f"{option}={value!r}: allowed is {', '.join(map(repr, allowed))}")
         named = LoRA(target_modules=self.target_modules).target_modules  # refused as LoRA does
         object.__setattr__(self, "target_modules", named)
-        texts = self.calibration
-        if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"calibration={texts!r}: a list of texts is needed")
-        object.__setattr__(self, "calibration", tuple(texts))
-        if (self.score == "wanda") != bool(texts):
-            raise ValueError("calibration: Wanda needs texts to weigh inputs by, no other does")
+        check_texts(self, "wanda")
         if self.pattern and (self.sparsity != 0.5 or self.scope):
             raise ValueError(
                 f"pattern={self.pattern!r} is sparsity=0.5 of every four, and no scope"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -12,9 +12,18 @@ from peftlab.bases.shapes import ATTENTION
 from peftlab.bases.shapes import GATED_MLP as MLP
 from peftlab.masks import lowest_out
 from peftlab.methods.method import Method, require
-from peftlab.structures import KINDS, Removed, SmallerModel, attentions, blocks, importance
+from peftlab.methods.prune import check_texts
+from peftlab.structures import (
+    KINDS,
+    Removed,
+    SmallerModel,
+    attentions,
+    blocks,
+    importance,
+    sensitivity,
+)
 
-SCORES = ("magnitude", "random")
+SCORES = ("magnitude", "gradient", "random")
 PREFIXES = ("prefix_tuning", "p_tuning_v2", "prompt_and_prefix")  # by name
 
 
@@ -28,14 +37,16 @@ class PruneStructures(Method):
     `heads` are key-value heads, each with every query head that reads it; `queries` are query
     heads of grouped attention alone, as many from every group; `neurons` are an MLP's. Each is a
     fraction of every sublayer's, the lowest by `score`, or a dict of names and indices, such as
-    {"layers.0": [2, 5]}. `layers` is a fraction of each stack, or a list of names. The score of a
-    structure is Σ w² over its own weights; of a layer, over the o and down that it writes with.
+    {"layers.0": [2, 5]}. `layers` is a fraction of each stack, or a list of names. By magnitude a
+    structure's score is Σ w² over its own weights (a layer's: the o and down that it writes with);
+    by gradient it is |∂L/∂ξ|, the mean over the `calibration` texts, ξ = 1 being a factor on what
+    the structure adds.
 
     Nothing trains and nothing is stored but the names of what is gone: it stands before a method
     that recovers what was lost. T5's table of relative positions, and the first layers that hold
     it, stay. `smaller(shape)` is the shape that is left, in closed form.
 
-    Michel et al. 2019, arXiv:1905.10650 (heads; they score by gradient); Li et al. 2017,
+    Michel et al. 2019, arXiv:1905.10650, equation 2 (heads, by gradient); Li et al. 2017,
     arXiv:1608.08710, section 3 (whole filters by their norm); Sajjad et al. 2020,
     arXiv:2004.03844 (layers).
     """
@@ -45,6 +56,7 @@ class PruneStructures(Method):
     neurons: float | int | dict = 0.0
     layers: float | int | tuple[str, ...] | list[str] = 0.0
     score: str = "magnitude"
+    calibration: tuple[str, ...] | list[str] = ()
 
     name: ClassVar[str] = "prune_structures"
     title: ClassVar[str] = "Prune structures"
@@ -52,6 +64,7 @@ class PruneStructures(Method):
     def __post_init__(self):
         if self.score not in SCORES:
             raise ValueError(f"score={self.score!r}: allowed is {', '.join(SCORES)}")
+        check_texts(self, "gradient")
         for kind in KINDS:
             value = getattr(self, kind)
             if isinstance(value, dict):
@@ -78,16 +91,20 @@ class PruneStructures(Method):
         return ""
 
     def reach(self, base, attachment, generator):
+        felt = sensitivity(base, self.calibration) if self.score == "gradient" else {}
+
         def score(kind: str, name: str, size: int) -> torch.Tensor:
             if self.score == "random":
                 return torch.rand(size, generator=generator)
+            if self.score == "gradient":
+                return felt[kind, name].cpu()
             return importance(base.anatomy, kind, name).view(-1)
 
         removed = self.removed(base.anatomy.shape, score)
         site = attachment.stack.enter_context(SmallerModel(base.anatomy, removed))
         attachment.sites.append(site)
         named = {kind: getattr(removed, kind) for kind in (*KINDS, "layers")}
-        attachment.chosen = replace(self, **named)
+        attachment.chosen = PruneStructures(**named)
 
     def removed(self, shape: Shape, score=lambda kind, name, size: torch.zeros(size)) -> Removed:
         """What goes, by name: the lowest by this score, which by default are the first."""
