@@ -193,8 +193,8 @@ def sensitivity(
     return totals
 
 
-def own_loss(model: LanguageModel, texts: list[str]) -> Tensor:
-    """The mean cross entropy of each text, (batch,)."""
+def own_batch(model: LanguageModel, texts: list[str]) -> dict[str, Tensor]:
+    """Texts as the model would be trained on them: see `sensitivity` for what it predicts."""
     batch = model.tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
     batch = batch.to(model.device)
     ids, mask, given = batch["input_ids"].long(), batch["attention_mask"], {}
@@ -206,8 +206,12 @@ def own_loss(model: LanguageModel, texts: list[str]) -> Tensor:
     elif model.kind == "encoder-decoder":
         first = torch.full_like(ids[:, :1], model.decoder_start[0])
         given["decoder_input_ids"] = torch.cat([first, ids[:, :-1]], dim=1)
-    given |= {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    logits, labels = model.aligned(given)
+    return given | {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def own_loss(model: LanguageModel, texts: list[str]) -> Tensor:
+    """The mean cross entropy of each text, (batch,)."""
+    logits, labels = model.aligned(own_batch(model, texts))
     if not (labels != -100).any(dim=1).all():
         raise ValueError("a calibration text is too short: none of its tokens is predicted")
     loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
