@@ -512,3 +512,33 @@ def code_errors(
     labels = [f"{size}<br>{bits[size]:.3f}" for size in ticks]
     fig.update_xaxes(type="log", tickvals=ticks, ticktext=labels)
     return fig.update_yaxes(rangemode="tozero")
+
+
+def pruning_parts(
+    points: Sequence[tuple[float, float]], share: float, untouched: float, label: str, title: str
+) -> tuple[list[dict], dict]:
+    """What differs between two states of `pruning_curve`: of its traces, and of the layout."""
+    x, y = [at for at, _ in points], [loss for _, loss in points]
+    traces = [
+        dict(x=x, y=y, name=label),
+        dict(x=[share], y=[dict(points)[share]]),
+        dict(x=[0, 1], y=[untouched, untouched]),
+    ]
+    return traces, dict(title_text=title)
+
+
+def pruning_curve(
+    points: Sequence[tuple[float, float]], share: float, untouched: float, label: str, title: str
+) -> go.Figure:
+    """Loss by the share that is gone: the points seen so far, the present one, and the base."""
+    fig = _figure(title, "share that is gone", "loss (nats per token)", showlegend=False)
+    colour = COLOURS["prune"]
+    (line, here, base), _ = pruning_parts(points, share, untouched, label, title)
+    small = dict(symbol=MARKERS["prune"], size=8, color=colour)
+    fig.add_scatter(**line, mode="lines+markers", line=dict(color=colour), marker=small)
+    large = dict(symbol=MARKERS["prune"], size=15, color=colour, line=dict(color="white", width=2))
+    fig.add_scatter(**here, mode="markers", marker=large, name="now")
+    dashed = dict(color=GREY, dash="dash", width=1.5)
+    fig.add_scatter(**base, mode="lines", line=dashed, name="untouched")
+    fig.update_xaxes(range=[-0.03, 1.0], tickformat=".0%")
+    return fig.update_yaxes(rangemode="tozero")
