@@ -1200,7 +1200,7 @@ PRUNINGS = {  # what a lab's slider takes away: the option of PruneStructures, i
 }
 
 
-def pruning_shares(what: str, model: str | Shape) -> tuple[tuple[str, float], ...]:
+def pruning_shares(what: str, model: str | Shape | Base) -> tuple[tuple[str, float], ...]:
     """What the slider offers, (text, share): tenths, or one head or layer after the other."""
     kind, shape = PRUNINGS[what][0], as_shape(model)
     if kind in ("heads", "layers"):
@@ -1247,7 +1247,7 @@ class PruningView:
         return figures.pruning_curve(*self.shown)
 
 
-def pruned(what: str, share: float, calibration: Sequence[str]) -> Method | None:
+def pruned(what: str, share: int | float, calibration: Sequence[str]) -> Method | None:
     """The method that a lab's controls describe; none where nothing goes."""
     if what not in PRUNINGS:
         raise ValueError(f"unknown pruning {what!r}; allowed: {', '.join(PRUNINGS)}")
@@ -1264,7 +1264,7 @@ def pruning_view(
     base: Base,
     texts: Sequence[str],
     what: str,
-    share: float,
+    share: int | float,
     calibration: Sequence[str] = (),
     points: Mapping[float, float] | None = None,
 ) -> PruningView:
@@ -1365,7 +1365,7 @@ def pruning_lab(
     texts: Sequence[str],
     calibration: Sequence[str],
     what: str = "weights, by magnitude",
-    share: float = 0.5,
+    share: int | float = 0.5,
 ) -> PruningLab:
     """A panel that prunes the base as you move a slider, and reads the loss on `texts` anew.
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from models import surroundings, tiny
 
-from peftlab import panels, structures
+from peftlab import Prune, attach, panels, structures
 from peftlab.bases import load
 from peftlab.experiments import sweep_pruning
 from peftlab.experiments.sweep_pruning import SEEDS, WorldText, world_texts
@@ -50,7 +50,11 @@ def test_every_setting_of_the_lab(bases, family, what, share):
         assert (left < shape.parameters()) == (share > 0)
     assert view.file_bytes == 2 * view.parameters
     assert view.loss == dict(view.points)[share]
-    assert (view.loss == view.untouched) == (share == 0)
+    if method := panels.pruned(what, share, CALIBRATION):
+        with attach(base, method) as tuned, torch.no_grad():
+            assert view.loss == round(structures.own_loss(tuned, list(TEXTS)).mean().item(), 3)
+    else:
+        assert view.loss == view.untouched
     assert view.said in view.text and f"{view.loss:.2f}" in view.text
     figure = view.figure()
     assert list(figure.data[1].x) == [share] and list(figure.data[1].y) == [view.loss]
@@ -106,7 +110,7 @@ def test_a_row_of_the_file_comes_out_again():
     row = rows[
         (rows.base == "tiny-gpt") & (rows.label == "magnitude, layer") & (rows.amount == 0.5)
     ]
-    with sweep_pruning.attach(base, sweep_pruning.Prune(0.5)) as tuned:
+    with attach(base, Prune(0.5)) as tuned:
         loss = task.score(tuned)["loss"]
     assert loss == pytest.approx(row[row.group == "mask"].loss.item(), abs=1e-3)
 
