@@ -74,7 +74,7 @@ def measure(tuned: Tuned, batch: dict[str, Tensor], lr: float = 0.0) -> Memory:
     batch = {key: tensor.to(device) for key, tensor in batch.items()}
     fused = True if device.type == "cpu" else None
     optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=0.0, fused=fused)
-    counter = _Live() if device.type == "cpu" else _Allocator(device)
+    counter = _Counter() if device.type == "cpu" else _Allocator(device)
     try:
         with tuned._evaluating():
             _step(tuned, batch, optimizer)
@@ -251,13 +251,47 @@ def _places(tuned: Tuned):
 # --- totals ----------------------------------------------------------------------------------
 
 
-class _Live(TorchDispatchMode):
-    """Bytes of all storages that are alive: those known at the start, and all made since."""
+class Live(TorchDispatchMode):
+    """Inside, storages are followed from where an operation makes them to where they die.
+
+    with Live() as live:
+        ...
+        live.bytes, live.most      now, and at any time so far
+
+    `follow` adds tensors that were there before. Views are the storage that they show.
+    """
 
     def __init__(self):
         super().__init__()
-        self.alive = self.most = 0
+        self.bytes = self.most = 0
         self.followed: dict[int, weakref.ref] = {}
+
+    def follow(self, tensors: Iterable[Tensor]) -> None:
+        """Count these tensors' storages too, until they die."""
+        for tensor in tensors:
+            self._follow(tensor.untyped_storage())
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.follow(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+        return result
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key in self.followed:
+            return
+
+        def gone(_: weakref.ref) -> None:
+            self.followed.pop(key, None)
+            self.bytes -= size
+
+        self.followed[key] = weakref.ref(storage, gone)
+        self.bytes += size
+        self.most = max(self.most, self.bytes)
+
+
+class _Counter(Live):
+    """The same for `measure`, which asks a GPU's allocator with the same words."""
 
     def start(self, tuned: Tuned, batch: dict[str, Tensor], optimizer) -> None:
         model = (*tuned.model.parameters(), *tuned.model.buffers(), *tuned.trainable.values())
@@ -265,40 +299,18 @@ class _Live(TorchDispatchMode):
         states = tree_leaves([list(state.values()) for state in optimizer.state.values()])
         held = (tensor for _, tensor in _held(tuned))
         codes = _codes(tuned).values()
-        for tensor in (*model, *added, *states, *held, *codes, *batch.values()):
-            if isinstance(tensor, Tensor):
-                self._follow(tensor.untyped_storage())
-        self.most = self.alive
+        every = (*model, *added, *states, *held, *codes, *batch.values())
+        self.follow(tensor for tensor in every if isinstance(tensor, Tensor))
 
     def see(self, tensor: Tensor) -> None:
         """Count this one too, if it was made before: indices that a hook holds, once kept."""
         self._follow(tensor.untyped_storage())
 
     def now(self) -> int:
-        return self.alive
+        return self.bytes
 
     def peak(self) -> int:
         return self.most
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._follow(leaf.untyped_storage())
-        return result
-
-    def _follow(self, storage: torch.UntypedStorage) -> None:
-        if id(storage) in self.followed:
-            return
-        key, size = id(storage), storage.nbytes()
-
-        def gone(_: weakref.ref) -> None:
-            self.followed.pop(key, None)
-            self.alive -= size
-
-        self.followed[key] = weakref.ref(storage, gone)
-        self.alive += size
-        self.most = max(self.most, self.alive)
 
 
 class _Allocator(contextlib.nullcontext):
