@@ -15,6 +15,7 @@ from peftlab.panels import (
     allowed_sizes,
     code_view,
     count_view,
+    memory_view,
     rank_lab_view,
 )
 from peftlab.quantisation import bits_per_weight
@@ -138,3 +139,17 @@ def trains_anew_at_every_move(page):
         expect(answer).to_have_text(view.text)
         title = page.locator(".gtitle", has_text=f"r = {setting['r']}, α = {setting['alpha']}")
         expect(title.first).to_be_visible()
+
+
+def test_lesson_01_weighs_what_the_slider_says(open_lesson):
+    """One press of an arrow key doubles the rows, and the page shows the closed form's bytes."""
+    lesson = open_lesson(NOTEBOOKS / "01_full_fine_tuning.ipynb")
+    lesson.run_all()
+    answer = lesson.page.locator(".peftlab-memory-answer").first
+    handle = lesson.page.locator(".peftlab-memory-batch [role=slider]").first
+    before = memory_view("gpt2", 8, 128).text
+    expect(answer).to_contain_text(before)
+    handle.focus()
+    handle.press("ArrowRight")
+    expect(answer).not_to_contain_text(before)
+    expect(answer).to_contain_text(memory_view("gpt2", 16, 128).text)

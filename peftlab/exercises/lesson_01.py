@@ -1,0 +1,481 @@
+"""Lesson 01, full fine-tuning: bytes a parameter, a step of Adam, what is kept, four leaks."""
+
+import pandas as pd
+import torch
+from torch import nn
+
+from peftlab.accounting import saved_activations, step_bytes, training_bytes
+from peftlab.bases.shapes import Shape
+from peftlab.exercises import Wrong, exercise, expect, match, question, swapped
+from peftlab.memory import Live
+from peftlab.methods import FullFineTuning, PromptTuning
+
+# --- predict first -----------------------------------------------------------------------------
+
+
+@question(
+    "Every parameter of Llama-3-8B trains, in float32 and with Adam. Activations apart, how many "
+    "bytes does training hold?",
+    {
+        "a": ("32 GB", "Those are the weights alone. Each also has a gradient and Adam's moments."),
+        "b": ("64 GB", "That is a weight and a gradient each. Adam remembers two more numbers."),
+        "c": ("96 GB", "That has one moment a weight. Adam keeps a mean and a mean square."),
+        "d": ("128 GB", "Four numbers a weight, four bytes each, and there are 8 billion of them."),
+    },
+)
+def how_many_bytes():
+    total = training_bytes(FullFineTuning(), "llama-3-8b").total
+    guesses = {"a": 32e9, "b": 64e9, "c": 96e9, "d": 128e9}
+    letter = min(guesses, key=lambda key: abs(guesses[key] - total))
+    return letter, f"16 bytes × {total // 16:,} = {total / 1e9:.1f} GB."
+
+
+@question(
+    "GPT-2, 8 rows of 128 tokens. Prompt tuning trains 20 vectors at the input, one parameter in "
+    "ten thousand. Of the activations that the blocks keep under full fine-tuning it keeps:",
+    {
+        "a": ("less than 1%", "What trains is small. What a gradient passes on its way is not."),
+        "b": ("about a tenth", "The gradient enters below the first block and crosses all twelve."),
+        "c": ("about half", "A frozen linear layer keeps no input; everything else is kept."),
+        "d": (
+            "about nine tenths",
+            "Every layer is crossed, and there are 20 more tokens in a row.",
+        ),
+    },
+)
+def what_a_prompt_keeps():
+    full, prompt = (_in_blocks(m) for m in (FullFineTuning(), PromptTuning(20)))
+    share = prompt / full
+    guesses = {"a": 0.0, "b": 0.1, "c": 0.5, "d": 0.9}
+    letter = min(guesses, key=lambda key: abs(guesses[key] - share))
+    return letter, f"{prompt / 1e6:.0f} MB of {full / 1e6:.0f} MB: {share:.0%}."
+
+
+def _in_blocks(method) -> int:
+    kept = saved_activations(method, "gpt2", batch=8, length=128)
+    return sum(size for place, size in kept.items() if place.startswith("layers."))
+
+
+@question(
+    "A source says that full fine-tuning needs 7 times the memory of prompt tuning. GPT-2 trains "
+    "on 64 rows of 512 tokens, in float32, without recomputing anything. How many times is it?",
+    {
+        "a": (
+            "about 7 times",
+            "That leaves out the activations, and counts the weights in 16 bits.",
+        ),
+        "b": ("about 4 times", "That is 16 bytes against 4: right, if there were no activations."),
+        "c": ("1 to 1.5 times", "The activations of so many tokens are most of it in both."),
+        "d": ("less than 1", "It would take more virtual tokens than that: 20 beside 512 are few."),
+    },
+)
+def how_many_times():
+    full, prompt = (step_bytes(m, "gpt2", 64, 512) for m in (FullFineTuning(), PromptTuning(20)))
+    times = (full.peak - full.aside) / prompt.peak
+    letter = "d" if times < 1 else "c" if times <= 1.5 else "b" if times < 5.5 else "a"
+    share = prompt.activations / prompt.peak
+    return letter, f"{times:.2f} times; {share:.0%} of prompt tuning's bytes are activations."
+
+
+# --- bytes a parameter -------------------------------------------------------------------------
+
+
+def adam_bytes_solution(total, trained):
+    weights = 4 * total
+    gradients = 4 * trained
+    moments = 2 * 4 * trained
+    return weights + gradients + moments
+
+
+@exercise(
+    "Bytes of training in float32",
+    solution=adam_bytes_solution,
+    mistakes=(
+        (lambda total, trained: 16 * total, "gave the frozen ones"),
+        (lambda total, trained: 16 * trained, "still there"),
+        (lambda total, trained: 4 * total + 8 * trained, "one of the three"),
+        (lambda total, trained: 4 * total + 4 * trained, "no memory of its own"),
+        (lambda total, trained: 4 * total + 16 * trained, "twice"),
+        (lambda total, trained: total + 3 * trained, "counted numbers"),
+    ),
+    difficulty=1,
+    importance=5,
+    minutes=3,
+    hints=(
+        "Every weight of the model takes 4 bytes, whether it trains or not.",
+        "A weight that trains has three more numbers: its gradient, and Adam's two moments.",
+    ),
+)
+def adam_bytes(answer):
+    for total, trained in ((1000, 1000), (1000, 10), (124_439_808, 294_912)):
+        mine, right = answer(total, trained), adam_bytes_solution(total, trained)
+        if mine == right:
+            continue
+        if total == trained:  # here several mistakes look alike: the next case tells them apart
+            total, trained = 1000, 10
+            mine, right = answer(total, trained), adam_bytes_solution(total, trained)
+        expect(mine != total + 3 * trained, "you counted numbers: each of them takes 4 bytes")
+        expect(mine != 16 * total, "you gave the frozen ones a gradient and moments too")
+        expect(mine != 16 * trained, "the frozen weights are still there, 4 bytes each")
+        expect(
+            mine != 4 * total + 8 * trained,
+            "beside its weight, a trained one has a gradient and two moments: you left out one of "
+            "the three",
+        )
+        expect(mine != 4 * total + 4 * trained, "your optimiser has no memory of its own: Adam has")
+        expect(
+            mine != 4 * total + 16 * trained,
+            "you counted the trained weights twice: they are among the total",
+        )
+        raise Wrong(f"of {total:,} with {trained:,} trained: {right:,} bytes, yours {mine:,}")
+    return "4 bytes each, and 12 more for each that trains: 16 if all do"
+
+
+# --- a step of Adam ----------------------------------------------------------------------------
+
+
+def adam_step_solution(w, g, m, v, t, lr):
+    m = 0.9 * m + 0.1 * g
+    v = 0.999 * v + 0.001 * g * g
+    mean = m / (1 - 0.9**t)
+    square = v / (1 - 0.999**t)
+    return w - lr * mean / (square.sqrt() + 1e-8), m, v
+
+
+def _uncorrected(w, g, m, v, t, lr):
+    m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+    return w - lr * m / (v.sqrt() + 1e-8), m, v
+
+
+def _rootless(w, g, m, v, t, lr):
+    _, m, v = adam_step_solution(w, g, m, v, t, lr)
+    return w - lr * m / (1 - 0.9**t) / (v / (1 - 0.999**t) + 1e-8), m, v
+
+
+def _uphill(w, g, m, v, t, lr):
+    new, m, v = adam_step_solution(w, g, m, v, t, lr)
+    return 2 * w - new, m, v
+
+
+def _unsquared(w, g, m, v, t, lr):
+    m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g.abs()
+    return w - lr * m / (1 - 0.9**t) / ((v / (1 - 0.999**t)).sqrt() + 1e-8), m, v
+
+
+def _forgetful(w, g, m, v, t, lr):
+    new, _, _ = adam_step_solution(w, g, m, v, t, lr)
+    return new, m, v
+
+
+def _plain(w, g, m, v, t, lr):
+    _, m, v = adam_step_solution(w, g, m, v, t, lr)
+    return w - lr * g, m, v
+
+
+def _three_steps(step):
+    """w, m and v after three steps of `step` on three gradients."""
+    generator = torch.Generator().manual_seed(1)
+    w, *gradients = torch.randn(4, 5, generator=generator, dtype=torch.float64).unbind()
+    m = v = torch.zeros_like(w)
+    for t, g in enumerate(gradients, 1):
+        w, m, v = step(w, g, m, v, t, 0.1)
+    return w, m, v
+
+
+_STEP_FAULTS = (
+    (
+        _uncorrected,
+        "correct the bias: both means start at zero, so divide by 1 − 0.9^t, 1 − 0.999^t",
+    ),
+    (_rootless, "divide by the root of the mean square, not by the mean square"),
+    (_uphill, "your step goes uphill: subtract it"),
+    (_unsquared, "v is the mean of the gradient's squares, and you took its size"),
+    (_forgetful, "return the new m and v: yours never change, so every step is the first"),
+    (_plain, "that is gradient descent: the step is the corrected m over the root of v"),
+)
+
+
+@exercise(
+    "One step of Adam",
+    solution=adam_step_solution,
+    mistakes=(
+        (_uncorrected, "correct the bias"),
+        (_rootless, "not by the mean square"),
+        (_uphill, "uphill"),
+        (_unsquared, "took its size"),
+        (_forgetful, "yours never change"),
+        (_plain, "gradient descent"),
+    ),
+    difficulty=3,
+    importance=4,
+    minutes=8,
+    hints=(
+        "m is a running mean of the gradients, with 0.9 of the old one; v of their squares, 0.999.",
+        "After one step m is a tenth of the gradient. Divide by 1 − 0.9^t to make up for the start "
+        "at zero, and v by 1 − 0.999^t.",
+        "The step is lr · mean / (√square + 1e-8).",
+    ),
+)
+def adam_step(answer):
+    mine, right = _three_steps(answer), _three_steps(adam_step_solution)
+    expect(len(mine) == 3, "return w, m and v")
+    if all(torch.allclose(a, b) for a, b in zip(mine, right, strict=True)):
+        theirs = _three_steps(_TorchAdam())
+        expect(torch.allclose(mine[0], theirs[0]), "three steps of torch.optim.Adam end elsewhere")
+        return "three steps, and torch.optim.Adam is at the same place"
+    for step, diagnosis in _STEP_FAULTS:
+        if torch.allclose(mine[0], _three_steps(step)[0]):
+            raise Wrong(diagnosis)
+    for name, a, b in zip(("m", "v"), mine[1:], right[1:], strict=True):
+        expect(
+            torch.allclose(a, b), f"after three steps {name} is {b[0]:.4f} …, yours {a[0]:.4f} …"
+        )
+    raise Wrong(
+        f"m and v are right; w is {right[0][0]:.4f} … after three steps, not {mine[0][0]:.4f}"
+    )
+
+
+class _TorchAdam:
+    """torch's own, as a step function."""
+
+    def __init__(self):
+        self.optimizer = None
+
+    def __call__(self, w, g, m, v, t, lr):
+        if self.optimizer is None:
+            self.w = nn.Parameter(w.clone())
+            self.optimizer = torch.optim.Adam([self.w], lr=lr)
+        self.w.grad = g.clone()
+        self.optimizer.step()
+        return self.w.detach().clone(), m, v
+
+
+# --- what a linear layer keeps -----------------------------------------------------------------
+
+
+def linear_keeps_solution(x_has_gradient, W_trains):
+    kept = set()
+    if W_trains:  # dL/dW = gᵀ x
+        kept.add("x")
+    if x_has_gradient:  # dL/dx = g W
+        kept.add("W")
+    return kept
+
+
+def _autograd_keeps(x_has_gradient: bool, W_trains: bool) -> set[str]:
+    """What torch keeps of y = x Wᵀ."""
+    x = torch.randn(3, 4, requires_grad=x_has_gradient)
+    W = torch.randn(5, 4, requires_grad=W_trains)
+    names = {x.data_ptr(): "x", W.data_ptr(): "W"}
+    kept: set[str] = set()
+
+    def note(tensor):
+        kept.add(names.get(tensor.untyped_storage().data_ptr(), "y"))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        nn.functional.linear(x, W)
+    return kept
+
+
+@exercise(
+    "What a linear layer keeps",
+    solution=linear_keeps_solution,
+    mistakes=(
+        (lambda x, W: ({"x"} if x else set()) | ({"W"} if W else set()), "the other way round"),
+        (lambda x, W: {"x", "W"} if x or W else set(), "only one of the two"),
+        (lambda x, W: {"x", "W"}, "nothing has a gradient"),
+        (lambda x, W: {"x"} if W else set(), "what reaches x"),
+        (lambda x, W: {"x"} if x or W else set(), "needs x for nothing"),
+    ),
+    difficulty=2,
+    importance=5,
+    minutes=5,
+    hints=(
+        "y = x Wᵀ, and g is the gradient of y. Then dL/dW = gᵀ x and dL/dx = g W.",
+        "Which of the two derivatives is asked for, and what stands in it beside g?",
+    ),
+)
+def linear_keeps(answer):
+    cases = [(x, W) for x in (False, True) for W in (False, True)]
+    mine = {case: answer(*case) for case in cases}
+    right = {case: _autograd_keeps(*case) for case in cases}
+    expect(all(isinstance(kept, set) for kept in mine.values()), 'return a set, such as {"x"}')
+    if mine == right:
+        return "checked against autograd in all four cases: a frozen W does not need its input"
+    expect(not mine[False, False], "nothing has a gradient in the first case: nothing is kept")
+    expect(
+        (mine[True, False], mine[False, True]) != ({"x"}, {"W"}),
+        "it is the other way round: the gradient of W is made of x, and that of x of W",
+    )
+    expect(
+        mine[True, False] != {"x"},
+        "a frozen W needs x for nothing: dL/dx = g W has no x in it",
+    )
+    expect(
+        mine[True, False] != {"x", "W"},
+        "where only one of the two derivatives is asked for, only one of the two tensors is kept",
+    )
+    expect("W" in mine[True, False], "what reaches x is g W: W is kept where x has a gradient")
+    case = next(case for case in cases if mine[case] != right[case])
+    raise Wrong(f"for x_has_gradient, W_trains = {case} it is {right[case]}, yours {mine[case]}")
+
+
+# --- what a block keeps ------------------------------------------------------------------------
+
+
+def block_numbers_solution(d, heads, trains):
+    norms = 2 * (d + 2)  # x, its mean and its deviation
+    attention = 3 * d + heads + d  # q, k, v; one number a head; the output
+    gelu = 4 * d  # its input
+    inputs = d + d + 4 * d  # of c_attn, c_fc and the MLP's c_proj; that of attention's is counted
+    return norms + attention + gelu + (inputs if trains else 0)
+
+
+def _numbers_kept(d: int, heads: int, trains: bool) -> int:
+    """Numbers a token that the second block of a GPT-2 of this width keeps, in closed form."""
+    width = d // heads
+    shape = Shape(
+        "a", "gpt2", 2, d, heads, heads, width, 4 * d, 50, 64, biased=("q",), positions=64
+    )
+    method, tokens = (FullFineTuning(), 8) if trains else (PromptTuning(1), 9)
+    return saved_activations(method, shape, batch=1, length=8)["layers.1"] // (4 * tokens)
+
+
+@exercise(
+    "What one block of GPT-2 keeps",
+    solution=block_numbers_solution,
+    mistakes=(
+        (lambda d, h, trains: block_numbers_solution(d, h, True), "frozen linear layers"),
+        (lambda d, h, trains: block_numbers_solution(d, h, trains) - 3 * d, "q, k and v"),
+        (lambda d, h, trains: block_numbers_solution(d, h, trains) - 4 * d, "four times as wide"),
+        (lambda d, h, trains: block_numbers_solution(d, h, trains) - 4, "mean and deviation"),
+        (lambda d, h, trains: block_numbers_solution(d, h, trains) - h, "one number a head"),
+        (lambda d, h, trains: 6 * d if trains else 0, "frozen block keeps nothing"),
+        (lambda d, h, trains: block_numbers_solution(d, h, trains) + d, "counted twice"),
+    ),
+    difficulty=4,
+    importance=3,
+    minutes=12,
+    hints=(
+        "Go through the block in order: norm, c_attn, attention, c_proj, norm, c_fc, GELU, c_proj. "
+        "A linear layer keeps its input if it trains.",
+        "A norm keeps its input and two numbers, GELU its input, which is four times as wide. "
+        "Attention keeps q, k, v, its output, and one number a head.",
+        "The output of attention is the input of its c_proj: one tensor.",
+    ),
+)
+def block_numbers(answer):
+    for d, heads in ((24, 3), (768, 12)):
+        full, frozen = (_numbers_kept(d, heads, trains) for trains in (True, False))
+        mine = answer(d, heads, True), answer(d, heads, False)
+        if mine == (full, frozen):
+            continue
+        expect(
+            mine[1] != 0 or frozen == 0,
+            "you say that a frozen block keeps nothing: a gradient still passes through its norms, "
+            "its attention and its GELU",
+        )
+        expect(
+            mine != (full, full),
+            "that is the same for both: frozen linear layers do not keep their inputs",
+        )
+        for missing, diagnosis in (
+            (3 * d, "attention's backward pass needs q, k and v"),
+            (4 * d, "the input of GELU is missing, which is four times as wide as the block"),
+            (4, "each norm keeps two numbers for every token: its mean and deviation"),
+            (heads, "attention keeps one number a head: the logarithm of its softmax's sum"),
+            (-d, "you have d too many: attention's output is its c_proj's input, counted twice"),
+        ):
+            expect(mine != (full - missing, frozen - missing), diagnosis)
+        raise Wrong(f"for d = {d}, {heads} heads: {full} if it trains and {frozen} if not; {mine}")
+    return "16 d + 4 + heads numbers a token if it trains, 10 d + 4 + heads if it is frozen"
+
+
+# --- four leaks --------------------------------------------------------------------------------
+
+FAULTS = {
+    "losses": "every step's loss is put into a list with its graph",
+    "gradients": "the gradients are never taken away",
+    "everything": "the frozen layers were not frozen",
+    "evaluation": "the evaluation builds a graph, and its result is kept",
+}
+WARD = {"A": "gradients", "B": "evaluation", "C": "everything", "D": "losses"}
+MOMENTS = ("forward", "backward", "step", "evaluation")
+
+
+def _charted(fault: str | None, steps: int = 4) -> pd.DataFrame:
+    """Bytes at the end of each part of every step. Of six layers the last two are to train."""
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(5)]
+    model = nn.Sequential(*layers, nn.Linear(64, 1))
+    if fault != "everything":
+        model[:4].requires_grad_(False)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    x, held, scores, rows = torch.randn(128, 64), [], [], []
+    with Live() as live:
+        live.follow([*model.parameters(), x])
+        optimizer = torch.optim.Adam(trained, lr=1e-3)
+        for step in range(1, steps + 1):
+            scores.clear()
+            row = {"number": step}
+            loss = model(x).square().mean()
+            row["forward"] = live.bytes
+            loss.backward(retain_graph=fault == "losses")
+            row["backward"] = live.bytes
+            held.append(loss if fault == "losses" else loss.item())
+            del loss
+            optimizer.step()
+            if fault != "gradients":
+                optimizer.zero_grad(set_to_none=True)
+            row["step"] = live.bytes
+            with torch.set_grad_enabled(fault == "evaluation"):
+                scores.append(model(x).mean())
+            row["evaluation"] = live.bytes
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def clinic() -> pd.DataFrame:
+    """Bytes held by a sound training and by four patients, at four moments of four steps."""
+    charts = {"sound": None, **{f"patient {letter}": fault for letter, fault in WARD.items()}}
+    found = []
+    for name, fault in charts.items():
+        found.append(_charted(fault).assign(patient=name))
+    return pd.concat(found, ignore_index=True)
+
+
+_SIGNS = {
+    "losses": "It ends every step with more than the step before, by the same amount each time: "
+    "something of every step stays.",
+    "gradients": "Its first step starts as the sound one's, and from the second on its forward "
+    "pass ends higher by as much as a backward pass adds.",
+    "everything": "It is larger than the sound one from the first forward pass on, and after every "
+    "step by the moments of layers that should have none.",
+    "evaluation": "Its steps are the sound one's but for what is left when the next one begins: "
+    "after the evaluation it holds what a forward pass keeps.",
+}
+
+
+@exercise(
+    "Find the leak",
+    solution=WARD,
+    mistakes=(
+        (swapped(WARD, "A", "D"), "Look again at patient A"),
+        (swapped(WARD, "B", "C"), "Look again at patient B"),
+        (swapped(WARD, "C", "D"), "Look again at patient C"),
+        (WARD | {"B": "losses"}, "twice"),
+        (WARD | {"B": "too large"}, "none of the four faults"),
+        ({"A": "gradients"}, "has no diagnosis yet"),
+    ),
+    difficulty=3,
+    importance=5,
+    minutes=8,
+    hints=(
+        "Compare the first steps with the sound training, then the later ones.",
+        "Does it grow from step to step, or is it larger once and stays so? At which moment?",
+    ),
+)
+def find_the_leak(answer):
+    expect(isinstance(answer, dict), 'answer with a dict, such as {"A": "losses", ...}')
+    return match(answer, WARD, FAULTS, _SIGNS)

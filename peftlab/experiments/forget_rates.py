@@ -1,0 +1,98 @@
+"""What training new facts costs of the old ones, step by step and by learning rate:
+`python -m peftlab.experiments.forget_rates`.
+
+Full fine-tuning at four learning rates and LoRA at the rate of lesson 06, three seeds each. At
+every look: the loss on texts of the world that the base was trained on, drawn anew, and the share
+of new facts that it answers, on a fifth of dev. Into `data/results/forget_rates.json`.
+"""
+
+import argparse
+import json
+import os
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from peftlab._data import data_path
+from peftlab.bases import load
+from peftlab.experiments.documents import Writer
+from peftlab.methods import FullFineTuning, LoRA, Method
+from peftlab.probes import forgetting
+from peftlab.tasks import load as load_task
+from peftlab.training import train
+from peftlab.tuned import attach
+
+RUNS = [(FullFineTuning(), rate) for rate in (1e-4, 3e-4, 1e-3, 3e-3)]
+RUNS.append((LoRA(r=8, alpha=128, target_modules="all-linear"), 2e-3))
+STEPS, LOOK_EVERY, SEEDS = 200, 20, (0, 1, 2)
+TEXTS_OF_A_KIND, TEXT_SEED = 4, 20_002  # another seed than the training texts'
+
+
+def old_texts() -> list[str]:
+    """Texts of every kind that the base was trained on, none of which it has read."""
+    writer = Writer(seed=TEXT_SEED)
+    return [getattr(writer, kind)() for kind in writer.kinds for _ in range(TEXTS_OF_A_KIND)]
+
+
+def look(tuned, task, texts, before: float) -> dict:
+    """How much of the old is lost, and how much of the new is there."""
+    known = task.score(tuned, task.dev[::5])
+    return {
+        "forgotten": round(forgetting(tuned, texts, before), 5),
+        "new_facts": round(known["new_facts"], 4),
+        "known_facts": round(known["known_facts"], 4),
+    }
+
+
+def run(method: Method, rate: float, seed: int, device: str) -> dict:
+    """One training run with its looks."""
+    base, task, texts = load(device=device), load_task("facts"), old_texts()
+    before, looks = base.loss(texts), []
+
+    def on_step(record: dict) -> None:
+        if record["step"] % LOOK_EVERY == 0:
+            looks.append({"step": record["step"], "loss": round(record["loss"], 4)})
+            looks[-1] |= look(tuned, task, texts, before)
+            tuned.train(True)
+
+    with attach(base, method, seed=seed) as tuned:
+        first = {"step": 0, **look(tuned, task, texts, before)}
+        options = dict(steps=STEPS, lr=rate, seed=seed, evaluate=False, progress=False)
+        train(tuned, task, on_step=on_step, **options)
+    return {
+        "title": method.title,
+        "method": method.to_dict(),
+        "lr": rate,
+        "seed": seed,
+        "before": round(before, 5),
+        "looks": [first, *looks],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=data_path("results", "forget_rates.json"))
+    options = parser.parse_args()
+    cpu = f"CPU, {torch.get_num_threads()} of {os.cpu_count()} cores"
+    runs = []
+    for method, rate in RUNS:
+        for seed in SEEDS:
+            runs.append(run(method, rate, seed, options.device))
+            print(runs[-1]["title"], rate, seed, runs[-1]["looks"][-1], flush=True)
+    report = {
+        "command": f"python -m peftlab.experiments.forget_rates --device {options.device}",
+        "date": date.today().isoformat(),
+        "device": cpu if options.device == "cpu" else torch.cuda.get_device_name(options.device),
+        "torch": torch.__version__,
+        "steps": STEPS,
+        "batch size": 16,
+        "texts": len(old_texts()),
+        "runs": runs,
+    }
+    options.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
