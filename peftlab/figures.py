@@ -460,6 +460,14 @@ def token_bars(
     return fig.update_yaxes(tickvals=rows, ticktext=[repr(t) for t in tokens], autorange="reversed")
 
 
+CODE_TYPES = {  # data types of four bits
+    "nf4": (SKY, "triangle-up-open"),
+    "e2m1": (VERMILLION, "square-open"),
+    "int4": (BLACK, "circle-open"),
+    "fp4": (PURPLE, "x-thin-open"),
+}
+
+
 def code_levels(tables: Mapping[str, Sequence[float]], title: str) -> go.Figure:
     """The levels of data types, one row each, over the normal that weights resemble."""
     fig = _figure(title, "level, as a part of the block's largest weight", "")
@@ -468,8 +476,9 @@ def code_levels(tables: Mapping[str, Sequence[float]], title: str) -> go.Figure:
     bell = np.exp(-0.5 * (x / 0.4) ** 2) * 0.9 + len(names) - 0.4
     grey = dict(color=GREY, width=1.5, dash="dot")
     fig.add_scatter(x=x, y=bell, mode="lines", line=grey, name="a normal", showlegend=False)
-    for row, (name, style) in enumerate(_styles(names).items()):
-        mark = dict(symbol="line-ns-open", size=16, color=style["colour"], line=dict(width=2))
+    for row, name in enumerate(names):
+        colour, _ = CODE_TYPES.get(name, (BLACK, ""))
+        mark = dict(symbol="line-ns-open", size=16, color=colour, line=dict(width=2))
         levels = [float(level) for level in tables[name]]
         fig.add_scatter(
             x=levels,
@@ -483,14 +492,6 @@ def code_levels(tables: Mapping[str, Sequence[float]], title: str) -> go.Figure:
         tickvals=list(range(len(names))), ticktext=names, range=[-0.6, len(names) + 0.7]
     )
     return fig.update_xaxes(range=[-1.05, 1.05])
-
-
-CODE_TYPES = {  # data types of four bits
-    "nf4": (SKY, "triangle-up-open"),
-    "e2m1": (VERMILLION, "square-open"),
-    "int4": (BLACK, "circle-open"),
-    "fp4": (PURPLE, "x-thin-open"),
-}
 
 
 def code_errors(
@@ -510,7 +511,8 @@ def code_errors(
         fig.add_scatter(x=sizes, y=values, mode="lines+markers", marker=mark, line=line, name=name)
     ticks = list(bits)
     labels = [f"{size}<br>{bits[size]:.3f}" for size in ticks]
-    fig.update_xaxes(type="log", tickvals=ticks, ticktext=labels)
+    fig.update_xaxes(type="log", tickvals=ticks, ticktext=labels, title_standoff=8)
+    fig.update_layout(margin_b=80)
     return fig.update_yaxes(rangemode="tozero")
 
 
