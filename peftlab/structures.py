@@ -122,6 +122,25 @@ class Removed:
         neurons = tuple(shape.d_ff - len(self.neurons.get(name, ())) for name in stay)
         return SmallerShape(**facts, attention=pairs, neurons=neurons)
 
+    def bytes_aside(self, shape: Shape) -> int:
+        """Bytes, in float32, of every tensor that changes, as it was: it waits to be put back."""
+        sizes = {target: shape.matrices(target)[0][1:] for target in shape.targets}
+        attention = [target for target in sizes if target in ATTENTION]
+        mlp = [target for target in sizes if target not in ATTENTION]
+
+        def numbers(targets, biases):
+            weights = sum(sizes[t][0] * sizes[t][1] for t in targets)
+            return weights + sum(sizes[t][1] for t in biases if t in shape.biased)
+
+        total = len(self.neurons) * numbers(mlp, ("up", "gate"))
+        for name in {*self.heads, *self.queries}:
+            total += numbers(attention, "qkv" if shape.fused or name in self.heads else "q")
+        for name in self.layers:
+            parts = 2 if name.startswith("decoder") else 1  # of attention, to the encoder as well
+            total += parts * numbers(attention, attention) + numbers(mlp, mlp)
+            total += (parts + 1) * shape.norm_size
+        return 4 * total
+
 
 @torch.no_grad()
 def importance(anatomy: Anatomy, kind: str, name: str) -> Tensor:

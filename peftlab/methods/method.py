@@ -139,3 +139,13 @@ def require(name: str, value, low, high=None) -> None:
     if not low <= value <= (value if high is None else high):
         allowed = f"{low} to {high}" if high is not None else f"at least {low}"
         raise ValueError(f"{name}={value}: allowed is {allowed}")
+
+
+def check_texts(method: Method, score: str) -> None:
+    """Raise ValueError unless `calibration` is a list of texts, for this score and no other."""
+    texts = method.calibration
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"calibration={texts!r}: a list of texts is needed")
+    object.__setattr__(method, "calibration", tuple(texts))
+    if (method.score == score) != bool(texts):
+        raise ValueError(f"calibration: score={score!r} needs texts to run, and no other does")

@@ -12,7 +12,7 @@ from torch import Tensor
 from peftlab.bases import Shape
 from peftlab.masks import choose, cubic, input_norms, magnitude, wanda
 from peftlab.methods.lora import LoRA
-from peftlab.methods.method import Method, require
+from peftlab.methods.method import Method, check_texts, require
 from peftlab.sites import MaskedWeight
 
 OPTIONS = {
@@ -22,21 +22,7 @@ OPTIONS = {
     "schedule": ("one-shot", "gradual"),
 }
 CODES = "codes are made anew for whole blocks, and a mask is not kept through that"
-APART = {  # methods that put W in another form, by name
-    "pissa": "it splits W into two parts, both dense",
-    "nf4": CODES,
-    "qlora": CODES,
-}
-
-
-def check_texts(method: Method, score: str) -> None:
-    """Raise ValueError unless `calibration` is a list of texts, for this score and no other."""
-    texts = method.calibration
-    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"calibration={texts!r}: a list of texts is needed")
-    object.__setattr__(method, "calibration", tuple(texts))
-    if (method.score == score) != bool(texts):
-        raise ValueError(f"calibration: score={score!r} needs texts to run, and no other does")
+APART = {"pissa": "it splits W into two parts, both dense", "nf4": CODES, "qlora": CODES}  # by name
 
 
 @dataclass(frozen=True)
@@ -111,7 +97,7 @@ class Prune(Method):
         if self.pattern and (odd := [linear for linear in linears if linear.d_in % 4]):
             raise ValueError(f"pattern='2:4' at {odd[0].name}: {odd[0].d_in} inputs are no fours")
         norms = input_norms(base, linears, self.calibration) if self.score == "wanda" else {}
-        scores = {}
+        scores, now = {}, self.score != "stored" and self.schedule == "one-shot"
         for linear in linears:
             site = attachment.stack.enter_context(MaskedWeight(linear, self.mask_deltas))
             attachment.sites.append(site)
@@ -122,8 +108,7 @@ class Prune(Method):
                 scores[site] = torch.rand(site.original.shape, generator=generator)
             else:
                 scores[site] = magnitude(site.original)
-        later = self.score == "stored" or self.schedule == "gradual"
-        self.hold(scores, 0.0 if later else self.sparsity)
+        self.hold(scores, self.sparsity if now else 0.0)
 
     def hold(self, scores: dict[MaskedWeight, Tensor], sparsity: int | float) -> None:
         """Choose the masks of all weights by their scores."""
@@ -151,21 +136,21 @@ class Prune(Method):
 
     def stored(self, shape: Shape) -> int:
         """One bit an entry, in whole bytes: Σ ⌈d_in d_out / 8⌉ over the target matrices."""
+        return sum(copies * -(-size // 8) for copies, size in self._sizes(shape))
+
+    def _sizes(self, shape: Shape) -> list[tuple[int, int]]:
+        """(copies, entries) of every target matrix."""
         matrices = [m for t in self.targets(shape.targets) for m in shape.matrices(t)]
-        return sum(copies * -(-d_in * d_out // 8) for copies, d_in, d_out in matrices)
+        return [(copies, d_in * d_out) for copies, d_in, d_out in matrices]
 
     def file_bytes(self, shape: Shape, width: int = 4) -> int:
         """The packed bits, whatever a trained number takes."""
         return self.stored(shape)
 
     def footprint(self, plan):
-        """The zeros are in the weights. A delta beside them is held at zero as well.
-
-        Aside: the original rows, one bit an entry, and for deltas a byte.
-        """
+        """Aside: the original rows, one bit an entry, and for the deltas held at zero a byte."""
         targets = self.targets(plan.shape.targets)
-        matrices = [matrix for target in targets for matrix in plan.shape.matrices(target)]
-        entries = sum(copies * d_in * d_out for copies, d_in, d_out in matrices)
+        entries = sum(copies * size for copies, size in self._sizes(plan.shape))
         plan.aside += 4 * entries + self.stored(plan.shape)
         if self.mask_deltas:
             plan.aside += entries

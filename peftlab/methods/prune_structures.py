@@ -8,11 +8,8 @@ from typing import ClassVar
 import torch
 
 from peftlab.bases import Shape
-from peftlab.bases.shapes import ATTENTION
-from peftlab.bases.shapes import GATED_MLP as MLP
 from peftlab.masks import lowest_out
-from peftlab.methods.method import Method, require
-from peftlab.methods.prune import check_texts
+from peftlab.methods.method import Method, check_texts, require
 from peftlab.structures import (
     KINDS,
     Removed,
@@ -153,20 +150,6 @@ class PruneStructures(Method):
 
     def footprint(self, plan):
         """The walk goes through what is left. Aside: every changed tensor as it was."""
-        shape, removed = plan.shape, self.removed(plan.shape)
-        sizes = {target: shape.matrices(target)[0][1:] for target in shape.targets}
-        attention, mlp = [t for t in sizes if t in ATTENTION], [t for t in sizes if t in MLP]
-
-        def numbers(targets, biases):
-            weights = sum(sizes[t][0] * sizes[t][1] for t in targets)
-            return weights + sum(sizes[t][1] for t in biases if t in shape.biased)
-
-        for name in {*removed.heads, *removed.queries}:
-            rows = "qkv" if shape.fused or name in removed.heads else "q"
-            plan.aside += 4 * numbers(attention, rows)
-        plan.aside += 4 * len(removed.neurons) * numbers(mlp, ("up", "gate"))
-        for name in removed.layers:
-            parts = 2 if name.startswith("decoder") else 1  # of attention, to the encoder as well
-            plan.aside += 4 * (parts * numbers(attention, attention) + numbers(mlp, mlp))
-            plan.aside += 4 * (parts + 1) * shape.norm_size
-        plan.shape = removed.smaller(shape)
+        removed = self.removed(plan.shape)
+        plan.aside += removed.bytes_aside(plan.shape)
+        plan.shape = removed.smaller(plan.shape)
