@@ -149,7 +149,7 @@ class Lesson:
         status = page.locator("#jp-main-statusbar").get_by_text("Python 3 (ipykernel) | Idle")
         expect(status).to_be_visible(timeout=60 * SECONDS)
 
-    def run_all(self, seconds: float = 180) -> None:
+    def run_all(self, seconds: float = 420) -> None:
         """Run > Run All Cells, until the last cell has a count; fails with the text of an error."""
         self.page.locator(".lm-MenuBar-itemLabel", has_text="Run").first.click()
         self.page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
