@@ -2,10 +2,13 @@
 
 import pytest
 import torch
-from models import CASES, U32, adapted, padded, put, stir, surroundings, tiny, token_ids
+import transformers
+from models import CASES, U32, adapted, config, padded, put, stir, surroundings, tiny, token_ids
+from models import tokenizer as tokenizer_of
 from torch.nn.functional import cross_entropy
 
-from peftlab import PTuningV2, attach
+from peftlab import FullFineTuning, PTuningV2, attach
+from peftlab.bases import Base
 from peftlab.heads import Classification, Head, Spans, Tagging
 
 HEADS = [
@@ -165,3 +168,15 @@ def test_a_headless_encoder_asks_for_one():
         base(token_ids(1, 4))
     tuned = attach(base, PTuningV2(2), head=Tagging(("O", "B")))
     assert tuned(token_ids(1, 4)).shape == (1, 4, 2)
+
+
+def test_a_pooler_that_a_head_replaces_does_not_train():
+    """An encoder as it comes without a language model's head: its pooler is out of use."""
+    base = Base("pooled", transformers.BertModel(config("bert")).eval(), tokenizer_of("bert"))
+    before = base.fingerprint()
+    tuned = attach(base, FullFineTuning(), head=HEADS[0])
+    count = tuned.count()  # closed form and measured, asserted equal
+    assert count.parameters == base.anatomy.shape.without_head().parameters()
+    assert not any("pooler" in name for name in tuned.trainable)
+    tuned.detach()
+    assert base.fingerprint() == before

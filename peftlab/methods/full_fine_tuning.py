@@ -31,7 +31,11 @@ class FullFineTuning(Method):
 
     def reach(self, base, attachment, generator):
         module = base.anatomy.backbone if attachment.headless else base.model
-        names = [name for name, _ in module.named_parameters()]  # a tied tensor comes once
+        names = [  # a tied tensor comes once; under a head, a pooler is as unused as the old head
+            name
+            for name, _ in module.named_parameters()
+            if not (attachment.headless and name.startswith("pooler."))
+        ]
         site = attachment.stack.enter_context(ExistingParameters(module, names))
         site.name = "parameters: all"
         attachment.sites.append(site)
