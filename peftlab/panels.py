@@ -334,6 +334,14 @@ class CountExplorer(Panel):
         return f"Count explorer: {self.view.name}, {self.view.text}"
 
 
+def _replace_parts(plot: go.FigureWidget, traces: Sequence[dict], layout: dict) -> None:
+    """Show what differs between two states of one figure, in one message to the page."""
+    with plot.batch_update():
+        for old, new in zip(plot.data, traces, strict=True):
+            old.update(new)
+        plot.layout.update(layout)
+
+
 def _redraw(plot: go.FigureWidget, figure: go.Figure) -> None:
     """Give `plot` the traces and titles of `figure`, in one message and without a flicker."""
     with plot.batch_update():
@@ -723,9 +731,7 @@ class SoftPromptLab(Panel):
     def _changed(self, _=None) -> None:
         self.view = soft_lab_view(**{name: w.value for name, w in self.choices.items()})
         trace, layout = self.view.parts()
-        with self.plot.batch_update():
-            self.plot.data[0].update(trace)
-            self.plot.layout.update(layout)
+        _replace_parts(self.plot, [trace], layout)
 
     def static(self) -> go.Figure:
         return self.view.figure()
@@ -887,11 +893,7 @@ class AttentionExplorer(Panel):
         chosen = {name: widget.value for name, widget in self.sliders.items()}
         self.view = attention_view(self.scenes, **chosen)
         self.text.value = f"<b>{escape(self.view.text)}</b>"
-        traces, layout = figures.attention_parts(*self.view.shown)
-        with self.plot.batch_update():
-            for old, new in zip(self.plot.data, traces, strict=True):
-                old.update(new)
-            self.plot.layout.update(layout)
+        _replace_parts(self.plot, *figures.attention_parts(*self.view.shown))
 
     def static(self) -> go.Figure:
         return self.view.figure()
@@ -1347,11 +1349,7 @@ class PruningLab(Panel):
             self._look()
         finally:
             self._busy = False
-        traces, layout = figures.pruning_parts(*self.view.shown)
-        with self.plot.batch_update():
-            for old, new in zip(self.plot.data, traces, strict=True):
-                old.update(new)
-            self.plot.layout.update(layout)
+        _replace_parts(self.plot, *figures.pruning_parts(*self.view.shown))
 
     def static(self) -> go.Figure:
         return self.view.figure()
@@ -1493,12 +1491,8 @@ class MemoryExplorer(Panel):
             self.length.observe(self._changed, "value")
         self.view = memory_view(self.model.value, self.batch.value, self.length.value)
         self.answer.value = f"<b style='font-size:1.25em'>{self.view.text}</b>"
-        with self.plot.batch_update():
-            for old, new in zip(
-                self.plot.data, figures.memory_traces(self.view.moments()), strict=True
-            ):
-                old.update(new)
-            self.plot.layout.title.text = self.view.text
+        traces = figures.memory_traces(self.view.moments())
+        _replace_parts(self.plot, traces, {"title_text": self.view.text})
 
     def static(self) -> go.Figure:
         return self.view.figure()
