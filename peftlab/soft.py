@@ -113,6 +113,13 @@ class PromptEncoder(nn.Module):
                 self.mlp.append(nn.ReLU())
             self.mlp.append(nn.Linear(wide_in, wide_out))
 
+    def train(self, mode: bool = True) -> PromptEncoder:
+        """Nothing here depends on `mode`, but a GPU's LSTM has no gradient unless it trains."""
+        super().train(mode)
+        if isinstance(self.mix, nn.LSTM):
+            self.mix.train()
+        return self
+
     def forward(self) -> dict[str, Float[Tensor, "virtual d_model"]]:
         x = self.table[None]
         if isinstance(self.mix, nn.LSTM):

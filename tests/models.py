@@ -414,7 +414,7 @@ def decoder_ids(ids: Tensor, mask: Tensor | None = None) -> Tensor:
         tokens = row[real].tolist()
         mixed = sum((i + 1) * token for i, token in enumerate(tokens)) % 256 + 1
         rows.append([0, tokens[0], mixed, tokens[-1], sum(tokens) % 256 + 1])
-    return torch.tensor(rows)
+    return torch.tensor(rows, device=ids.device)
 
 
 def call(model: LanguageModel, ids: Tensor, mask: Tensor | None = None) -> Tensor:

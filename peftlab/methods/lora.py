@@ -40,9 +40,11 @@ class LowRankDelta(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def initialise(self, generator: torch.Generator | None = None) -> None:
-        """Draw A anew, and set B to zero."""
+        """Draw A anew, on the CPU, so that a seed means the same anywhere; set B to zero."""
         bound = 1 / math.sqrt(self.A.shape[1])
-        nn.init.uniform_(self.A, -bound, bound, generator=generator)
+        drawn = torch.empty(self.A.shape).uniform_(-bound, bound, generator=generator)
+        with torch.no_grad():
+            self.A.copy_(drawn)
         nn.init.zeros_(self.B)
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:

@@ -105,7 +105,7 @@ class Prune(Method):
             if self.score == "wanda":
                 scores[site] = wanda(site.original, norms[linear.module])
             elif self.score == "random":
-                scores[site] = torch.rand(site.original.shape, generator=generator)
+                scores[site] = torch.rand(site.original.shape, generator=generator).to(base.device)
             else:
                 scores[site] = magnitude(site.original)
         self.hold(scores, self.sparsity if now else 0.0)
