@@ -46,7 +46,8 @@ class Memory:
     `parts` has the bytes of each part by layer: "layers.3", "encoder.layers.0", "input" and
     "output" around them, "method" for tensors of no one layer. `aside` is what waits to be put
     back on `detach`: the originals under full fine-tuning. `total` is what was alive at the end
-    of the forward pass, of the backward pass and of the step, `peak` the most at any time.
+    of the forward pass, of the backward pass and of the step, `peak` the most at any time; on a
+    GPU without `elsewhere`, what was there before and is no part of the step.
     """
 
     method: str
@@ -54,6 +55,7 @@ class Memory:
     parts: dict[str, dict[str, int]]
     total: dict[str, int] = field(default_factory=dict)
     peak: int = 0
+    elsewhere: int = 0
 
     def bytes(self, part: str) -> int:
         """One part, all layers together."""
@@ -68,7 +70,7 @@ def measure(tuned: Tuned, batch: dict[str, Tensor], lr: float = 0.0) -> Memory:
     """Two training steps on one batch, the second of them measured. Dropout is off.
 
     AdamW as in `training.train`; with the rate 0 no weight changes, and the states are as large
-    as at any other. On a GPU nothing else may be allocated, or it is counted as well.
+    as at any other.
     """
     device, trainable = tuned.device, list(tuned.trainable.values())
     batch = {key: tensor.to(device) for key, tensor in batch.items()}
@@ -81,8 +83,10 @@ def measure(tuned: Tuned, batch: dict[str, Tensor], lr: float = 0.0) -> Memory:
             optimizer.zero_grad(set_to_none=True)
             parts = _standing(tuned, batch, optimizer)
             known = {address for part in parts.values() for address in part}
-            counter.start(tuned, batch, optimizer)
-            memory = Memory(tuned.label, str(device), {})
+            held = _storages((site, tensor) for site, tensor in _held(tuned))
+            standing = {at: what for part in (*parts.values(), held) for at, what in part.items()}
+            counter.start(tuned, batch, optimizer, sum(size for _, size in standing.values()))
+            memory = Memory(tuned.label, str(device), {}, elsewhere=counter.elsewhere)
             kept: dict[int, tuple[str, int]] = {}
             with counter, _places(tuned) as place:
 
@@ -293,7 +297,9 @@ class Live(TorchDispatchMode):
 class _Counter(Live):
     """The same for `measure`, which asks a GPU's allocator with the same words."""
 
-    def start(self, tuned: Tuned, batch: dict[str, Tensor], optimizer) -> None:
+    elsewhere = 0
+
+    def start(self, tuned: Tuned, batch: dict[str, Tensor], optimizer, standing: int) -> None:
         model = (*tuned.model.parameters(), *tuned.model.buffers(), *tuned.trainable.values())
         added = (t for m in tuned.modules.values() for t in (*m.parameters(), *m.buffers()))
         states = tree_leaves([list(state.values()) for state in optimizer.state.values()])
@@ -314,16 +320,18 @@ class _Counter(Live):
 
 
 class _Allocator(contextlib.nullcontext):
-    """Bytes that torch has allocated on a GPU, less the matrix library's own workspace."""
+    """Bytes on a GPU by torch's allocator, less the matrix library's own workspace between times.
+
+    Totals are what tensors asked for; the peak is in the allocator's blocks, which are larger.
+    """
 
     def __init__(self, device: torch.device):
         super().__init__()
-        self.device = device
+        self.device, self.elsewhere = device, 0
 
-    def start(self, tuned: Tuned, batch: dict[str, Tensor], optimizer) -> None:
-        torch.cuda.synchronize(self.device)
-        torch._C._cuda_clearCublasWorkspaces()
+    def start(self, tuned: Tuned, batch: dict[str, Tensor], optimizer, standing: int) -> None:
         torch.cuda.empty_cache()
+        self.elsewhere = self.now() - standing
         torch.cuda.reset_peak_memory_stats(self.device)
 
     def see(self, tensor: Tensor) -> None:
@@ -332,7 +340,8 @@ class _Allocator(contextlib.nullcontext):
     def now(self) -> int:
         torch.cuda.synchronize(self.device)
         torch._C._cuda_clearCublasWorkspaces()
-        return torch.cuda.memory_allocated(self.device)
+        asked = torch.cuda.memory_stats(self.device)["requested_bytes.all.current"]
+        return asked - self.elsewhere
 
     def peak(self) -> int:
-        return torch.cuda.max_memory_allocated(self.device)
+        return torch.cuda.max_memory_allocated(self.device) - self.elsewhere

@@ -6,6 +6,7 @@ consist of; the total, followed storage by storage; and the closed form, which r
 
 from __future__ import annotations
 
+import gc
 from dataclasses import asdict, dataclass
 
 import pytest
@@ -378,14 +379,15 @@ def test_on_a_gpu_the_allocator_agrees(method):
         embd_pdrop=0.0,
         resid_pdrop=0.0,
     )
-    torch.cuda.empty_cache()
+    gc.collect()
     base = Base("gpu", transformers.GPT2LMHeadModel(config), tokenizer())
     tuned = attach(base, method)
     move(tuned, "cuda")
-    memory: Memory = measure(tuned, batch_of(tuned, batch=8, length=128))
+    memory: Memory = measure(tuned, batch_of(tuned, batch=16, length=128))
+    assert memory.elsewhere <= 0.02 * memory.peak
     for moment in MOMENTS:
         assert abs(memory.total[moment] - memory.sum(moment)) <= 0.02 * memory.total[moment]
-    step = accounting.step_bytes(method, base, batch=8, length=128, device="cuda")
+    step = accounting.step_bytes(method, base, batch=16, length=128, device="cuda")
     assert abs(step.peak - memory.peak) <= 0.1 * memory.peak
 
 

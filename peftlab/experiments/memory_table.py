@@ -109,7 +109,8 @@ def row(base: Base, methods: list[Method], device: str, batch: int, length: int)
         "trained": trained,
         "predicted": closed,
         "measured": {part: memory.bytes(part) for part in memory.parts}
-        | {"total": memory.total, "peak": memory.peak, "by layer": memory.parts["activations"]},
+        | {"total": memory.total, "peak": memory.peak, "elsewhere": memory.elsewhere}
+        | {"by layer": memory.parts["activations"]},
     }
 
 

@@ -112,7 +112,7 @@ class PromptAndPrefix(Method):
             module = PrefixMLP(table, self.encoder_hidden_size, sites, with_prompt=True)
         if not self.prefix_projection:
             with torch.no_grad():
-                module = Flat({key: t.clone() for key, t in module().items()})
+                module = Flat({key: t.clone() for key, t in module.to(table)().items()})
         read = put(base, attachment, self.name, module)
         for site in (
             InputEmbeddings(base.anatomy, read, [(count, "front", None)]),

@@ -23,6 +23,7 @@ from models import (
     ON_EVERY,
     ON_GENERATING,
     ON_PLAIN,
+    PAIRS,
     PLAIN,
     U32,
     U64,
@@ -90,6 +91,19 @@ def test_the_output_at_init(case, family):
     if CASES[case].head is not None:
         before = tuned.head.logits(tuned.linear, hidden, mask)
     assert torch.equal(before, frozen(tuned, ids)) == CASES[case].starts_equal
+
+
+@pytest.mark.parametrize("dtype", [FLOAT64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_base_in_another_precision(family, dtype):
+    """What trains is at least in 32 bits, unless it is the base's own."""
+    for name in (name for where, name in PAIRS if where == family):
+        tuned = put(name, tiny(family, dtype))
+        loss_of(tuned, token_ids(2, 7)).backward()
+        own = {id(parameter) for parameter in tuned.base.model.parameters()}
+        added = [p for p in tuned.trainable.values() if id(p) not in own]
+        assert {p.dtype for p in added} <= {torch.promote_types(dtype, FLOAT32)}, name
+        assert all(p.grad is None or torch.isfinite(p.grad).all() for p in added), name
 
 
 @pytest.mark.parametrize("family", FAMILIES)
