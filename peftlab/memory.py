@@ -81,18 +81,18 @@ def measure(tuned: Tuned, batch: dict[str, Tensor], lr: float = 0.0) -> Memory:
         with tuned._evaluating():
             _step(tuned, batch, optimizer)
             optimizer.zero_grad(set_to_none=True)
-            parts = _standing(tuned, batch, optimizer)
-            known = {address for part in parts.values() for address in part}
-            held = _storages((site, tensor) for site, tensor in _held(tuned))
-            standing = {at: what for part in (*parts.values(), held) for at, what in part.items()}
+            place, parts = _places_of(tuned), _standing(tuned, batch, optimizer)
+            known = {at: what for part in parts.values() for at, what in part.items()}
+            standing = known | _storages(_held(tuned))
             counter.start(tuned, batch, optimizer, sum(size for _, size in standing.values()))
+            known |= _storages(_masks(tuned))
             memory = Memory(tuned.label, str(device), {}, elsewhere=counter.elsewhere)
             kept: dict[int, tuple[str, int]] = {}
-            with counter, _places(tuned) as place:
+            with counter, _places(tuned) as now:
 
                 def note(tensor: Tensor) -> Tensor:
                     counter.see(tensor)
-                    return _note(tensor, known, kept, place)
+                    return _note(tensor, known, kept, now)
 
                 with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
                     loss = tuned.batch_loss(batch)
@@ -104,15 +104,18 @@ def measure(tuned: Tuned, batch: dict[str, Tensor], lr: float = 0.0) -> Memory:
                 optimizer.step()
                 memory.total["step"] = counter.now()
             memory.peak = counter.peak()
-            owner = _places_of(tuned)
             parts["gradients"] = _storages(
-                (owner(name, p), p.grad)
+                (place(name, p), p.grad)
                 for name, p in tuned.trainable.items()
                 if p.grad is not None
             )
             parts["activations"] = kept
-            aside = _storages((owner(name), tensor) for name, tensor in _held(tuned))
-            parts["aside"] = {at: what for at, what in aside.items() if at not in known | {*kept}}
+            known |= kept
+            masks = [(place(name), mask) for name, mask in _masks(tuned)]
+            aside = [(place(name), tensor) for name, tensor in _held(tuned)]
+            parts["aside"] = _storages(masks) | {
+                at: what for at, what in _storages(aside).items() if at not in known
+            }
     finally:
         for parameter in trainable:
             parameter.grad = None
@@ -172,12 +175,18 @@ def _codes(tuned: Tuned) -> dict[str, Tensor]:
     }
 
 
-def _held(tuned: Tuned) -> Iterator[tuple[str, Tensor]]:
-    """Tensors that the sites hold: originals that they will put back, masks. On a GPU the
-    originals of coded weights are elsewhere, and not counted."""
+def _masks(tuned: Tuned) -> Iterator[tuple[str, Tensor]]:
+    """What holds deltas at zero, by the weight's name. Autograd keeps no second one."""
     for site in tuned._sites:
         if isinstance(site, MaskedWeight) and site.linear.mask is not None:
             yield site.name, site.linear.mask
+
+
+def _held(tuned: Tuned) -> Iterator[tuple[str, Tensor]]:
+    """Tensors that the sites hold: originals that they will put back, masks. On a GPU the
+    originals of coded weights are elsewhere, and not counted."""
+    yield from _masks(tuned)
+    for site in tuned._sites:
         if isinstance(site, SmallerModel):  # whole blocks
             blocks = nn.ModuleList(part for part in site.aside if isinstance(part, nn.Module))
             yield from (("", tensor) for tensor in (*blocks.parameters(), *blocks.buffers()))
@@ -219,7 +228,7 @@ def _summed(found: Iterable[tuple[str, int]]) -> dict[str, int]:
     return places
 
 
-def _note(tensor: Tensor, known: set[int], kept: Found, place: list[str]) -> Tensor:
+def _note(tensor: Tensor, known: Found, kept: Found, place: list[str]) -> Tensor:
     """A tensor is kept for the backward pass: count its storage, unless it is a part already."""
     storage = tensor.untyped_storage()
     if storage.nbytes() and storage.data_ptr() not in known:

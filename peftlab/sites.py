@@ -350,7 +350,8 @@ class LinearWeight:
         return getattr(self.delta, "dropout", nn.Identity())
 
     def _masked(self, delta: Tensor) -> Tensor:
-        return delta if self.linear.mask is None else delta * self.linear.mask.to(delta)
+        mask = self.linear.mask
+        return delta if mask is None else torch.where(mask, delta, 0.0)
 
     @torch.no_grad()
     def merge(self) -> None:

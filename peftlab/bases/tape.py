@@ -108,6 +108,7 @@ class Tape:
         self.place = "input"
         self.order: Value | None = None
         self.under_mask = False  # while a delta is asked what it keeps
+        self.joined = False  # and it is one delta for several weights
         self.around_loss = self.around_layer = 0  # bytes needed for a moment, beside what is kept
         self.cache: dict[str, Value] = {}
 
@@ -164,6 +165,7 @@ class Tape:
         for here, delta, shared in self.plan.beside:
             hits = [name for name in names if here(name)]
             for its in [hits] if shared and hits else [[name] for name in hits]:
+                self.joined = len(its) > 1
                 self.under_mask = any(held(name) for name in its for held in self.plan.masked)
                 if delta(self, x, Value(y.rows, part * len(its), y.grad)).grad:
                     y = replace(y, grad=True)
@@ -225,8 +227,8 @@ class Tape:
         return Value(x.rows, x.width, True)
 
     def masked(self, x: Value, width: int) -> Value:
-        """(M ⊙ ΔW) x: ΔW is formed, and M laid over it as numbers."""
-        self.keep(x, Value(width, x.width))
+        """(M ⊙ ΔW) x: ΔW is formed, and M is there already, unless it is put together first."""
+        self.keep(x, *([Value(width, x.width, size=1)] if self.joined else ()))
         if x.grad:
             self.keep(Value(width, x.width))
         return Value(x.rows, width, True)

@@ -1,15 +1,17 @@
 """What training new facts costs of the old ones, step by step and by learning rate:
 `python -m peftlab.experiments.forget_rates`.
 
-Full fine-tuning at four learning rates and LoRA at the rate of lesson 06, three seeds each. At
-every look: the loss on texts of the world that the base was trained on, drawn anew, and the share
+Full fine-tuning and LoRA with a small and with a large step for the same rate (alpha = 2 r and
+16 r), each at four learning rates, three seeds each. At every look: the loss on texts of the world that the base was trained on, drawn anew, and the share
 of new facts that it answers, on a fifth of dev. Into `data/results/forget_rates.json`.
 """
 
 import argparse
 import json
 import os
+from concurrent.futures import ProcessPoolExecutor
 from datetime import date
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -24,7 +26,8 @@ from peftlab.training import train
 from peftlab.tuned import attach
 
 RUNS = [(FullFineTuning(), rate) for rate in (1e-4, 3e-4, 1e-3, 3e-3)]
-RUNS.append((LoRA(r=8, alpha=128, target_modules="all-linear"), 2e-3))
+for alpha, rates in ((16, (6e-4, 2e-3, 6e-3, 2e-2)), (128, (2e-4, 6e-4, 2e-3, 6e-3))):
+    RUNS += [(LoRA(r=8, alpha=alpha, target_modules="all-linear"), rate) for rate in rates]
 STEPS, LOOK_EVERY, SEEDS = 200, 20, (0, 1, 2)
 TEXTS_OF_A_KIND, TEXT_SEED = 4, 20_002  # another seed than the training texts'
 
@@ -47,6 +50,7 @@ def look(tuned, task, texts, before: float) -> dict:
 
 def run(method: Method, rate: float, seed: int, device: str) -> dict:
     """One training run with its looks."""
+    torch.set_num_threads(1)
     base, task, texts = load(device=device), load_task("facts"), old_texts()
     before, looks = base.loss(texts), []
 
@@ -74,15 +78,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=data_path("results", "forget_rates.json"))
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time")
     options = parser.parse_args()
-    cpu = f"CPU, {torch.get_num_threads()} of {os.cpu_count()} cores"
+    cpu = f"CPU, {options.workers} of {os.cpu_count()} cores"
     runs = []
-    for method, rate in RUNS:
-        for seed in SEEDS:
-            runs.append(run(method, rate, seed, options.device))
-            print(runs[-1]["title"], rate, seed, runs[-1]["looks"][-1], flush=True)
+    with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
+        wanted = [(*pair, seed, options.device) for pair in RUNS for seed in SEEDS]
+        for found in pool.map(run, *zip(*wanted, strict=True)):
+            runs.append(found)
+            print(found["title"], found["lr"], found["seed"], found["looks"][-1], flush=True)
     report = {
-        "command": f"python -m peftlab.experiments.forget_rates --device {options.device}",
+        "command": "python -m peftlab.experiments.forget_rates"
+        + f" --device {options.device} --workers {options.workers}",
         "date": date.today().isoformat(),
         "device": cpu if options.device == "cpu" else torch.cuda.get_device_name(options.device),
         "torch": torch.__version__,
