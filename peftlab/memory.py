@@ -149,7 +149,7 @@ def _standing(tuned: Tuned, batch: dict[str, Tensor], optimizer) -> dict[str, Fo
         (place(name, parameter), tensor)
         for name, parameter in tuned.trainable.items()
         for tensor in optimizer.state.get(parameter, {}).values()
-        if isinstance(tensor, Tensor)
+        if isinstance(tensor, Tensor) and tensor.device == tuned.device
     ]
     parts = {
         "weights": _storages(
@@ -233,7 +233,7 @@ def _note(tensor: Tensor, known: Found, kept: Found, place: list[str]) -> Tensor
     storage = tensor.untyped_storage()
     if storage.nbytes() and storage.data_ptr() not in known:
         kept.setdefault(storage.data_ptr(), (place[0], storage.nbytes()))
-    return tensor
+    return tensor.detach()  # a node that kept its own output would never be freed
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """On a GPU every method is what it is on a CPU: attached there, moved there, trained, taken off.
 
-Compared in float64, where no kernel takes a short cut. Two evaluations of one function lie within
+Compared in float64, where no kernel takes a short cut, as far as a model has it: Llama turns by
+angles, and codes are decoded, in float32. Two evaluations of one function lie within
 4 E of each other, E the largest rounding error of the logits: here that of float32 on the CPU,
 measured, times 2⁻²⁹, as in `properties/test_every_method.py`. E is a sample from one kind of
 kernel, and another kind sums in another order: it may be twice as large.
@@ -59,7 +60,8 @@ def test_the_output_is_that_of_a_cpu(family, case):
     on_cpu = adapted(case, family, torch.float64)
     wanted = real_rows(on_cpu)
     E = apart(wanted, real_rows(adapted(case, family)))
-    allowed = 8 * E * U64 / U32
+    single = family == "llama" or on_cpu.codes
+    allowed = 8 * E * (1 if single else U64 / U32)
 
     there = put(case, tiny(family, torch.float64).to("cuda"))
     alike(there, on_cpu)
@@ -91,9 +93,9 @@ def test_it_trains_and_leaves_nothing_behind(family, case):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_seed_means_the_same(family):
-    """What a method draws, it draws on the CPU."""
+    """What a method draws, it draws on the CPU; what it computes from W is rounded."""
     for case in (name for where, name in PAIRS if where == family and CASES[name].drawn):
         here = put(case, tiny(family))
         there = put(case, tiny(family).to("cuda"))
         for name, parameter in here.trainable.items():
-            assert torch.equal(parameter, there.trainable[name].cpu()), (case, name)
+            torch.testing.assert_close(parameter, there.trainable[name].cpu(), msg=f"{case} {name}")

@@ -7,6 +7,7 @@ consist of; the total, followed storage by storage; and the closed form, which r
 from __future__ import annotations
 
 import gc
+import weakref
 from dataclasses import asdict, dataclass
 
 import pytest
@@ -38,6 +39,7 @@ from peftlab import (
     ParallelAdapter,
     PiSSA,
     PrefixTuning,
+    PromptAndPrefix,
     PromptTuning,
     Prune,
     PruneStructures,
@@ -409,3 +411,14 @@ def test_the_walks_hold_for_their_other_families(family, method):
     words = {"roberta": "bert", "qwen2": "gpt2"}.get(family, family)
     tuned = attach(Base(family, model, tokenizer(words)), method)
     assert measure(tuned, batch_of(tuned)).parts["activations"] == predicted(tuned)
+
+
+@pytest.mark.parametrize("method", [LoRA(), PromptAndPrefix(3)], ids=lambda m: m.name)
+def test_nothing_measured_stays_alive(method):
+    """Half of the second one's graph never sees a backward pass; its tensors die all the same."""
+    with attach(tiny("gpt2"), method) as tuned:
+        measure(tuned, batch_of(tuned))
+        trained = [weakref.ref(parameter) for parameter in tuned.trainable.values()]
+    del tuned
+    gc.collect()
+    assert not [reference for reference in trained if reference() is not None]

@@ -2,8 +2,9 @@
 `python -m peftlab.experiments.forget_rates`.
 
 Full fine-tuning and LoRA with a small and with a large step for the same rate (alpha = 2 r and
-16 r), each at four learning rates, three seeds each. At every look: the loss on texts of the world that the base was trained on, drawn anew, and the share
-of new facts that it answers, on a fifth of dev. Into `data/results/forget_rates.json`.
+16 r), each at four learning rates, three seeds each. At every look: the loss on texts of the world
+that the base was trained on, drawn anew, and the share of new facts that it answers, on a fifth of
+dev. Into `data/results/forget_rates.json`.
 """
 
 import argparse
