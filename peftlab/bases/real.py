@@ -49,8 +49,8 @@ class Package:
 
     @property
     def install(self) -> str:
-        more = f" && pip install {self.needs}" if self.needs else ""
-        return f"pip install --no-deps {self.package}=={self.version}{more}"
+        """The command that brings it."""
+        return f"pip install --no-deps {self.package}=={self.version} {self.needs}".rstrip()
 
 
 REAL = {
