@@ -2,8 +2,8 @@
 
 `load(name)`, with one of `NAMES`, reads the examples from `data/tasks/`, where
 `python -m peftlab.experiments.make_world` put them; `load("letters", skill="sort")` is one of six
-skills. Train, dev and test share no (prompt, target) pair; each task's module says what else they
-share and why.
+skills. Those of `PUBLIC` do not ship: the module `public` says where they are read from. Train, dev
+and test share no (prompt, target) pair; each task's module says what else they share and why.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 WITHOUT_HEAD = ("sentiment", "facts", "slots", "letters")  # answered in words
 NAMES = (*WITHOUT_HEAD, "entities", "speech", "reading")
+PUBLIC = ("sst2", "wnut17", "e2e")  # read from a folder or the hub
 IGNORED = -100  # the label that cross entropy leaves out
 
 
@@ -168,12 +169,13 @@ def share(values) -> float:
 
 
 def load(name: str, **options) -> Task:
-    """The task called `name`, one of `NAMES`, with its examples from `data/tasks/`.
+    """The task called `name`, one of `NAMES`, with its examples from `data/tasks/`; or of `PUBLIC`.
 
-    The only option is the `skill` of the letters.
+    Options are the `skill` of the letters; of public tasks how many examples `train`, `dev` and
+    `test` take, by which `seed`; and of "sst2" its `answer`, "word" or "class".
     """
-    if name not in NAMES:
-        raise ValueError(f"no task {name!r}; there are {', '.join(NAMES)}")
+    if name not in (*NAMES, *PUBLIC):
+        raise ValueError(f"no task {name!r}; there are {', '.join((*NAMES, *PUBLIC))}")
     shared = {"entities": "tagging", "speech": "tagging"}  # two tasks in one module
     module = importlib.import_module(f"peftlab.tasks.{shared.get(name, name)}")
     task = module.TASKS[name] if name in shared else module.TASK

@@ -9,7 +9,7 @@ No review is in two splits, but all are built from the same clauses.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from peftlab.tasks import Example, Task, share
 
@@ -28,6 +28,7 @@ class Sentiment(Task):
     title = "Sentiment by verbalizer"
     main = "accuracy"
     max_new_tokens = 1
+    words: ClassVar[dict[bool, str]] = LABELS
 
     def score(
         self,
@@ -39,7 +40,7 @@ class Sentiment(Task):
         import torch
 
         examples = self.test if examples is None else examples
-        labels = list(LABELS.values())
+        labels = list(self.words.values())
         tokens = [
             model.tokenizer(label, add_special_tokens=False)["input_ids"][0] for label in labels
         ]

@@ -45,6 +45,7 @@ class Tagging(Task):
 
     labels: ClassVar[tuple[str, ...]]
     head: ClassVar[heads.Tagging]
+    word: ClassVar[re.Pattern] = WORD
     max_new_tokens = 0
 
     def batch(
@@ -67,7 +68,9 @@ class Tagging(Task):
         labels = torch.full_like(encoded.input_ids, IGNORED)
         for row, (example, offsets) in enumerate(zip(examples, encoded.offsets, strict=True)):
             for tag, position in zip(
-                example.target.split(), first_tokens(example.prompt, offsets), strict=True
+                example.target.split(),
+                first_tokens(example.prompt, offsets, self.word),
+                strict=True,
             ):
                 labels[row, position] = self.labels.index(tag)
         batch = {
@@ -111,11 +114,15 @@ class Tagging(Task):
             )
         }
 
+    def words(self, example: Example) -> list[str]:
+        """The words that the tags of this example stand for."""
+        return self.word.findall(example.prompt)
+
     def tags_in_training(self) -> dict[str, Counter]:
         """How often each word has each tag in the training split."""
         seen = defaultdict(Counter)
         for example in self.train:
-            for word, tag in zip(words(example.prompt), example.target.split(), strict=True):
+            for word, tag in zip(self.words(example), example.target.split(), strict=True):
                 seen[word][tag] += 1
         return dict(seen)
 
@@ -131,7 +138,7 @@ class Tagging(Task):
         unknown = once.most_common(1)[0][0]
         best = {word: tags.most_common(1)[0][0] for word, tags in seen.items()}
         outputs = [
-            " ".join(best.get(word, unknown) for word in words(example.prompt))
+            " ".join(best.get(word, unknown) for word in self.words(example))
             for example in examples
         ]
         return self.grade(examples, outputs)
@@ -183,7 +190,9 @@ def words(text: str) -> list[str]:
     return WORD.findall(text)
 
 
-def first_tokens(text: str, offsets: list[tuple[int, int]]) -> list[int]:
+def first_tokens(
+    text: str, offsets: list[tuple[int, int]], pattern: re.Pattern = WORD
+) -> list[int]:
     """For each word the position of the first token that begins in it.
 
     Raises ValueError if a word has none.
@@ -193,7 +202,7 @@ def first_tokens(text: str, offsets: list[tuple[int, int]]) -> list[int]:
         if start < end:
             starts.setdefault(start, position)
     firsts = []
-    for word in WORD.finditer(text):
+    for word in pattern.finditer(text):
         inside = [starts[i] for i in range(word.start(), word.end()) if i in starts]
         if not inside:
             raise ValueError(f"no token begins in the word {word.group()!r} of {text!r}")
