@@ -2,8 +2,10 @@
 
 `load(name)`, with one of `NAMES`, reads the examples from `data/tasks/`, where
 `python -m peftlab.experiments.make_world` put them; `load("letters", skill="sort")` is one of six
-skills. Those of `PUBLIC` do not ship: the module `public` says where they are read from. Train, dev
-and test share no (prompt, target) pair; each task's module says what else they share and why.
+skills. Those of the pharmacy are from `make_pharmacy`; `load("pharmacy", medicines=20)` is a small
+part of them. Those of `PUBLIC` do not ship: the module `public` says where they are read from.
+Train, dev and test share no (prompt, target) pair; each task's module says what else they share
+and why.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
     from peftlab.bases import LanguageModel
 
 WITHOUT_HEAD = ("sentiment", "facts", "slots", "letters")  # answered in words
-NAMES = (*WITHOUT_HEAD, "entities", "speech", "reading")
+REAL = ("pharmacy",)  # words that only a real language model has read
+NAMES = (*WITHOUT_HEAD, "entities", "speech", "reading", *REAL)
 PUBLIC = ("sst2", "wnut17", "e2e")  # read from a folder or the hub
 IGNORED = -100  # the label that cross entropy leaves out
 
@@ -171,8 +174,9 @@ def share(values) -> float:
 def load(name: str, **options) -> Task:
     """The task called `name`, one of `NAMES`, with its examples from `data/tasks/`; or of `PUBLIC`.
 
-    Options are the `skill` of the letters; of public tasks how many examples `train`, `dev` and
-    `test` take, by which `seed`; and of "sst2" its `answer`, "word" or "class".
+    Options are the `skill` of the letters; the number of `medicines` of the pharmacy; of public
+    tasks how many examples `train`, `dev` and `test` take, by which `seed`; and of "sst2" its
+    `answer`, "word" or "class".
     """
     if name not in (*NAMES, *PUBLIC):
         raise ValueError(f"no task {name!r}; there are {', '.join((*NAMES, *PUBLIC))}")
