@@ -7,9 +7,10 @@
     Effects: diarrhoea, nausea
     Caution: kidney failure
 
-The medicines are in `data/tasks/pharmacy/medicines.jsonl`, written by hand, each with the reference
-that has its facts: one use, two common side effects and one caution of many, shortened so that a
-small model can learn them. Nobody should treat anybody by it.
+The medicines are in `data/tasks/pharmacy/medicines.jsonl`, written by hand, each with a reference
+in which its facts can be checked. Of many uses, side effects and cautions (an illness, a treatment
+or a risk to think of) a card has one, two and one, in words that a small model can learn. Nobody
+should treat anybody by it.
 
 There are three sorts of question, with twelve wordings each:
 
