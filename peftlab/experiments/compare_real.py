@@ -1,0 +1,228 @@
+"""Every kind of method on a real model and a real task: `python -m
+peftlab.experiments.compare_real pharmacy --device cuda --workers 6`.
+
+Writes `data/results/real_pharmacy.json` (or of another task), one row a run. Every method gets the
+same number of tries: four learning rates, each run once with a seed that is not used again; the
+one with the best main score on dev is run on three seeds and scored on test. A rate at the end of
+its grid is marked, for a better one may lie outside.
+
+A row has the scores, what trained, the bytes of a saved adapter, the peak of the allocated memory
+(on a GPU, base included), seconds of training, and of a language model what it forgot: the loss on
+16 plain English paragraphs (`data/texts/plain.txt`, written for this) above that of the untuned
+base, in nats a token. Runs that go at the same time share the device, and take longer for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from datetime import date
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from peftlab._data import data_path
+from peftlab.bases import load
+from peftlab.methods import (
+    IA3,
+    BitFit,
+    DoRA,
+    FullFineTuning,
+    HoulsbyAdapter,
+    LayerNormTuning,
+    LoRA,
+    Method,
+    PrefixTuning,
+    PromptTuning,
+    Prune,
+    PTuning,
+    PTuningV2,
+    QLoRA,
+)
+from peftlab.tasks import Task
+from peftlab.tasks import load as load_task
+from peftlab.training import train
+from peftlab.tuned import attach
+
+SEEDS, TUNING_SEED = (0, 1, 2), 100
+SMALL, MIDDLE = (1e-5, 3e-5, 1e-4, 3e-4), (1e-4, 3e-4, 1e-3, 3e-3)
+LARGE, HUGE = (1e-3, 3e-3, 1e-2, 3e-2), (3e-3, 1e-2, 3e-2, 1e-1)
+ADAPTER = dict(r=8, alpha=16, target_modules="all-linear")
+METHODS: dict[str, tuple[list[Method], tuple[float, ...]]] = {
+    "Full fine-tuning": ([FullFineTuning()], SMALL),
+    "Prompt tuning": ([PromptTuning(20)], HUGE),
+    "P-tuning": ([PTuning(20)], MIDDLE),
+    "Prefix tuning": ([PrefixTuning(20, prefix_projection=True)], MIDDLE),
+    "P-tuning v2": ([PTuningV2(20)], HUGE),
+    "LoRA": ([LoRA(**ADAPTER)], MIDDLE),
+    "DoRA": ([DoRA(**ADAPTER)], MIDDLE),
+    "QLoRA": ([QLoRA(**ADAPTER)], MIDDLE),
+    "Houlsby adapter": ([HoulsbyAdapter(64)], MIDDLE),
+    "(IA)³": ([IA3()], LARGE),
+    "LayerNorm tuning": ([LayerNormTuning()], LARGE),
+    "BitFit": ([BitFit()], LARGE),
+    "Half pruned + LoRA": ([Prune(0.5), LoRA(**ADAPTER)], MIDDLE),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A task on a base, and how long it is trained."""
+
+    task: str
+    base: str
+    steps: int
+    batch_size: int
+    options: dict = field(default_factory=dict)
+    dev: int | None = None  # so many of dev, from the first on
+
+
+SETTINGS = {
+    "pharmacy": Setting("pharmacy", "smollm2-135m", 400, 16, dev=240),
+    "sst2-minilm": Setting("sst2", "minilm", 2000, 32, {"answer": "class"}),
+    "sst2-smollm2": Setting("sst2", "smollm2-135m", 600, 32, dev=500),
+    "wnut17": Setting("wnut17", "minilm", 1000, 32),
+    "e2e": Setting("e2e", "smollm2-135m", 600, 16, {"test": 600, "dev": 200}),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run."""
+
+    setting: str
+    label: str
+    lr: float
+    seed: int
+    split: str
+    steps: int
+    device: str
+
+
+def plain_texts() -> list[str]:
+    """Paragraphs that have nothing to do with any task."""
+    return data_path("texts", "plain.txt").read_text().splitlines()
+
+
+def task_of(setting: Setting) -> Task:
+    task = load_task(setting.task, **setting.options)
+    task.dev = task.dev[: setting.dev]
+    return task
+
+
+def scored(model, task: Task, split: str) -> dict[str, float]:
+    return {k: round(v, 4) for k, v in task.score(model, getattr(task, split), 256).items()}
+
+
+def run(job: Job) -> dict:
+    """Train once; what it can do on the job's split, and what it cost."""
+    torch.set_num_threads(1)
+    setting, methods = SETTINGS[job.setting], METHODS[job.label][0]
+    base, task = load(setting.base, job.device), task_of(setting)
+    head, cuda = getattr(task, "head", None), job.device != "cpu"
+    decoder = base.kind == "decoder"
+    before = base.loss(plain_texts()) if decoder else 0.0
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    with attach(base, methods, seed=job.seed, head=head) as tuned:
+        given = dict(steps=job.steps, batch_size=setting.batch_size, seed=job.seed)
+        training = train(tuned, task, lr=job.lr, **given, progress=False, evaluate=False)
+        peak = torch.cuda.max_memory_allocated() if cuda else None
+        scores, count = scored(tuned, task, job.split), tuned.count()
+        forgotten = round(tuned.loss(plain_texts()) - before, 4) if decoder and not head else None
+    row = {
+        "label": job.label,
+        "methods": [method.to_dict() for method in methods],
+        "lr": job.lr,
+        "seed": job.seed,
+        "split": job.split,
+        "trained": count.parameters,
+        "file_bytes": count.file_bytes,
+        "peak_bytes": peak,
+        "seconds": round(training.seconds, 1),
+        "precision": training.precision,
+        "last_loss": round(sum(r["loss"] for r in training.records[-20:]) / 20, 4),
+        "forgotten": forgotten,
+        **scores,
+    }
+    print({k: v for k, v in row.items() if k != "methods"}, flush=True)
+    return row
+
+
+def compared(setting: Setting) -> list[str]:
+    """The methods that this base takes: no biases, no BitFit."""
+    family = load(setting.base).anatomy.shape.family
+    return [label for label in METHODS if label != "BitFit" or family in ("gpt2", "bert")]
+
+
+def compare(name: str, device: str, workers: int, steps: int, labels: list[str]) -> dict:
+    """Tune every method on dev, then run its best rate on all seeds."""
+    main = task_of(SETTINGS[name]).main
+    jobs = [
+        Job(name, label, lr, TUNING_SEED, "dev", steps, device)
+        for label in labels
+        for lr in METHODS[label][1]
+    ]
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        tried = list(pool.map(run, jobs))
+        final = []
+        for label in labels:
+            tries = [row for row in tried if row["label"] == label]
+            lr = max(tries, key=lambda row: (row[main], -row["last_loss"]))["lr"]
+            final += [Job(name, label, lr, seed, "test", steps, device) for seed in SEEDS]
+        runs = list(pool.map(run, final))
+    for row in runs:
+        grid = METHODS[row["label"]][1]
+        row["at_the_end_of_its_grid"] = row["lr"] in (grid[0], grid[-1])
+    return {"main": main, "tried": tried, "runs": runs}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("setting", choices=SETTINGS)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time")
+    parser.add_argument("--methods", nargs="*", choices=METHODS, help="these alone")
+    parser.add_argument("--smoke", action="store_true", help="two steps a run")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    name, setting = options.setting, SETTINGS[options.setting]
+    steps, begun = 2 if options.smoke else setting.steps, time.perf_counter()
+    labels, base, task = options.methods or compared(setting), load(setting.base), task_of(setting)
+    base.to(options.device)
+    untuned = {} if getattr(task, "head", None) else scored(base, task, "test")
+    base.to("cpu")
+    cpu = f"CPU, {options.workers} of {os.cpu_count()} cores"
+    report = {
+        "command": f"python -m peftlab.experiments.compare_real {name}"
+        + f" --device {options.device} --workers {options.workers}",
+        "device": cpu if options.device == "cpu" else torch.cuda.get_device_name(),
+        "date": date.today().isoformat(),
+        "torch": torch.__version__,
+        "task": setting.task,
+        "options": setting.options,
+        "base": setting.base,
+        "base_digest": base.digest,
+        "base_parameters": base.anatomy.shape.parameters(),
+        "steps": steps,
+        "batch size": setting.batch_size,
+        "test examples": len(task.test),
+        "seeds": SEEDS,
+        "tuning seed": TUNING_SEED,
+        "grids": {label: METHODS[label][1] for label in labels},
+        "untuned": untuned,
+        **compare(name, options.device, options.workers, steps, labels),
+        "seconds": round(time.perf_counter() - begun),
+    }
+    out = options.out or data_path("results", f"real_{name.replace('-', '_')}.json")
+    out.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"{out}: {len(report['runs'])} runs, {report['seconds']} s")
+
+
+if __name__ == "__main__":
+    main()
