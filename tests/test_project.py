@@ -1,6 +1,7 @@
 """The house itself: its rooms, its pins, its addresses, its manners."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -227,6 +228,20 @@ def test_the_address_has_one_home_and_everything_shown_agrees_with_it():
 def test_every_lesson_in_the_readme_exists_and_every_lesson_is_in_the_readme():
     linked = re.findall(r"\]\((notebooks/\w+\.ipynb)\)", (ROOT / "README.md").read_text())
     assert linked == [label(path) for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
+
+
+def test_every_lesson_has_its_papermill_line():
+    text = (ROOT / "peftlab/README.md").read_text()
+    lines = re.findall(r"^papermill --cwd notebooks (\S+) runs/(\S+) (.*)$", text, re.MULTILINE)
+    assert [given for given, _, _ in lines] == [
+        label(path) for path in sorted((ROOT / "notebooks").glob("*.ipynb"))
+    ]
+    for given, made, options in lines:
+        assert made == Path(given).name
+        cells = json.loads((ROOT / given).read_text())["cells"]
+        [cell] = [c for c in cells if "parameters" in c["metadata"].get("tags", ())]
+        taken = re.findall(r"^(\w+) = ", "".join(cell["source"]), re.MULTILINE)
+        assert set(re.findall(r"-p (\w+)", options)) <= set(taken), given
 
 
 # --- manners -----------------------------------------------------------------------------------
