@@ -124,6 +124,13 @@ def test_a_task_trains_a_method_at_a_size(tmp_path):
     assert record["base"]["source"] == "peftlab itself" and 0 <= record["metrics"]["accuracy"] <= 1
 
 
+def test_a_task_takes_what_its_loading_takes(tmp_path):
+    options = ["--methods", "lora", "--set", "steps=1", "skill=reverse,upper", "--out", tmp_path]
+    assert main("letters", *options) == 0
+    records = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
+    assert sorted(record["parameters"]["skill"] for record in records) == ["reverse", "upper"]
+
+
 def test_a_method_without_a_size_is_run_once(ran, tmp_path):
     main("facts", "--methods", "lora", "ia3", "--sizes", 4, 8, "--out", tmp_path)
     assert [job.parameters for job in ran] == [

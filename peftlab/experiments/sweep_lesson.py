@@ -6,7 +6,8 @@
 A notebook runs through papermill with `method`, `size`, `seed` and whatever `--set` names as its
 parameters; each must be one of those in its cell tagged `parameters`. A task trains a method on a
 base: `size` is the method's r, num_virtual_tokens or bottleneck (α / r stays), and `--set` takes
-model, steps, lr, batch_size and device. A method without a size is run once.
+model, steps, lr, batch_size and device, and what `tasks.load` takes for this task. A method without
+a size is run once.
 
 Runs go to `--workers` processes here, or with `--dask ADDRESS` to a Dask cluster, through joblib
 both ways. Each leaves one file in `--out`, written when it is whole: run the same command again,
@@ -40,6 +41,9 @@ from peftlab.tasks import NAMES, PUBLIC
 
 SIZES = ("r", "num_virtual_tokens", "bottleneck")  # what a size is, by method
 TASK_OPTIONS = {"model": "tiny-gpt", "steps": 200, "lr": None, "batch_size": 16, "device": "auto"}
+# What `tasks.load` takes besides the name.
+LOAD_OPTIONS = {"letters": ("skill",)} | dict.fromkeys(PUBLIC, ("train", "dev", "test"))
+LOAD_OPTIONS["sst2"] += ("answer",)
 # The last cell of a lesson, added here: what its process took.
 MEASURE = """
 import json as _json, platform as _platform, resource as _resource, sys as _sys
@@ -169,7 +173,8 @@ def run_task(job: Job) -> dict:
         torch.cuda.reset_peak_memory_stats()
     with contextlib.redirect_stdout(io.StringIO()):  # it goes into the file
         base = peftlab.load(options["model"], device=device)
-    task = peftlab.tasks.load(job.name)
+    chosen = LOAD_OPTIONS.get(job.name, ())
+    task = peftlab.tasks.load(job.name, **{k: v for k, v in options.items() if k in chosen})
     method = sized(options["method"], options.get("size"))
     seed = options.get("seed", 0)
     with peftlab.attach(base, method, seed=seed, head=task.head) as tuned:
@@ -231,7 +236,8 @@ def jobs(options: argparse.Namespace) -> list[Job]:
         notebook, taken = path.read_text(encoding="utf-8"), parameters_of(path)
         common = {"notebook": notebook, "folder": str(path.parent.resolve())}
     elif options.what in (*NAMES, *PUBLIC):
-        taken, common = ["method", "size", "seed", *TASK_OPTIONS], {}
+        taken = ["method", "size", "seed", *TASK_OPTIONS, *LOAD_OPTIONS.get(options.what, ())]
+        common = {}
         unknown = [name for name in grid.get("method", ["none"]) if name not in METHODS]
         if unknown:
             raise ValueError(f"method {unknown[0]!r}: allowed is {', '.join(sorted(METHODS))}")
