@@ -2,7 +2,7 @@
 peftlab.experiments.compare_real pharmacy --device cuda --workers 6`.
 
 Writes `data/results/real_pharmacy.json` (or of another task), one row a run. Every method gets the
-same number of tries: four learning rates, each run once with a seed that is not used again; the
+same number of tries: three learning rates, each run once with a seed that is not used again; the
 one with the best main score on dev is run on three seeds and scored on test. A rate at the end of
 its grid is marked, for a better one may lie outside.
 
@@ -10,6 +10,9 @@ A row has the scores, what trained, the bytes of a saved adapter, the peak of th
 (on a GPU, base included), seconds of training, and of a language model what it forgot: the loss on
 16 plain English paragraphs (`data/texts/plain.txt`, written for this) above that of the untuned
 base, in nats a token. Runs that go at the same time share the device, and take longer for it.
+
+Rows are kept one by one beside the file until it is whole: the same command goes on where it was
+stopped. With `--methods` these alone are run, and put beside the others' rows.
 """
 
 from __future__ import annotations
@@ -18,8 +21,8 @@ import argparse
 import json
 import os
 import time
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
 from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
@@ -50,8 +53,8 @@ from peftlab.training import train
 from peftlab.tuned import attach
 
 SEEDS, TUNING_SEED = (0, 1, 2), 100
-SMALL, MIDDLE = (1e-5, 3e-5, 1e-4, 3e-4), (1e-4, 3e-4, 1e-3, 3e-3)
-LARGE, HUGE = (1e-3, 3e-3, 1e-2, 3e-2), (3e-3, 1e-2, 3e-2, 1e-1)
+SMALL, MIDDLE = (3e-5, 1e-4, 3e-4), (3e-4, 1e-3, 3e-3)
+LARGE, HUGE = (3e-3, 1e-2, 3e-2), (1e-2, 3e-2, 1e-1)
 ADAPTER = dict(r=8, alpha=16, target_modules="all-linear")
 METHODS: dict[str, tuple[list[Method], tuple[float, ...]]] = {
     "Full fine-tuning": ([FullFineTuning()], SMALL),
@@ -83,7 +86,7 @@ class Setting:
 
 
 SETTINGS = {
-    "pharmacy": Setting("pharmacy", "smollm2-135m", 400, 16, dev=240),
+    "pharmacy": Setting("pharmacy", "smollm2-135m", 300, 16, dev=240),
     "sst2-minilm": Setting("sst2", "minilm", 2000, 32, {"answer": "class"}),
     "sst2-smollm2": Setting("sst2", "smollm2-135m", 600, 32, dev=500),
     "wnut17": Setting("wnut17", "minilm", 1000, 32),
@@ -141,6 +144,7 @@ def run(job: Job) -> dict:
         "lr": job.lr,
         "seed": job.seed,
         "split": job.split,
+        "steps": job.steps,
         "trained": count.parameters,
         "file_bytes": count.file_bytes,
         "peak_bytes": peak,
@@ -160,26 +164,48 @@ def compared(setting: Setting) -> list[str]:
     return [label for label in METHODS if label != "BitFit" or family in ("gpt2", "bert")]
 
 
-def compare(name: str, device: str, workers: int, steps: int, labels: list[str]) -> dict:
-    """Tune every method on dev, then run its best rate on all seeds."""
-    main = task_of(SETTINGS[name]).main
-    jobs = [
-        Job(name, label, lr, TUNING_SEED, "dev", steps, device)
-        for label in labels
-        for lr in METHODS[label][1]
-    ]
+class Rows:
+    """The rows that are there, in a file with one JSON object a line."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.found = {self.key(**row): row for row in map(json.loads, lines)}
+
+    @staticmethod
+    def key(label: str, lr: float, seed: int, steps: int, **_) -> tuple:
+        return label, lr, seed, steps
+
+    def of(self, jobs: list[Job], pool: ProcessPoolExecutor) -> list[dict]:
+        """A row for every job; those that are missing are run and kept."""
+        keys = [self.key(**asdict(job)) for job in jobs]
+        todo = [job for job, key in zip(jobs, keys, strict=True) if key not in self.found]
+        for future in as_completed([pool.submit(run, job) for job in todo]):
+            row = future.result()
+            self.found[self.key(**row)] = row
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        return [self.found[key] for key in keys]
+
+
+def compare(name: str, device: str, workers: int, steps: int, labels: list[str], rows: Rows):
+    """Tune every method on dev, then run its best rate on all seeds: the tries and the runs."""
+    main, tries, runs = task_of(SETTINGS[name]).main, [], []
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        tried = list(pool.map(run, jobs))
-        final = []
+        given = {"setting": name, "steps": steps, "device": device}
         for label in labels:
-            tries = [row for row in tried if row["label"] == label]
-            lr = max(tries, key=lambda row: (row[main], -row["last_loss"]))["lr"]
-            final += [Job(name, label, lr, seed, "test", steps, device) for seed in SEEDS]
-        runs = list(pool.map(run, final))
-    for row in runs:
+            for lr in METHODS[label][1]:
+                tries.append(Job(label=label, lr=lr, seed=TUNING_SEED, split="dev", **given))
+        tried = rows.of(tries, pool)
+        for label in labels:
+            its = [row for row in tried if row["label"] == label]
+            lr = max(its, key=lambda row: (row[main], -row["last_loss"]))["lr"]
+            runs += [Job(label=label, lr=lr, seed=seed, split="test", **given) for seed in SEEDS]
+        found = rows.of(runs, pool)
+    for row in found:
         grid = METHODS[row["label"]][1]
         row["at_the_end_of_its_grid"] = row["lr"] in (grid[0], grid[-1])
-    return {"main": main, "tried": tried, "runs": runs}
+    return {"main": main, "tried": tried, "runs": found}
 
 
 def main() -> None:
@@ -197,6 +223,14 @@ def main() -> None:
     base.to(options.device)
     untuned = {} if getattr(task, "head", None) else scored(base, task, "test")
     base.to("cpu")
+    out = options.out or data_path("results", f"real_{name.replace('-', '_')}.json")
+    rows = Rows(out.with_suffix(".jsonl"))
+    found = compare(name, options.device, options.workers, steps, labels, rows)
+    if options.methods and out.exists():
+        before = json.loads(out.read_text())
+        for part in ("tried", "runs"):
+            others = [row for row in before[part] if row["label"] not in labels]
+            found[part] = others + found[part]
     cpu = f"CPU, {options.workers} of {os.cpu_count()} cores"
     report = {
         "command": f"python -m peftlab.experiments.compare_real {name}"
@@ -214,13 +248,13 @@ def main() -> None:
         "test examples": len(task.test),
         "seeds": SEEDS,
         "tuning seed": TUNING_SEED,
-        "grids": {label: METHODS[label][1] for label in labels},
+        "grids": {row["label"]: METHODS[row["label"]][1] for row in found["runs"]},
         "untuned": untuned,
-        **compare(name, options.device, options.workers, steps, labels),
+        **found,
         "seconds": round(time.perf_counter() - begun),
     }
-    out = options.out or data_path("results", f"real_{name.replace('-', '_')}.json")
     out.write_text(json.dumps(report, indent=1) + "\n")
+    rows.path.unlink()
     print(f"{out}: {len(report['runs'])} runs, {report['seconds']} s")
 
 
