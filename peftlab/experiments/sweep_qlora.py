@@ -1,7 +1,7 @@
 """LoRA beside a base in 32 bits and in four: what is learned, held, and lost in merging.
 
     python -m peftlab.experiments.sweep_qlora                     # minutes on one processor core
-    python -m peftlab.experiments.sweep_qlora --base smollm2-135m --device cuda --workers 3
+    python -m peftlab.experiments.sweep_qlora --base smollm2-135m --device cuda --test 128
     python -m peftlab.experiments.sweep_qlora --smoke
 
 Writes `data/results/qlora.json`, one row a run: LoRA and QLoRA with the same rank, alpha, targets,
@@ -138,7 +138,7 @@ def one(base: Base, label: str, seed: int, rate: float, task: Task, options) -> 
         }
         state = tuned.state()
     if label == "QLoRA":
-        row["merged"] = merged_ways(base, pair, state, task, generate)
+        row["merged"] = merged_ways(base, pair, state, task, generate and not options.base)
     print({k: v for k, v in row.items() if k not in ("codes", "merged")}, flush=True)
     return _rounded(row)
 
@@ -221,7 +221,8 @@ def main() -> None:
         made = json.loads(options.out.read_text())
         name = Path(options.base).name
         made["runs"] = [row for row in made["runs"] if row["base"] != name] + runs
-        more = f" --base {name} --device {options.device} --workers {options.workers}"
+        more = f" --base {name} --device {options.device}"
+        more += f" --test {options.test}" if options.test else ""
         made.setdefault("more", {})[name] = {"command": f"{command}{more}", **facts}
     else:
         made = {"command": command, **facts, "runs": runs}
