@@ -1,7 +1,7 @@
 """LoRA beside a base in 32 bits and in four: what is learned, held, and lost in merging.
 
     python -m peftlab.experiments.sweep_qlora                     # minutes on one processor core
-    python -m peftlab.experiments.sweep_qlora --base smollm2-135m --device cuda --test 128
+    python -m peftlab.experiments.sweep_qlora --base smollm2-135m --steps 120 --batch 8 --test 96
     python -m peftlab.experiments.sweep_qlora --smoke
 
 Writes `data/results/qlora.json`, one row a run: LoRA and QLoRA with the same rank, alpha, targets,
@@ -121,7 +121,7 @@ def merged_ways(
 
 def one(base: Base, label: str, seed: int, rate: float, task: Task, options) -> dict:
     """One run, and what became of it."""
-    generate, pair = not options.base or options.device != "cpu", methods(options.alpha)
+    generate, pair = not options.base, methods(options.alpha)
     with attach(base, pair[label], seed=seed) as tuned:
         before = loss(tuned, task)
         run = trained(tuned, task, rate, seed, options)
@@ -133,12 +133,12 @@ def one(base: Base, label: str, seed: int, rate: float, task: Task, options) -> 
             "trained": tuned.count().parameters,
             "seconds": run.seconds,
             "loss before": before,
-            **tested(tuned, task, generate),
+            **tested(tuned, task, generate=True),
             **({"codes": held(tuned)} if tuned.codes else {}),
         }
         state = tuned.state()
     if label == "QLoRA":
-        row["merged"] = merged_ways(base, pair, state, task, generate and not options.base)
+        row["merged"] = merged_ways(base, pair, state, task, generate)
     print({k: v for k, v in row.items() if k not in ("codes", "merged")}, flush=True)
     return _rounded(row)
 
@@ -221,8 +221,8 @@ def main() -> None:
         made = json.loads(options.out.read_text())
         name = Path(options.base).name
         made["runs"] = [row for row in made["runs"] if row["base"] != name] + runs
-        more = f" --base {name} --device {options.device}"
-        more += f" --test {options.test}" if options.test else ""
+        more = f" --base {name} --device {options.device} --steps {options.steps}"
+        more += f" --batch {options.batch}" + (f" --test {options.test}" if options.test else "")
         made.setdefault("more", {})[name] = {"command": f"{command}{more}", **facts}
     else:
         made = {"command": command, **facts, "runs": runs}
