@@ -42,7 +42,17 @@ from peftlab.tuned import Tuned, attach
 __version__ = "0.1.0"
 REPOSITORY = "https://github.com/peftlab/peftlab"
 
-_ROOMS = ("accounting", "exercises", "figures", "heads", "memory", "panels", "probes", "tasks")
+_ROOMS = (
+    "accounting",
+    "exercises",
+    "figures",
+    "heads",
+    "interop",
+    "memory",
+    "panels",
+    "probes",
+    "tasks",
+)
 
 __all__ = [
     "AdaLoRA",

@@ -12,7 +12,7 @@ import copy
 import json
 import math
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -22,15 +22,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from peftlab import layouts
 from peftlab.bases import Base, LanguageModel
 from peftlab.heads import Head
-from peftlab.methods import Attachment, Method
+from peftlab.methods import NF4, Attachment, Method
 from peftlab.quantisation import Quantised
 from peftlab.sites import Deltas, Kept
 from peftlab.soft import Source
+from peftlab.structures import SmallerShape
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-FORMAT = 1
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+RECORD = "peftlab.json"  # what CONFIG says where it is not PEFT's
+FORMATS = {CONFIG: 1, RECORD: 2}
 # Hyper-parameters that say what tensors of one size mean.
 MEANING = ("name", "placement", "shift_positions", "depth", "r", "init_r", "alpha", "use_rslora")
 MEANING += ("projection_prng_key",)
@@ -311,9 +314,10 @@ class Tuned(LanguageModel):
                 )
         state = self.state()
         if folder is not None:
-            config, saved = _read(folder)
+            config, fill = _read(folder, self.base)
             _check_base(config, self.base)
             _check_kind(config, self)
+            saved = fill(self)
             _check_shapes(saved, state)
             state = saved
         device = self.device
@@ -382,41 +386,76 @@ class Tuned(LanguageModel):
     def save(self, folder: str | Path) -> Path:
         """Write what is stored (safetensors) and the methods (JSON) into a folder.
 
+        Where PEFT knows the method the folder is PEFT's own, and `peftlab.json` in it says what
+        was trained, on which base. Where it does not, and where there is a head or PEFT's tensors
+        would not be all of ours or many more, the tensors stand under our names, and the methods
+        in `adapter_config.json`. `attach(base, folder)` reads both, bit for bit.
+
         A network that makes a soft prompt is left behind: the folder holds what it made, and the
-        method without it. `trained_as` in the JSON still says what was trained.
+        method without it. `trained_as` still says what was trained.
         """
         self._check_attached()
         folder = Path(folder)
+        try:
+            layout = layouts.Layout.of(self)
+        except layouts.Unknown:
+            layout = None
+        if layout is not None and layout.whole:
+            return write_peft(self, layout, folder)
         folder.mkdir(parents=True, exist_ok=True)
-        config = {
-            "format": FORMAT,
-            "base": self.name,
-            "base_shape": self._facts,
-            "base_digest": self.base.digest,
-            "methods": [method.to_dict() for method in self.folded],
-            "trained_as": [method.to_dict() for method in self.methods],
-            "head": self.head.to_dict() if self.head else None,
-        }
+        (folder / RECORD).unlink(missing_ok=True)  # of an adapter that was here before
         save_file(self.state(), folder / WEIGHTS, metadata={"format": "pt"})
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        _write(folder / CONFIG, {"format": FORMATS[CONFIG], **_record(self, self.folded)})
         return folder
 
     @classmethod
     def load(cls, base: Base, folder: str | Path) -> Tuned:
-        """Attach a saved adapter.
+        """Attach a saved adapter, also one that PEFT wrote.
 
         Raises FileNotFoundError where there is none, and ValueError if the files are damaged or
         were trained on a base of another shape. On an error nothing stays attached.
         """
-        config, tensors = _read(folder)
+        config, fill = _read(folder, base)
         _check_base(config, base)
         tuned = cls(base, config["methods"], head=config["head"])
         try:
-            tuned.load_state(tensors)
+            tuned.load_state(fill(tuned))
         except BaseException:
             tuned.detach()
             raise
         return tuned
+
+    def merge_and_export(self, folder: str | Path) -> Path:
+        """Write a plain transformers folder, the change inside its weights, and the tokenizer.
+
+        `transformers.AutoModel...from_pretrained(folder)` and `peftlab.load(folder)` read it. What
+        is attached stays attached, and as it was: merged or not. Raises ValueError for a method
+        that cannot be merged, for a base that is held as codes, for a head, and where structures
+        were taken out, for no configuration of transformers describes what is left.
+        """
+        self._check_attached()
+        if self.head is not None:
+            raise ValueError("a head is no part of a transformers model: it cannot be exported")
+        if isinstance(self.anatomy.shape, SmallerShape):
+            raise ValueError(
+                f"{self.label}: the sublayers that are left differ in size, which no configuration "
+                "of transformers can say: it cannot be exported"
+            )
+        if self.codes:
+            raise ValueError(
+                f"{self.label}: the weights are held as codes, and a plain folder holds numbers: "
+                "attach the adapter to the base without codes, and export that"
+            )
+        merged = self.merged
+        try:
+            if not all(getattr(site, "in_the_weight", False) for site in self._sites):
+                self.merge()
+            self.model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+        finally:
+            if not merged:
+                self.unmerge()
+        return Path(folder)
 
     @torch.no_grad()
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -439,29 +478,105 @@ def _names(site) -> list[str]:
     return getattr(site, "names", None) or [getattr(site, "name", site)]
 
 
-def _read(folder: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    """A saved adapter: its configuration, methods and head made, and its tensors."""
+Fill = Callable[[Tuned], dict[str, torch.Tensor]]
+
+
+def _record(tuned: Tuned, methods: list[Method]) -> dict:
+    """What a saved adapter says of itself: these methods, on this base."""
+    return {
+        "base": tuned.name,
+        "base_shape": tuned._facts,
+        "base_digest": tuned.base.digest,
+        "methods": [method.to_dict() for method in methods],
+        "trained_as": [method.to_dict() for method in tuned.methods],
+        "head": tuned.head.to_dict() if tuned.head else None,
+    }
+
+
+def _write(path: Path, config: dict) -> None:
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def write_peft(tuned: Tuned, layout: layouts.Layout, folder: Path) -> Path:
+    """Write PEFT's two files and our record beside them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    methods = [m if isinstance(m, NF4) else layout.method for m in tuned.folded]
+    save_file(layout.tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    _write(folder / CONFIG, layout.config)
+    _write(folder / RECORD, {"format": FORMATS[RECORD], **_record(tuned, methods)})
+    return folder
+
+
+def _loaded(path: Path) -> dict:
+    """A JSON file. Raises ValueError unless it holds an object."""
+    found = json.loads(path.read_text())
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name} holds no object")
+    return found
+
+
+def is_peft(folder: Path) -> bool:
+    """Whether the adapter in this folder is in PEFT's layout."""
+    try:
+        return "peft_type" in _loaded(folder / CONFIG)
+    except ValueError:
+        return False
+
+
+def _read(folder: str | Path, base: Base) -> tuple[dict, Fill]:
+    """A saved adapter: its configuration, methods and head made, and what gives its tensors to a
+    base with these attached."""
     folder = Path(folder)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"no {name} in {str(folder)!r}: no adapter was saved there")
-    try:
-        config = json.loads((folder / CONFIG).read_text())
+            raise FileNotFoundError(f"no {name} in {str(folder)!r}: {_missing(folder, name)}")
+    name = RECORD if (folder / RECORD).is_file() else CONFIG
+    with _damaged(folder, name):
+        config, theirs = _loaded(folder / name), _loaded(folder / CONFIG)
         tensors = load_file(folder / WEIGHTS)
-        if config["format"] != FORMAT:
-            raise ValueError(f"format {config['format']}; this peftlab reads {FORMAT}")
-        config["methods"] = [Method.from_dict(method) for method in config["methods"]]
-        config["head"] = Head.from_dict(config["head"]) if config["head"] else None
-        for key in ("base", "base_shape", "base_digest", "trained_as"):
-            config[key]
-    except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-        problem = f"{CONFIG} has no {error}" if isinstance(error, KeyError) else error
+        if name == CONFIG and "peft_type" in config:
+            config = {"head": None}
+        else:
+            if config["format"] != FORMATS[name]:
+                raise ValueError(f"format {config['format']}; this peftlab reads {FORMATS[name]}")
+            config["methods"] = [Method.from_dict(method) for method in config["methods"]]
+            config["head"] = Head.from_dict(config["head"]) if config["head"] else None
+            for key in ("base", "base_shape", "base_digest", "trained_as"):
+                config[key]
+    if name == RECORD:
+        return config, lambda tuned: layouts.Layout.of(tuned).read(theirs, tensors)
+    if "methods" in config:
+        return config, lambda tuned: tensors
+    with _damaged(folder, CONFIG, (KeyError, TypeError, AttributeError)):
+        method, fill = layouts.read(base, theirs, tensors)
+    return config | {"methods": [method]}, fill
+
+
+def _missing(folder: Path, name: str) -> str:
+    """What to do about a file that is not there."""
+    if name == WEIGHTS and (folder / PICKLE).is_file():
+        return (
+            f"{PICKLE} there is a pickle, which can run code when it is read, so it is not read. "
+            "Convert it to safetensors: PEFT's save_pretrained writes them"
+        )
+    return "no adapter was saved there"
+
+
+@contextmanager
+def _damaged(folder: Path, name: str, errors: tuple = ()):
+    """Inside, whatever is wrong with the files is one kind of error."""
+    errors = errors or (ValueError, KeyError, TypeError, safetensors.SafetensorError)
+    try:
+        yield
+    except errors as error:
+        problem = f"{name} has no {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"the adapter in {str(folder)!r} is damaged: {problem}") from error
-    return config, tensors
 
 
 def _check_base(config: dict, base: Base) -> None:
     """Raise ValueError unless the adapter was trained on this base."""
+    if "base" not in config:  # PEFT says a name at most; sizes were compared tensor by tensor
+        return
     trained_on, shape = config["base"], config["base_shape"]
     if shape != (here := _shape_facts(base)):
         raise ValueError(f"this adapter was trained on {trained_on} {shape}; {base.name} is {here}")
@@ -479,6 +594,11 @@ def _check_kind(config: dict, tuned: Tuned) -> None:
             mine, other = getattr(ours, key, None), getattr(theirs, key, None)
             if mine != other:
                 raise ValueError(f"the adapter has {key}={other!r}; here it is {mine!r}")
+        if hasattr(ours, "targets"):
+            there = tuned.anatomy.targets
+            if set(ours.targets(there)) != set(theirs.targets(there)):
+                own, other = ours.target_modules, theirs.target_modules
+                raise ValueError(f"the adapter has target_modules={other!r}; here it is {own!r}")
     if config["head"] != tuned.head:
         raise ValueError(f"the adapter has head={config['head']}; here it is {tuned.head}")
 

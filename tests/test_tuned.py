@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 from peftlab import FullFineTuning, LoRA, PromptTuning, attach
 from peftlab.training import move
 
+WEIGHTS = "adapter_model.safetensors"
+
 
 @pytest.fixture(params=FAMILIES)
 def base(request):
@@ -51,14 +53,18 @@ def test_the_count_in_percent_and_bytes(base):
 
 
 def test_a_saved_adapter_is_safetensors_and_json(base, tmp_path):
+    """PEFT's two files where it knows the method, and beside them what was trained on what."""
     tuned = stir(attach(base, LoRA(r=2)))
     folder = tuned.save(tmp_path / "deep" / "adapter")
     assert sorted(path.name for path in folder.iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
+        "peftlab.json",
     ]
-    assert load_file(folder / "adapter_model.safetensors").keys() == tuned.trainable.keys()
-    written = json.loads((folder / "adapter_config.json").read_text())
+    assert all(key.startswith("base_model.model.") for key in load_file(folder / WEIGHTS))
+    theirs = json.loads((folder / "adapter_config.json").read_text())
+    assert theirs["peft_type"] == "LORA" and theirs["base_model_name_or_path"] == base.name
+    written = json.loads((folder / "peftlab.json").read_text())
     assert written["methods"] == [
         {
             "method": "lora",
@@ -72,16 +78,39 @@ def test_a_saved_adapter_is_safetensors_and_json(base, tmp_path):
         }
     ]
     assert written["base_digest"] == base.digest
+    state, first = tuned.state(), load_file(folder / WEIGHTS)
     tuned.merge()  # saving a merged adapter saves the same factors
-    again = load_file(tuned.save(tmp_path / "merged") / "adapter_model.safetensors")
-    assert all(torch.equal(again[name], tensor) for name, tensor in tuned.state().items())
+    again = load_file(tuned.save(tmp_path / "merged") / WEIGHTS)
+    assert again.keys() == first.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in first.items())
+    tuned.detach()
+    loaded = attach(base, folder).state()
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
+
+
+def test_what_peft_does_not_know_is_saved_under_our_names(base, tmp_path):
+    """Also over an adapter that was in PEFT's layout, and the other way round."""
+    for methods in (LoRA(r=2), [LoRA(r=2), PromptTuning(3)], LoRA(r=2), FullFineTuning()):
+        tuned = stir(attach(base, methods))
+        state, folder = tuned.state(), tuned.save(tmp_path)
+        known = methods == LoRA(r=2)
+        assert (folder / "peftlab.json").exists() == known
+        assert (load_file(folder / WEIGHTS).keys() == state.keys()) != known
+        described = json.loads((folder / "adapter_config.json").read_text())
+        assert ("peft_type" in described) == known and ("methods" in described) != known
+        tuned.detach()
+        with attach(base, folder) as loaded:
+            assert all(torch.equal(loaded.state()[name], t) for name, t in state.items())
 
 
 def test_a_float64_adapter_loads_onto_float32_rounded(tmp_path):
     """Types follow the base: the tensors are those of the file, rounded once."""
-    folder = adapted("lora", "llama", torch.float64).save(tmp_path)
+    tuned = adapted("lora", "llama", torch.float64)
+    folder = tuned.save(tmp_path)
+    assert all(t.dtype == torch.float64 for t in load_file(folder / WEIGHTS).values())
     loaded = attach(tiny("llama"), folder)
-    for name, tensor in load_file(folder / "adapter_model.safetensors").items():
+    for name, tensor in tuned.state().items():
         assert torch.equal(loaded.trainable[name], tensor.float())
 
 

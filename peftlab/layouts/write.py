@@ -1,0 +1,480 @@
+"""Where Hugging Face PEFT keeps the tensors of an adapter, and how ours stand in them.
+
+PEFT writes two files, a configuration and tensors. `Layout.of` gives both for what is attached to
+a base, and raises `Unknown` where PEFT has no such method, or means something else by it. One
+description serves both ways: a `Part` is one tensor of PEFT's with the places in it where ours
+stand, so that reading is writing backwards and moves every bit as it is.
+
+LoRA and its family. PEFT adapts a module, and GPT-2 has q, k and v in one. n deltas of rank r on
+its rows are one of rank n r: the factors A stacked, the factors B on the diagonal of a block
+matrix, alpha n times as large so that alpha / r stays (√n times with rsLoRA).
+
+    ΔW = s [B_q 0; 0 0; 0 B_v] [A_q; A_v]
+
+In DoRA the rows that are not ours get the norms of W as their magnitudes, for then they stay as
+they are. PiSSA, s (B A − B₀ A₀), is a LoRA of rank 2 r on the untouched base, [B, −B₀] [A; A₀].
+AdaLoRA divides alpha by its rank + 10⁻⁵ there, so alpha is written as much larger. VeRA's random
+factors are drawn by PEFT as they are here, unless they have to be blocks; then they are written.
+
+Prompts and prefixes. One table: P (P, d_model), or for each virtual token the key and the value of
+every layer. PEFT passes a prefix as a cache, and the text's positions begin behind it. Under
+rotary positions only the distance counts: a prefix without that shift is one with it whose keys
+are turned by as many positions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from peftlab.bases import LanguageModel, Linear
+from peftlab.methods import (
+    IA3,
+    NF4,
+    AdaLoRA,
+    DoRA,
+    LayerNormTuning,
+    LoRA,
+    Method,
+    PiSSA,
+    PrefixTuning,
+    PromptTuning,
+    PTuning,
+    PTuningV2,
+    QLoRA,
+    VeRA,
+)
+from peftlab.sites import LinearWeight
+
+WHERE = "base_model.model."  # in front of a module's name
+TASKS = {"decoder": "CAUSAL_LM", "encoder": "FEATURE_EXTRACTION", "encoder-decoder": "SEQ_2_SEQ_LM"}
+KNOWN = (
+    "LoRA (rsLoRA, QLoRA's factors), DoRA, PiSSA, AdaLoRA, VeRA, (IA)³, LayerNorm tuning, "
+    "prompt tuning, P-tuning, prefix tuning, P-tuning v2"
+)
+# What may differ in a file that another library wrote anew: it does not change the function.
+FREE = {"base_model_name_or_path", "task_type", "inference_mode", "target_modules"}
+FREE |= {"feedforward_modules", "total_step"}
+ADALORA_EPSILON = 1e-5  # what PEFT adds to the rank
+
+
+class Unknown(ValueError):
+    """PEFT has no layout for this."""
+
+
+@dataclass
+class Part:
+    """One tensor of PEFT's, and where ours stand in it; everywhere else it is `rest`.
+
+    `see` gives a view of it in which `pieces` are places, by our name: an index, and a sign.
+    """
+
+    key: str
+    rest: Tensor
+    pieces: dict[str, tuple] = field(default_factory=dict)
+    see: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    negative: frozenset[str] = frozenset()
+
+    def write(self, ours: dict[str, Tensor]) -> Tensor:
+        """PEFT's tensor, out of ours."""
+        made = self.rest.clone()
+        for name, index in self.pieces.items():
+            made = made.to(ours[name].dtype)
+            self.see(made)[index] = -ours[name] if name in self.negative else ours[name]
+        return made
+
+    def read(self, theirs: Tensor) -> dict[str, Tensor]:
+        """Ours, out of PEFT's tensor."""
+        seen = self.see(theirs)
+        found = {name: seen[index].clone() for name, index in self.pieces.items()}
+        return {name: -t if name in self.negative else t for name, t in found.items()}
+
+
+@dataclass
+class Layout:
+    """PEFT's two files. `method` is what the tensors mean, and `whole` is whether they are all
+    that was stored, bit for bit, and no more than that."""
+
+    config: dict
+    parts: list[Part]
+    method: Method
+    state: dict[str, Tensor]
+    whole: bool = True
+
+    @staticmethod
+    def of(tuned: LanguageModel) -> Layout:
+        """The layout of what is attached. Raises `Unknown` where PEFT has none."""
+        if tuned.head is not None:
+            raise Unknown(
+                "PEFT's layout of a head is not written: the adapter stands with its head"
+            )
+        pairs = [pair for pair in tuned.attachments if not isinstance(pair[0], NF4)]
+        if len(pairs) != 1:
+            raise Unknown(f"PEFT's layout holds one method, not {tuned.label}")
+        method, attachment = pairs[0]
+        if type(method) not in WRITERS:
+            raise Unknown(f"PEFT does not know {method.title}: it knows {KNOWN}")
+        folded = attachment.chosen or method.folded()
+        layout = WRITERS[type(method)](tuned, folded, attachment)
+        layout.config = {
+            "peft_type": layout.config.pop("peft_type"),
+            "task_type": TASKS[tuned.kind],
+            "base_model_name_or_path": tuned.name,
+            "inference_mode": True,
+            **layout.config,
+        }
+        return layout
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """PEFT's tensors by its names, on the CPU."""
+        return {part.key: part.write(self.state).contiguous() for part in self.parts}
+
+    def read(self, config: dict, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Our tensors out of files that this layout wrote.
+
+        Raises ValueError if they are not as it would write them: then another library changed
+        them, and what it changed may have no place here.
+        """
+        wanted = {part.key: part for part in self.parts}
+        if missing := wanted.keys() ^ tensors.keys():
+            raise ValueError(f"the adapter's tensors do not match: {sorted(missing)[0]}")
+        changed = [k for k, v in self.config.items() if k not in FREE and config.get(k) != v]
+        state: dict[str, Tensor] = {}
+        for key, part in wanted.items():
+            if part.rest.shape != tensors[key].shape:
+                needed = f"{tuple(part.rest.shape)} is needed"
+                raise ValueError(f"{key} is {tuple(tensors[key].shape)}; {needed}")
+            found = part.read(tensors[key])
+            # A norm of W may be summed in another order elsewhere; a zero is a zero.
+            if not torch.allclose(part.write(found), tensors[key], rtol=1e-5, atol=0):
+                changed.append(key)
+            state |= found
+        if changed:
+            raise ValueError(
+                f"{changed[0]} is not as peftlab wrote it: another library changed the adapter. "
+                "Without peftlab.json it is read as PEFT's alone"
+            )
+        return state
+
+
+# Writing ---------------------------------------------------------------------------------------
+
+
+def _names(tuned: LanguageModel) -> dict[nn.Module, str]:
+    return {module: name for name, module in tuned.model.named_modules()}
+
+
+def shortest(wanted: list[str], every: list[str]) -> list[str]:
+    """The shortest ends of names that pick these modules out of all, and no other."""
+    ends = set()
+    for name in wanted:
+        words = name.split(".")
+        for count in range(1, len(words) + 1):
+            end = ".".join(words[-count:])
+            if all(n in wanted for n in every if n == end or n.endswith(f".{end}")):
+                break
+        ends.add(end)
+    return sorted(ends)
+
+
+def whole_number(value: float) -> int | float:
+    """A whole number as one: alpha is one in most files."""
+    return int(value) if float(value).is_integer() else value
+
+
+def _modules(tuned: LanguageModel, sites: list) -> dict[str, list]:
+    """The sites on linear weights by the name of the module that each is in."""
+    names, found = _names(tuned), {}
+    for site in sites:
+        found.setdefault(names[site.linear.module], []).append(site)
+    return found
+
+
+def _stored_otherwise(tuned: LanguageModel) -> bool:
+    """Whether the family keeps its weights input first, as GPT-2 does."""
+    return any(linear.transposed for linear in tuned.anatomy.linears.values())
+
+
+def _rows(linear: Linear) -> int:
+    """How many rows the whole module has."""
+    return linear.module.weight.shape[1 if linear.transposed else 0]
+
+
+def _targets(tuned: LanguageModel, modules: dict[str, list]) -> dict:
+    return {
+        "target_modules": shortest(list(modules), list(_names(tuned).values())),
+        "fan_in_fan_out": _stored_otherwise(tuned),
+    }
+
+
+def _linear_sites(attachment) -> list[LinearWeight]:
+    return [site for site in attachment.sites if isinstance(site, LinearWeight)]
+
+
+def _low_rank(tuned, method, attachment) -> Layout:
+    """LoRA, QLoRA, DoRA and PiSSA: factors, and magnitudes."""
+    sites, state = _linear_sites(attachment), tuned.state()
+    if any(site.linear.mask is not None for site in sites):
+        raise Unknown("PEFT has no mask on a delta: the pruned entries of ΔW would come back")
+    modules, parts, ranks = _modules(tuned, sites), [], {}
+    factors = [("A", "B"), ("A0", "B0")] if isinstance(method, PiSSA) else [("A", "B")]
+    for module, deltas in modules.items():
+        first, r = deltas[0].linear, method.r
+        ranks[module] = rank = r * len(deltas) * len(factors)
+        blank = state[f"{method.name}.{deltas[0].name}.A"].new_zeros
+        A = Part(f"{WHERE}{module}.lora_A.weight", blank(rank, first.d_in))
+        B = Part(f"{WHERE}{module}.lora_B.weight", blank(_rows(first), rank))
+        start = 0
+        for site in deltas:
+            for a, b in factors:
+                block = slice(start, start := start + r)
+                A.pieces[f"{method.name}.{site.name}.{a}"] = (block,)
+                B.pieces[f"{method.name}.{site.name}.{b}"] = (site.linear.index, block)
+        B.negative = frozenset(name for name in B.pieces if name.endswith(".B0"))
+        parts += [A, B]
+        if isinstance(method, DoRA):
+            parts.append(_magnitudes(module, deltas, blank(_rows(first))))
+    rslora = getattr(method, "use_rslora", False)
+    most = min(ranks.values())
+    alphas = {
+        module: whole_number(
+            method.alpha * (math.sqrt(rank / method.r) if rslora else rank / method.r)
+        )
+        for module, rank in ranks.items()
+    }
+    usual = next(module for module, rank in ranks.items() if rank == most)
+    other = [module for module, rank in ranks.items() if rank != most]
+    every = list(_names(tuned).values())
+    ends = shortest(other, every)
+    of = {end: next(m for m in other if m == end or m.endswith(f".{end}")) for end in ends}
+    config = {
+        "peft_type": "LORA",
+        "r": most,
+        "lora_alpha": alphas[usual],
+        "lora_dropout": getattr(method, "dropout", 0.0),
+        "use_rslora": rslora,
+        "use_dora": isinstance(method, DoRA),
+        "bias": "none",
+        "rank_pattern": {end: ranks[module] for end, module in of.items()},
+        "alpha_pattern": {end: alphas[module] for end, module in of.items()},
+        **_targets(tuned, modules),
+    }
+    return Layout(config, parts, method, state)
+
+
+@torch.no_grad()
+def _magnitudes(module: str, deltas: list[LinearWeight], blank: Tensor) -> Part:
+    """DoRA's m: ours in our rows, and in the others the norms of W, with which they stay."""
+    linear = deltas[0].linear
+    pieces = {f"dora.{site.name}.m": (site.linear.index,) for site in deltas}
+    weight = linear.module.weight
+    norms = (weight.T if linear.transposed else weight).to(blank.dtype).norm(dim=1)
+    return Part(f"{WHERE}{module}.lora_magnitude_vector", norms.cpu(), pieces)
+
+
+def _adalora(tuned, method, attachment) -> Layout:
+    """P Λ Q. PEFT has one rank for all modules: what is smaller ends in triplets that are off."""
+    sites, state, parts = _linear_sites(attachment), tuned.state(), []
+    if method.alpha == 0:
+        raise Unknown("alpha=0: PEFT takes AdaLoRA's alpha for its rank then")
+    if any(site.linear.mask is not None for site in sites):
+        raise Unknown("PEFT has no mask on a delta: the pruned entries of ΔW would come back")
+    modules = _modules(tuned, sites)
+    rank = method.init_r * max(map(len, modules.values()))
+    for module, deltas in modules.items():
+        first = deltas[0].linear
+        blank = state[f"adalora.{deltas[0].name}.L"].new_zeros
+        Q = Part(f"{WHERE}{module}.lora_A", blank(rank, first.d_in))
+        P = Part(f"{WHERE}{module}.lora_B", blank(_rows(first), rank))
+        E = Part(f"{WHERE}{module}.lora_E", blank(rank, 1))
+        for i, site in enumerate(deltas):
+            block = slice(i * method.init_r, (i + 1) * method.init_r)
+            Q.pieces[f"adalora.{site.name}.Q"] = (block,)
+            P.pieces[f"adalora.{site.name}.P"] = (site.linear.index, block)
+            E.pieces[f"adalora.{site.name}.L"] = (block, 0)
+        parts += [Q, P, E]
+    config = {
+        "peft_type": "ADALORA",
+        "init_r": rank,
+        "target_r": method.target_r,
+        "lora_alpha": method.alpha / method.init_r * (rank + ADALORA_EPSILON),
+        "lora_dropout": method.dropout,
+        "bias": "none",
+        "total_step": 1,  # PEFT asks for a number of steps, also where none will be taken
+        **_targets(tuned, modules),
+    }
+    return Layout(config, parts, method, state)
+
+
+def _vera(tuned, method, attachment) -> Layout:
+    """The vectors d and b; the projections too where they have to be blocks."""
+    sites, state, parts = _linear_sites(attachment), tuned.state(), []
+    if any(site.linear.mask is not None for site in sites):
+        raise Unknown("PEFT has no mask on a delta: the pruned entries of ΔW would come back")
+    modules = _modules(tuned, sites)
+    shared = attachment.modules["vera.projections"]
+    A, B, r = shared.A.cpu(), shared.B.cpu(), method.r
+    # One block for each part of a fused module, and one for the modules that are whole.
+    blocks: dict[str, int] = {}
+    for deltas in modules.values():
+        for site in deltas:
+            key = "" if site.linear.whole else site.linear.target
+            blocks.setdefault(key, len(blocks))
+    fused = set(blocks) != {""}
+    rank = r * len(blocks)
+    for module, deltas in modules.items():
+        blank = state[f"vera.{deltas[0].name}.d"].new_zeros
+        d = Part(f"{WHERE}{module}.vera_lambda_d", blank(rank))
+        b = Part(f"{WHERE}{module}.vera_lambda_b", blank(_rows(deltas[0].linear)))
+        for site in deltas:
+            start = r * blocks["" if site.linear.whole else site.linear.target]
+            d.pieces[f"vera.{site.name}.d"] = (slice(start, start + r),)
+            b.pieces[f"vera.{site.name}.b"] = (site.linear.index,)
+        parts += [b, d]
+    if fused:
+        wide = max(_rows(site.linear) for site in sites)
+        whole_B = B.new_zeros(wide, rank)
+        for site in sites:
+            start = r * blocks["" if site.linear.whole else site.linear.target]
+            rows, d_out = site.linear.index, site.linear.d_out
+            whole_B[rows, start : start + r] = B[:d_out]
+        parts.append(Part("base_model.vera_A", A.repeat(len(blocks), 1)))
+        parts.append(Part("base_model.vera_B", whole_B))
+    config = {
+        "peft_type": "VERA",
+        "r": rank,
+        "projection_prng_key": method.projection_prng_key,
+        "save_projection": fused,
+        "d_initial": method.d_initial,
+        "vera_dropout": method.dropout,
+        "bias": "none",
+        **_targets(tuned, modules),
+    }
+    return Layout(config, parts, method, state, whole=not fused)
+
+
+def _ia3(tuned, method, attachment) -> Layout:
+    """l, as a column where it scales the output, and as a row where it scales the input."""
+    modules, state, parts, inner = _modules(tuned, attachment.sites), tuned.state(), [], []
+    for module, scales in modules.items():
+        ones = state[f"ia3.{scales[0].linear.name}.l"].new_ones
+        if scales[0].of_input:
+            inner.append(module)
+            part = Part(f"{WHERE}{module}.ia3_l", ones(1, scales[0].linear.d_in))
+            part.pieces[f"ia3.{scales[0].linear.name}.l"] = (0,)
+        else:
+            part = Part(f"{WHERE}{module}.ia3_l", ones(_rows(scales[0].linear), 1))
+            for site in scales:
+                part.pieces[f"ia3.{site.linear.name}.l"] = (site.linear.index, 0)
+        parts.append(part)
+    every = list(_names(tuned).values())
+    config = {"peft_type": "IA3", "feedforward_modules": shortest(inner, every)}
+    return Layout(config | _targets(tuned, modules), parts, method, state)
+
+
+def _norms(tuned, method, attachment) -> Layout:
+    """Every norm's own parameters."""
+    state, parts = tuned.state(), []
+    modules = dict.fromkeys(name.rpartition(".")[0] for name in attachment.trainable)
+    for name in attachment.trainable:
+        module, _, parameter = name.rpartition(".")
+        key = f"{WHERE}{module}.ln_tuning_layers.{parameter}"
+        parts.append(Part(key, torch.zeros_like(state[name]), {name: (...,)}))
+    every = list(_names(tuned).values())
+    config = {"peft_type": "LN_TUNING", "target_modules": shortest(list(modules), every)}
+    return Layout(config, parts, method, state)
+
+
+def _soft(tuned, method, token_dim: int, heads: int) -> dict:
+    shape = tuned.anatomy.shape
+    return {
+        "num_virtual_tokens": method.num_virtual_tokens,
+        "token_dim": token_dim,
+        "num_layers": shape.layers,
+        "num_attention_heads": heads,
+        "num_transformer_submodules": 1,
+    }
+
+
+def _prompt(tuned, method, attachment) -> Layout:
+    """P. What a network made is a prompt like any other."""
+    if any(where != "front" for _, where in getattr(method, "placement", None) or ()):
+        raise Unknown("PEFT puts all virtual tokens in front; here some stand elsewhere")
+    state, shape, name = tuned.state(), tuned.anatomy.shape, f"{method.name}.prompt"
+    part = Part("prompt_embeddings", torch.zeros_like(state[name]), {name: (...,)})
+    config = {"peft_type": "PROMPT_TUNING", **_soft(tuned, method, shape.d_model, shape.heads)}
+    return Layout(config, [part], method, state)
+
+
+def _prefix(tuned, method, attachment) -> Layout:
+    """P_k and P_v: for each virtual token layer by layer its key, then its value."""
+    family, shape, state = tuned.anatomy.family, tuned.anatomy.shape, tuned.state()
+    names = f"{method.name}.P_k", f"{method.name}.P_v"
+    if tuned.kind == "encoder-decoder":
+        raise Unknown(
+            "PEFT's prefix reaches the decoder's attention to itself alone; here it is three"
+        )
+    if len(state[names[0]]) < shape.layers:
+        raise Unknown("PEFT puts a prefix into every layer; here it is in the upper ones alone")
+    whole = method.shift_positions
+    if not whole:
+        if family not in ("llama", "qwen2"):
+            raise Unknown(
+                "PEFT's positions begin behind the prefix, and here at 0: train it with "
+                "shift_positions=True"
+            )
+        state[names[0]] = turned(tuned, state[names[0]], method.num_virtual_tokens)
+        method = replace(method, shift_positions=True)
+    layers, heads, P, size = state[names[0]].shape
+
+    def see(tensor: Tensor) -> Tensor:
+        """(P, layers · 2 · heads · size) as 2 layers heads P size."""
+        return tensor.view(P, layers, 2, heads, size).permute(2, 1, 3, 0, 4)
+
+    blank = state[names[0]].new_zeros(P, layers * 2 * heads * size)
+    part = Part("prompt_embeddings", blank, {names[0]: (0,), names[1]: (1,)}, see)
+    config = {
+        "peft_type": "PREFIX_TUNING",
+        **_soft(tuned, method, heads * size, heads),
+        "prefix_projection": False,
+        "encoder_hidden_size": heads * size,
+    }
+    return Layout(config, [part], method, state, whole)
+
+
+def turned(tuned: LanguageModel, keys: Tensor, positions: int) -> Tensor:
+    """Keys as a rotary model turns them when they stand so many positions later.
+
+    R(t)ᵀ k = R(t + p)ᵀ R(p) k      the same product with a query that stands p later
+    """
+    rotary = tuned.anatomy.backbone.rotary_emb
+    if getattr(rotary, "rope_type", "default") in ("dynamic", "longrope"):
+        raise Unknown(
+            f"{tuned.name} turns its keys by angles that depend on the length: train the prefix "
+            "with shift_positions=True"
+        )
+    angle = positions * rotary.inv_freq.double().cpu()
+    cos, sin = torch.cat([angle, angle]).cos(), torch.cat([angle, angle]).sin()
+    first, second = keys.double().chunk(2, dim=-1)
+    return (keys * cos + torch.cat([-second, first], dim=-1) * sin).to(keys.dtype)
+
+
+WRITERS: dict[type[Method], Callable] = {
+    LoRA: _low_rank,
+    QLoRA: _low_rank,
+    DoRA: _low_rank,
+    PiSSA: _low_rank,
+    AdaLoRA: _adalora,
+    VeRA: _vera,
+    IA3: _ia3,
+    LayerNormTuning: _norms,
+    PromptTuning: _prompt,
+    PTuning: _prompt,
+    PrefixTuning: _prefix,
+    PTuningV2: _prefix,
+}
