@@ -106,7 +106,7 @@ def read(base: Base, config: dict, tensors: dict[str, Tensor]) -> tuple[Method, 
     except ValueError as error:
         made_for = config.get("base_model_name_or_path")
         more = f" (it was made for {made_for!r})" if made_for and made_for != base.name else ""
-        raise ValueError(f"this adapter does not fit {base.name}{more}: {error}") from error
+        raise ValueError(f"PEFT's adapter cannot go on {base.name}{more}: {error}") from error
 
 
 def _check_size(key: str, tensor: Tensor, size: tuple[int, ...]) -> None:

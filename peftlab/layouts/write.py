@@ -182,7 +182,7 @@ def shortest(wanted: list[str], every: list[str]) -> list[str]:
     return sorted(ends)
 
 
-def whole_number(value: float) -> int | float:
+def whole_number(value: int | float) -> int | float:
     """A whole number as one: alpha is one in most files."""
     return int(value) if float(value).is_integer() else value
 
@@ -219,8 +219,6 @@ def _linear_sites(attachment) -> list[LinearWeight]:
 def _low_rank(tuned, method, attachment) -> Layout:
     """LoRA, QLoRA, DoRA and PiSSA: factors, and magnitudes."""
     sites, state = _linear_sites(attachment), tuned.state()
-    if any(site.linear.mask is not None for site in sites):
-        raise Unknown("PEFT has no mask on a delta: the pruned entries of ΔW would come back")
     modules, parts, ranks = _modules(tuned, sites), [], {}
     factors = [("A", "B"), ("A0", "B0")] if isinstance(method, PiSSA) else [("A", "B")]
     for module, deltas in modules.items():
@@ -282,8 +280,6 @@ def _adalora(tuned, method, attachment) -> Layout:
     sites, state, parts = _linear_sites(attachment), tuned.state(), []
     if method.alpha == 0:
         raise Unknown("alpha=0: PEFT takes AdaLoRA's alpha for its rank then")
-    if any(site.linear.mask is not None for site in sites):
-        raise Unknown("PEFT has no mask on a delta: the pruned entries of ΔW would come back")
     modules = _modules(tuned, sites)
     rank = method.init_r * max(map(len, modules.values()))
     for module, deltas in modules.items():
@@ -314,8 +310,6 @@ def _adalora(tuned, method, attachment) -> Layout:
 def _vera(tuned, method, attachment) -> Layout:
     """The vectors d and b; the projections too where they have to be blocks."""
     sites, state, parts = _linear_sites(attachment), tuned.state(), []
-    if any(site.linear.mask is not None for site in sites):
-        raise Unknown("PEFT has no mask on a delta: the pruned entries of ΔW would come back")
     modules = _modules(tuned, sites)
     shared = attachment.modules["vera.projections"]
     A, B, r = shared.A.cpu(), shared.B.cpu(), method.r
