@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peftlab import layouts
-from peftlab.bases import Base, LanguageModel
+from peftlab.bases import Base, LanguageModel, _quiet
 from peftlab.heads import Head
 from peftlab.methods import NF4, Attachment, Method
 from peftlab.quantisation import Quantised
@@ -450,8 +450,9 @@ class Tuned(LanguageModel):
         try:
             if not all(getattr(site, "in_the_weight", False) for site in self._sites):
                 self.merge()
-            self.model.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
+            with _quiet():
+                self.model.save_pretrained(folder)
+                self.tokenizer.save_pretrained(folder)
         finally:
             if not merged:
                 self.unmerge()

@@ -4,10 +4,22 @@ import json
 
 import pytest
 import torch
-from models import CASES, FAMILIES, adapted, hook_count, stir, tiny, token_ids
-from safetensors.torch import load_file
+from models import (
+    CASES,
+    FAMILIES,
+    adapted,
+    call,
+    hook_count,
+    stir,
+    surroundings,
+    tiny,
+    token_ids,
+)
+from safetensors.torch import load_file, save_file
 
+import peftlab
 from peftlab import FullFineTuning, LoRA, PromptTuning, attach
+from peftlab.bases import CLASSES
 from peftlab.training import move
 
 WEIGHTS = "adapter_model.safetensors"
@@ -102,6 +114,20 @@ def test_what_peft_does_not_know_is_saved_under_our_names(base, tmp_path):
         tuned.detach()
         with attach(base, folder) as loaded:
             assert all(torch.equal(loaded.state()[name], t) for name, t in state.items())
+
+
+def test_an_adapter_saved_before_there_was_a_layout_of_pefts_still_loads(base, tmp_path):
+    """Format 1: our names in the tensors' file, the methods in the configuration."""
+    tuned = stir(attach(base, LoRA(r=2)))
+    state, folder = tuned.state(), tuned.save(tmp_path)
+    written = json.loads((folder / "peftlab.json").read_text())
+    (folder / "peftlab.json").unlink()
+    (folder / "adapter_config.json").write_text(json.dumps(written | {"format": 1}))
+    save_file(state, folder / WEIGHTS)
+    tuned.detach()
+    loaded = attach(base, folder)
+    assert loaded.methods == [LoRA(r=2)]
+    assert all(torch.equal(loaded.state()[name], tensor) for name, tensor in state.items())
 
 
 def test_a_float64_adapter_loads_onto_float32_rounded(tmp_path):
@@ -213,3 +239,83 @@ def test_methods_survive_their_description():
         for method in case.methods:
             described = json.loads(json.dumps(method.to_dict()))
             assert type(method).from_dict(described) == method
+
+
+# A plain folder --------------------------------------------------------------------------------
+
+EXPORTED = [(f, c) for f in FAMILIES for c in ("lora", "lora + ia3", "full", "prune + lora")]
+EXPORTED += [("gpt2", c) for c in ("lora fused", "dora all", "pissa", "bitfit", "prune + full")]
+EXPORTED += [("llama", c) for c in ("lora all", "vera", "adalora", "layer norm")]
+
+
+@pytest.mark.parametrize("family, case", EXPORTED)
+def test_a_merged_model_is_exported_and_what_is_attached_stays_as_it_was(family, case, tmp_path):
+    """transformers reads the merged weights bit for bit, and so gives the merged logits."""
+    tuned = adapted(case, family)
+    base, ids = tuned.base, token_ids(2, 7)
+    before = surroundings(base)
+    with torch.no_grad():
+        beside = call(tuned, ids)
+        if CASES[case].merges:
+            tuned.merge()
+        merged = call(tuned, ids)
+    inside = {name: t.clone() for name, t in base.model.state_dict().items()}
+    tuned.unmerge()
+
+    folder = tuned.merge_and_export(tmp_path / "plain")
+    assert not tuned.merged and surroundings(base) == before
+    with torch.no_grad():
+        assert torch.equal(call(tuned, ids), beside)
+    assert (folder / "model.safetensors").exists() and (folder / "tokenizer.json").exists()
+    plain = CLASSES[base.kind].from_pretrained(folder)
+    assert all(torch.equal(t, inside[name]) for name, t in plain.state_dict().items())
+    loaded = peftlab.load(folder)
+    with torch.no_grad():
+        assert torch.equal(call(loaded, ids), merged)
+    assert loaded.tokenizer("ab>")["input_ids"] == base.tokenizer("ab>")["input_ids"]
+
+    if CASES[case].merges:
+        tuned.merge()
+        tuned.merge_and_export(tmp_path / "again")
+        assert tuned.merged  # as it was
+        again = load_file(tmp_path / "again" / "model.safetensors")
+        first = load_file(folder / "model.safetensors")
+        assert all(torch.equal(again[name], tensor) for name, tensor in first.items())
+
+
+@pytest.mark.parametrize(
+    "family, case, words",
+    [
+        ("gpt2", "prompt", "input_embeddings cannot be merged: it has no ΔW"),
+        ("llama", "prefix", "cannot be merged: it has no ΔW"),
+        ("llama", "houlsby", "cannot be merged: it has no ΔW"),
+        ("llama", "lora + prompt", "cannot be merged: it has no ΔW"),
+        ("llama", "qlora", "held as codes, and a plain folder holds numbers"),
+        ("llama", "smaller + lora", "differ in size.*cannot be exported"),
+        ("llama", "smaller + full", "differ in size.*cannot be exported"),
+        ("bert", "head lora", "a head is no part of a transformers model"),
+    ],
+)
+def test_what_cannot_be_exported(family, case, words, tmp_path):
+    tuned = adapted(case, family)
+    before, ids = surroundings(tuned.base), token_ids(2, 7)
+    with torch.no_grad():
+        wanted = call(tuned, ids)
+    with pytest.raises(ValueError, match=words):
+        tuned.merge_and_export(tmp_path / "plain")
+    assert not (tmp_path / "plain").exists()
+    assert surroundings(tuned.base) == before and not tuned.merged
+    with torch.no_grad():
+        assert torch.equal(call(tuned, ids), wanted)
+    tuned.detach()
+    with pytest.raises(RuntimeError, match="was detached"):
+        tuned.merge_and_export(tmp_path / "plain")
+
+
+def test_an_export_that_fails_leaves_nothing_merged(tmp_path):
+    tuned = adapted("lora", "llama")
+    before = surroundings(tuned.base)
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(Exception):  # noqa: B017  (whatever writing a file over it raises)
+        tuned.merge_and_export(tmp_path / "taken" / "plain")
+    assert not tuned.merged and surroundings(tuned.base) == before
