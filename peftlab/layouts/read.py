@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from peftlab.bases import TARGETS, Base, LanguageModel, Linear
-from peftlab.layouts.write import ADALORA_EPSILON, WHERE, Layout, whole_number
+from peftlab.layouts.write import ADALORA_EPSILON, WHERE, Layout, no_prefix, whole_number
 from peftlab.methods import (
     IA3,
     AdaLoRA,
@@ -365,10 +365,8 @@ def _prompt(base: Base, config: dict, tensors: dict[str, Tensor]) -> tuple[Metho
 
 def _prefix(base: Base, config: dict, tensors: dict[str, Tensor]) -> tuple[Method, Fill]:
     P, table = _table(config, tensors)
-    if base.kind == "encoder-decoder":
-        raise ValueError(
-            "PEFT's prefix reaches the decoder's attention to itself alone; here it is in all three"
-        )
+    if reason := no_prefix(base):
+        raise ValueError(reason)
     sites = base.anatomy.attentions
     wide = 2 * sum(site.kv_heads * site.head_dim for site in sites)
     _check_size("prompt_embeddings", table, (P, wide))

@@ -27,6 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
@@ -236,7 +237,7 @@ def _low_rank(tuned, method, attachment) -> Layout:
         B.negative = frozenset(name for name in B.pieces if name.endswith(".B0"))
         parts += [A, B]
         if isinstance(method, DoRA):
-            parts.append(_magnitudes(module, deltas, blank(_rows(first))))
+            parts.append(_magnitudes(tuned, module, deltas))
     rslora = getattr(method, "use_rslora", False)
     most = min(ranks.values())
     alphas = {
@@ -266,13 +267,15 @@ def _low_rank(tuned, method, attachment) -> Layout:
 
 
 @torch.no_grad()
-def _magnitudes(module: str, deltas: list[LinearWeight], blank: Tensor) -> Part:
+def _magnitudes(tuned: LanguageModel, module: str, deltas: list[LinearWeight]) -> Part:
     """DoRA's m: ours in our rows, and in the others the norms of W, with which they stay."""
-    linear = deltas[0].linear
-    pieces = {f"dora.{site.name}.m": (site.linear.index,) for site in deltas}
-    weight = linear.module.weight
-    norms = (weight.T if linear.transposed else weight).to(blank.dtype).norm(dim=1)
-    return Part(f"{WHERE}{module}.lora_magnitude_vector", norms.cpu(), pieces)
+    inside, names = deltas[0].linear.module, [f"dora.{site.name}.m" for site in deltas]
+    norms = tuned.trainable[names[0]].new_empty(_rows(deltas[0].linear), device="cpu")
+    for linear in tuned.anatomy.linears.values():
+        if linear.module is inside:
+            norms[linear.index] = linear.weight.to(norms.dtype).norm(dim=1).cpu()
+    pieces = {name: (site.linear.index,) for name, site in zip(names, deltas, strict=True)}
+    return Part(f"{WHERE}{module}.lora_magnitude_vector", norms, pieces)
 
 
 def _adalora(tuned, method, attachment) -> Layout:
@@ -405,14 +408,21 @@ def _prompt(tuned, method, attachment) -> Layout:
     return Layout(config, [part], method, state)
 
 
+def no_prefix(model: LanguageModel) -> str:
+    """Why PEFT's prefix is not ours on this model; "" where it is."""
+    if model.kind == "encoder-decoder":
+        return "PEFT's prefix is in the decoder's attention to itself alone, and here in all three"
+    if "past_key_values" not in signature(model.anatomy.backbone.forward).parameters:
+        return f"PEFT passes a prefix as a cache, and {model.anatomy.family} takes none"
+    return ""
+
+
 def _prefix(tuned, method, attachment) -> Layout:
     """P_k and P_v: for each virtual token layer by layer its key, then its value."""
     family, shape, state = tuned.anatomy.family, tuned.anatomy.shape, tuned.state()
     names = f"{method.name}.P_k", f"{method.name}.P_v"
-    if tuned.kind == "encoder-decoder":
-        raise Unknown(
-            "PEFT's prefix reaches the decoder's attention to itself alone; here it is three"
-        )
+    if reason := no_prefix(tuned):
+        raise Unknown(reason)
     if len(state[names[0]]) < shape.layers:
         raise Unknown("PEFT puts a prefix into every layer; here it is in the upper ones alone")
     whole = method.shift_positions

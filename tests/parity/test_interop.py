@@ -56,6 +56,8 @@ from peftlab.bases import CLASSES, Base
 from peftlab.interop import from_peft, to_peft
 from peftlab.layouts.write import shortest
 
+from .test_peft_differs import distilbert
+
 FLOAT32, FLOAT64 = torch.float32, torch.float64
 CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "peftlab.json"
 SHIFTED = {"shift_positions": True}
@@ -397,6 +399,28 @@ def test_on_a_base_in_four_bits_the_adapter_goes_out_and_the_codes_stay(family, 
     assert all(torch.equal(back.state()[name], tensor) for name, tensor in state.items())
 
 
+@pytest.mark.parametrize("method", ["lora all", "dora", "ia3", "layer norm", "prompt", "prefix"])
+def test_an_encoder_without_a_head_of_its_own(method, tmp_path):
+    """As sentence encoders are: hidden states, and names that begin inside the backbone."""
+    bare = Base("bare", hf_model("bert").bert, tiny("bert").tokenizer)
+    tuned, ids = stir(attach(bare, METHODS[method])), token_ids(2, 7)
+    folder, outputs = to_peft(tuned, tmp_path), []
+    for dtype in (FLOAT32, FLOAT64):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = peft.PeftModel.from_pretrained(
+                hf_model("bert", dtype).bert, folder, autocast_adapter_dtype=False
+            )
+        with torch.no_grad():
+            outputs.append(model.to(dtype).eval()(input_ids=ids).last_hidden_state[:, -7:])
+    with torch.no_grad():
+        wanted = tuned.model(input_ids=ids).last_hidden_state
+        close = 4 * (outputs[0].double() - outputs[1]).abs().max()
+        assert (wanted - outputs[0]).abs().max() <= close
+        tuned.detach()
+        assert torch.equal(attach(bare, folder).model(input_ids=ids).last_hidden_state, wanted)
+
+
 def test_what_is_written_is_small_where_it_can_be(tmp_path):
     """Names as a user of PEFT would write them, and no zeros but GPT-2's blocks."""
     for family, targets in (("gpt2", ["c_attn"]), ("llama", ["q_proj", "v_proj"])):
@@ -624,9 +648,14 @@ def test_projections_of_another_seed(tmp_path):
     refused(tiny("llama"), tmp_path, "vera_A is not what projection_prng_key=1 draws")
 
 
-def test_t5_prefixes_of_pefts_kind(tmp_path):
+def test_prefixes_where_pefts_reaches_less(tmp_path):
+    """test_peft_differs.py shows what PEFT does on T5 and on DistilBERT."""
     made_by_peft("llama", "prefix", tmp_path)
-    refused(tiny("t5"), tmp_path, "the decoder's attention to itself alone; here it is in all")
+    tuned = attach(Base("distil", distilbert(), tiny("bert").tokenizer), PrefixTuning(4, **SHIFTED))
+    with pytest.raises(ValueError, match="as a cache, and distilbert takes none"):
+        to_peft(tuned, tmp_path / "out")
+    refused(tuned.detach(), tmp_path, "as a cache, and distilbert takes none")
+    refused(tiny("t5"), tmp_path, "the decoder's attention to itself alone, and here in all three")
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "prompt"])
