@@ -321,25 +321,24 @@ def _norms(base: Base, config: dict, tensors: dict[str, Tensor]) -> tuple[Method
         return name.removeprefix(WHERE).removeprefix(backbone)
 
     named = {plain(key.replace(mark, "")): (key, tensor) for key, tensor in tensors.items()}
-    there = {plain(name): p for name, p in base.model.named_parameters()}
-    norms = {name for name in there if "norm" in type(_owner(base, name)).__name__.lower()}
+    norms = {
+        plain(f"{where}.{name}"): tuple(parameter.shape)
+        for where, module in base.model.named_modules()
+        if "norm" in type(module).__name__.lower()
+        for name, parameter in module.named_parameters()
+    }
     for name, (key, tensor) in named.items():
         if name not in norms or mark not in key:
             raise ValueError(f"{key} is no part of a norm of {base.name}")
-        _check_size(key, tensor, tuple(there[name].shape))
+        _check_size(key, tensor, norms[name])
+    if not named:
+        raise ValueError("there is no tensor in it")
 
     def fill(tuned: LanguageModel) -> dict[str, Tensor]:
         state = tuned.state()
         return state | {n: named[plain(n)][1] for n in state if plain(n) in named}
 
     return LayerNormTuning(), fill
-
-
-def _owner(base: Base, name: str):
-    """The module that a parameter belongs to, its name with or without the backbone's."""
-    module, backbone = name.rpartition(".")[0], base.model.base_model_prefix
-    names = dict(base.model.named_modules())
-    return names.get(module) or names.get(f"{backbone}.{module}")
 
 
 def _table(config: dict, tensors: dict[str, Tensor]) -> tuple[int, Tensor]:

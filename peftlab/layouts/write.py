@@ -37,6 +37,7 @@ from peftlab.methods import (
     IA3,
     NF4,
     AdaLoRA,
+    Attachment,
     DoRA,
     LayerNormTuning,
     LoRA,
@@ -119,8 +120,7 @@ class Layout:
         method, attachment = pairs[0]
         if type(method) not in WRITERS:
             raise Unknown(f"PEFT does not know {method.title}: it knows {KNOWN}")
-        folded = attachment.chosen or method.folded()
-        layout = WRITERS[type(method)](tuned, folded, attachment)
+        layout = WRITERS[type(method)](tuned, method.folded(), attachment)
         layout.config = {
             "peft_type": layout.config.pop("peft_type"),
             "task_type": TASKS[tuned.kind],
@@ -152,7 +152,8 @@ class Layout:
                 raise ValueError(f"{key} is {tuple(tensors[key].shape)}; {needed}")
             found = part.read(tensors[key])
             # A norm of W may be summed in another order elsewhere; a zero is a zero.
-            if not torch.allclose(part.write(found), tensors[key], rtol=1e-5, atol=0):
+            again = part.write(found).to(tensors[key].dtype)
+            if not torch.allclose(again, tensors[key], rtol=1e-5, atol=0, equal_nan=True):
                 changed.append(key)
             state |= found
         if changed:
@@ -172,12 +173,12 @@ def _names(tuned: LanguageModel) -> dict[nn.Module, str]:
 
 def shortest(wanted: list[str], every: list[str]) -> list[str]:
     """The shortest ends of names that pick these modules out of all, and no other."""
-    ends = set()
+    ends, those = set(), set(wanted)
     for name in wanted:
         words = name.split(".")
         for count in range(1, len(words) + 1):
             end = ".".join(words[-count:])
-            if all(n in wanted for n in every if n == end or n.endswith(f".{end}")):
+            if all(n in those for n in every if n == end or n.endswith(f".{end}")):
                 break
         ends.add(end)
     return sorted(ends)
@@ -213,11 +214,11 @@ def _targets(tuned: LanguageModel, modules: dict[str, list]) -> dict:
     }
 
 
-def _linear_sites(attachment) -> list[LinearWeight]:
+def _linear_sites(attachment: Attachment) -> list[LinearWeight]:
     return [site for site in attachment.sites if isinstance(site, LinearWeight)]
 
 
-def _low_rank(tuned, method, attachment) -> Layout:
+def _low_rank(tuned: LanguageModel, method: Method, attachment: Attachment) -> Layout:
     """LoRA, QLoRA, DoRA and PiSSA: factors, and magnitudes."""
     sites, state = _linear_sites(attachment), tuned.state()
     modules, parts, ranks = _modules(tuned, sites), [], {}
@@ -239,21 +240,20 @@ def _low_rank(tuned, method, attachment) -> Layout:
         if isinstance(method, DoRA):
             parts.append(_magnitudes(tuned, module, deltas))
     rslora = getattr(method, "use_rslora", False)
-    most = min(ranks.values())
+    least = min(ranks.values())  # of the modules that are not fused
     alphas = {
         module: whole_number(
             method.alpha * (math.sqrt(rank / method.r) if rslora else rank / method.r)
         )
         for module, rank in ranks.items()
     }
-    usual = next(module for module, rank in ranks.items() if rank == most)
-    other = [module for module, rank in ranks.items() if rank != most]
-    every = list(_names(tuned).values())
-    ends = shortest(other, every)
+    usual = next(module for module, rank in ranks.items() if rank == least)
+    other = [module for module, rank in ranks.items() if rank != least]
+    ends = shortest(other, list(_names(tuned).values()))
     of = {end: next(m for m in other if m == end or m.endswith(f".{end}")) for end in ends}
     config = {
         "peft_type": "LORA",
-        "r": most,
+        "r": least,
         "lora_alpha": alphas[usual],
         "lora_dropout": getattr(method, "dropout", 0.0),
         "use_rslora": rslora,
@@ -278,7 +278,7 @@ def _magnitudes(tuned: LanguageModel, module: str, deltas: list[LinearWeight]) -
     return Part(f"{WHERE}{module}.lora_magnitude_vector", norms, pieces)
 
 
-def _adalora(tuned, method, attachment) -> Layout:
+def _adalora(tuned: LanguageModel, method: Method, attachment: Attachment) -> Layout:
     """P Λ Q. PEFT has one rank for all modules: what is smaller ends in triplets that are off."""
     sites, state, parts = _linear_sites(attachment), tuned.state(), []
     if method.alpha == 0:
@@ -310,36 +310,30 @@ def _adalora(tuned, method, attachment) -> Layout:
     return Layout(config, parts, method, state)
 
 
-def _vera(tuned, method, attachment) -> Layout:
+def _vera(tuned: LanguageModel, method: Method, attachment: Attachment) -> Layout:
     """The vectors d and b; the projections too where they have to be blocks."""
     sites, state, parts = _linear_sites(attachment), tuned.state(), []
     modules = _modules(tuned, sites)
     shared = attachment.modules["vera.projections"]
     A, B, r = shared.A.cpu(), shared.B.cpu(), method.r
     # One block for each part of a fused module, and one for the modules that are whole.
-    blocks: dict[str, int] = {}
-    for deltas in modules.values():
-        for site in deltas:
-            key = "" if site.linear.whole else site.linear.target
-            blocks.setdefault(key, len(blocks))
-    fused = set(blocks) != {""}
-    rank = r * len(blocks)
+    kinds = ["" if site.linear.whole else site.linear.target for site in sites]
+    blocks = {kind: i for i, kind in enumerate(dict.fromkeys(kinds))}
+    starts = {s.name: r * blocks[kind] for s, kind in zip(sites, kinds, strict=True)}
+    fused, rank = set(blocks) != {""}, r * len(blocks)
     for module, deltas in modules.items():
         blank = state[f"vera.{deltas[0].name}.d"].new_zeros
         d = Part(f"{WHERE}{module}.vera_lambda_d", blank(rank))
         b = Part(f"{WHERE}{module}.vera_lambda_b", blank(_rows(deltas[0].linear)))
         for site in deltas:
-            start = r * blocks["" if site.linear.whole else site.linear.target]
-            d.pieces[f"vera.{site.name}.d"] = (slice(start, start + r),)
+            d.pieces[f"vera.{site.name}.d"] = (slice(starts[site.name], starts[site.name] + r),)
             b.pieces[f"vera.{site.name}.b"] = (site.linear.index,)
         parts += [b, d]
     if fused:
-        wide = max(_rows(site.linear) for site in sites)
-        whole_B = B.new_zeros(wide, rank)
+        whole_B = B.new_zeros(max(_rows(site.linear) for site in sites), rank)
         for site in sites:
-            start = r * blocks["" if site.linear.whole else site.linear.target]
-            rows, d_out = site.linear.index, site.linear.d_out
-            whole_B[rows, start : start + r] = B[:d_out]
+            block = slice(starts[site.name], starts[site.name] + r)
+            whole_B[site.linear.index, block] = B[: site.linear.d_out]
         parts.append(Part("base_model.vera_A", A.repeat(len(blocks), 1)))
         parts.append(Part("base_model.vera_B", whole_B))
     config = {
@@ -355,7 +349,7 @@ def _vera(tuned, method, attachment) -> Layout:
     return Layout(config, parts, method, state, whole=not fused)
 
 
-def _ia3(tuned, method, attachment) -> Layout:
+def _ia3(tuned: LanguageModel, method: Method, attachment: Attachment) -> Layout:
     """l, as a column where it scales the output, and as a row where it scales the input."""
     modules, state, parts, inner = _modules(tuned, attachment.sites), tuned.state(), [], []
     for module, scales in modules.items():
@@ -374,7 +368,7 @@ def _ia3(tuned, method, attachment) -> Layout:
     return Layout(config | _targets(tuned, modules), parts, method, state)
 
 
-def _norms(tuned, method, attachment) -> Layout:
+def _norms(tuned: LanguageModel, method: Method, attachment: Attachment) -> Layout:
     """Every norm's own parameters."""
     state, parts = tuned.state(), []
     modules = dict.fromkeys(name.rpartition(".")[0] for name in attachment.trainable)
@@ -387,7 +381,7 @@ def _norms(tuned, method, attachment) -> Layout:
     return Layout(config, parts, method, state)
 
 
-def _soft(tuned, method, token_dim: int, heads: int) -> dict:
+def _soft(tuned: LanguageModel, method: Method, token_dim: int, heads: int) -> dict:
     shape = tuned.anatomy.shape
     return {
         "num_virtual_tokens": method.num_virtual_tokens,
@@ -398,7 +392,7 @@ def _soft(tuned, method, token_dim: int, heads: int) -> dict:
     }
 
 
-def _prompt(tuned, method, attachment) -> Layout:
+def _prompt(tuned: LanguageModel, method: Method, attachment: Attachment) -> Layout:
     """P. What a network made is a prompt like any other."""
     if any(where != "front" for _, where in getattr(method, "placement", None) or ()):
         raise Unknown("PEFT puts all virtual tokens in front; here some stand elsewhere")
@@ -417,7 +411,7 @@ def no_prefix(model: LanguageModel) -> str:
     return ""
 
 
-def _prefix(tuned, method, attachment) -> Layout:
+def _prefix(tuned: LanguageModel, method: Method, attachment: Attachment) -> Layout:
     """P_k and P_v: for each virtual token layer by layer its key, then its value."""
     family, shape, state = tuned.anatomy.family, tuned.anatomy.shape, tuned.state()
     names = f"{method.name}.P_k", f"{method.name}.P_v"

@@ -441,6 +441,24 @@ def test_what_is_written_is_small_where_it_can_be(tmp_path):
     assert mixed["rank_pattern"] == {"c_attn": 6} and mixed["alpha_pattern"] == {"c_attn": 9}
 
 
+@pytest.mark.parametrize("method", ["lora all", "dora", "pissa", "ia3"])
+def test_merged_or_not_the_files_are_the_same(method, tmp_path):
+    tuned = trained("gpt2", METHODS[method])
+    first = to_peft(tuned, tmp_path / "first")
+    tuned.merge()
+    second = to_peft(tuned, tmp_path / "second")
+    for name in (CONFIG, WEIGHTS, RECORD):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def test_an_adapter_that_diverged_comes_back_as_it_is(tmp_path):
+    tuned = trained("gpt2", LoRA(r=2))
+    with torch.no_grad():
+        tuned.deltas["layers.0.q"].B.fill_(torch.nan)
+    folder, base = to_peft(tuned, tmp_path), tuned.detach()
+    assert from_peft(base, folder).deltas["layers.0.q"].B.isnan().all()
+
+
 def test_the_shortest_ends_of_names():
     every = ["h.0.attn.c_proj", "h.0.mlp.c_proj", "h.1.attn.c_proj", "h.1.mlp.c_proj", "c_proj_x"]
     assert shortest(every[:4], every) == ["c_proj"]
