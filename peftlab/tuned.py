@@ -60,7 +60,10 @@ class Count:
 
     @property
     def file_bytes(self) -> int:
-        """Bytes of the stored tensors, trained numbers in float32, the head's included."""
+        """Bytes of the stored tensors, trained numbers in float32, the head's included.
+
+        In PEFT's layout of a fused module a saved file has zeros beside them.
+        """
         return self.method_bytes + 4 * self.head
 
     def __repr__(self) -> str:
@@ -429,9 +432,10 @@ class Tuned(LanguageModel):
         """Write a plain transformers folder, the change inside its weights, and the tokenizer.
 
         `transformers.AutoModel...from_pretrained(folder)` and `peftlab.load(folder)` read it. What
-        is attached stays attached, and as it was: merged or not. Raises ValueError for a method
-        that cannot be merged, for a base that is held as codes, for a head, and where structures
-        were taken out, for no configuration of transformers describes what is left.
+        is attached stays attached, and as it was: merged or not. Of weights that are held as codes
+        the folder has W̃ + ΔW in plain numbers, so nothing is rounded to codes again. Raises
+        ValueError for a method that cannot be merged, for a head, and where structures were taken
+        out, for no configuration of transformers describes what is left.
         """
         self._check_attached()
         if self.head is not None:
@@ -441,22 +445,38 @@ class Tuned(LanguageModel):
                 f"{self.label}: the sublayers that are left differ in size, which no configuration "
                 "of transformers can say: it cannot be exported"
             )
-        if self.codes:
-            raise ValueError(
-                f"{self.label}: the weights are held as codes, and a plain folder holds numbers: "
-                "attach the adapter to the base without codes, and export that"
-            )
-        merged = self.merged
+        sites = [site for site in self._sites if not getattr(site, "in_the_weight", False)]
+        for site in sites:
+            if not hasattr(site, "merge") or (site.linear.code and not hasattr(site, "delta")):
+                on = " into codes" if hasattr(site, "merge") else ": it has no ΔW"
+                raise ValueError(f"{getattr(site, 'name', site)} cannot be merged{on}")
+        loose = [site for site in sites if not site.merged]
         try:
-            if not all(getattr(site, "in_the_weight", False) for site in self._sites):
-                self.merge()
+            for site in loose:
+                if site.linear.code is None:
+                    site.merge()
             with _quiet():
-                self.model.save_pretrained(folder)
+                self.model.save_pretrained(folder, state_dict=self._plain(loose))
                 self.tokenizer.save_pretrained(folder)
         finally:
-            if not merged:
-                self.unmerge()
+            for site in reversed(loose):
+                site.unmerge()
         return Path(folder)
+
+    @torch.no_grad()
+    def _plain(self, loose: list) -> dict[str, torch.Tensor]:
+        """The model's tensors, and where there are codes what they say plus the loose deltas."""
+        state = self.model.state_dict()
+        names = {module: name for name, module in self.model.named_modules()}
+        for coded in (site for site in self._sites if hasattr(site, "codes")):
+            weight = coded.decode().clone()
+            rows = weight.T if coded.transposed else weight
+            for site in loose:
+                if site.linear.module is coded.module:
+                    delta = site.delta if site.instead is None else site.instead
+                    rows[site.linear.index] += delta.delta_weight().to(rows.dtype)
+            state[f"{names[coded.module]}.weight"] = weight
+        return state
 
     @torch.no_grad()
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None:

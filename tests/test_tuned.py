@@ -1,5 +1,6 @@
 """Attaching and what an adapted base offers, beside what the property suite proves."""
 
+import copy
 import json
 
 import pytest
@@ -18,7 +19,7 @@ from models import (
 from safetensors.torch import load_file, save_file
 
 import peftlab
-from peftlab import FullFineTuning, LoRA, PromptTuning, attach
+from peftlab import IA3, NF4, FullFineTuning, LoRA, PromptTuning, QLoRA, attach
 from peftlab.bases import CLASSES
 from peftlab.training import move
 
@@ -243,6 +244,8 @@ def test_methods_survive_their_description():
 
 # A plain folder --------------------------------------------------------------------------------
 
+PARTLY = [NF4(8, target_modules=["q", "up"]), LoRA(r=2, target_modules="all-linear")]
+
 EXPORTED = [(f, c) for f in FAMILIES for c in ("lora", "lora + ia3", "full", "prune + lora")]
 EXPORTED += [("gpt2", c) for c in ("lora fused", "dora all", "pissa", "bitfit", "prune + full")]
 EXPORTED += [("llama", c) for c in ("lora all", "vera", "adalora", "layer norm")]
@@ -283,6 +286,44 @@ def test_a_merged_model_is_exported_and_what_is_attached_stays_as_it_was(family,
         assert all(torch.equal(again[name], tensor) for name, tensor in first.items())
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("methods", [QLoRA(r=3, block_size=8), PARTLY, NF4(8)])
+def test_of_codes_the_numbers_are_exported(family, methods, tmp_path):
+    """W̃ + ΔW, not rounded again, where merging would round. Logits as in the tests of merging:
+    twice 4 E, with E the exported model's own distance from its float64 twin."""
+    tuned = stir(attach(tiny(family), methods))
+    before, ids, codes = surroundings(tuned.base), token_ids(2, 7), dict(tuned.codes)
+    with torch.no_grad():
+        wanted = call(tuned, ids)
+    loaded = peftlab.load(tuned.merge_and_export(tmp_path))
+    assert all(tuned.codes[name] is kept for name, kept in codes.items())
+    after = surroundings(tuned.base)
+    assert after.keys() == before.keys()
+    assert all(after[k] == v for k, v in before.items()) and not tuned.merged
+    with torch.no_grad():
+        assert torch.equal(call(tuned, ids), wanted)
+        for name, delta in tuned.deltas.items():
+            summed = tuned.anatomy.linears[name].weight + delta.delta_weight()
+            assert torch.equal(loaded.anatomy.linears[name].weight, summed)
+        logits, double = call(loaded, ids), copy.deepcopy(loaded)
+        double.model.double()
+        E = (logits.double() - call(double, ids)).abs().max()
+        assert (logits - wanted).abs().max() <= 8 * E
+    if tuned.deltas:
+        tuned.merge(requantise=True)  # now the sum is in the codes, and so it is what they say
+        merged = peftlab.load(tuned.merge_and_export(tmp_path / "again"))
+        with torch.no_grad():
+            assert (call(merged, ids) - call(tuned, ids)).abs().max() <= 8 * E
+        assert tuned.merged
+
+
+def test_a_scale_on_codes_is_not_exported(tmp_path):
+    tuned = attach(tiny("llama"), [NF4(8), IA3()])
+    with pytest.raises(ValueError, match="k cannot be merged into codes"):
+        tuned.merge_and_export(tmp_path / "plain")
+    assert not (tmp_path / "plain").exists()
+
+
 @pytest.mark.parametrize(
     "family, case, words",
     [
@@ -290,7 +331,7 @@ def test_a_merged_model_is_exported_and_what_is_attached_stays_as_it_was(family,
         ("llama", "prefix", "cannot be merged: it has no ΔW"),
         ("llama", "houlsby", "cannot be merged: it has no ΔW"),
         ("llama", "lora + prompt", "cannot be merged: it has no ΔW"),
-        ("llama", "qlora", "held as codes, and a plain folder holds numbers"),
+        ("llama", "nf4 + prefix", "cannot be merged: it has no ΔW"),
         ("llama", "smaller + lora", "differ in size.*cannot be exported"),
         ("llama", "smaller + full", "differ in size.*cannot be exported"),
         ("bert", "head lora", "a head is no part of a transformers model"),
