@@ -42,14 +42,7 @@ ASIDE = (
     "feedforward_modules init_ia3_weights init_weights megatron_core qalora_group_size eva_config "
     "runtime_config"
 ).split()
-STARTS = (
-    None,
-    True,
-    False,
-    "gaussian",
-    "eva",
-    "orthogonal",
-)  # these leave the base's weights alone
+STARTS = (None, True, False, "gaussian", "eva", "orthogonal")  # the base's weights stay
 
 
 @dataclass
