@@ -48,7 +48,8 @@ class LowRankDelta(nn.Module):
         nn.init.zeros_(self.B)
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
-        x = x.to(self.A.dtype)  # a base in 16 bits still trains factors in 32
+        if not torch.is_autocast_enabled(x.device.type):  # which chooses the precision itself
+            x = x.to(self.A.dtype)  # a base in 16 bits still trains factors in 32
         low = nn.functional.linear(self.dropout(x), self.A) * self.scale  # *batch r
         return nn.functional.linear(low, self.B)
 

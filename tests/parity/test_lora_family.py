@@ -14,8 +14,9 @@ import warnings
 import peft
 import pytest
 import torch
-from models import FAMILIES, U32, U64, hf_model, stir, tiny
+from models import FAMILIES, U32, U64, decoder_ids, hf_model, stir, tiny, token_ids
 from peft.optimizers import create_loraplus_optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftlab import AdaLoRA, DoRA, LoRA, PiSSA, VeRA, attach
 from peftlab.training import Run, _groups
@@ -211,3 +212,34 @@ def test_loraplus_gives_every_tensor_the_rate_that_peft_gives(ratio):
         mine = {rates[id(p)] for name, p in ours.trainable.items() if name.endswith(factor)}
         assert mine == by_shape[factor]
     assert len(mine) == 1
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is launched: every operation that is not a view of what is there."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_launches_no_more_than_pefts(family, mixed):
+    """On a GPU a small step takes as long as its launches take. The same deltas on both sides."""
+    pair, ids = twins(family, "rslora", FLOAT32), token_ids(2, 7)
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if family == "t5":
+        given["decoder_input_ids"] = decoder_ids(ids)
+    counts = []
+    for model in (pair.ours.model, pair.theirs):
+        model.train()
+        with Operations() as operations:
+            with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+                logits = model(**given).logits
+            logits.float().square().mean().backward()
+        counts.append(operations.count)
+    assert counts[0] <= counts[1]
