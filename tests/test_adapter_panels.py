@@ -30,7 +30,7 @@ def test_the_whole_range_of_the_bottleneck(name):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_the_bottleneck_trains_at_both_ends(name, monkeypatch):
-    monkeypatch.setattr(panels.tasks, "load", lambda _: letters())
+    monkeypatch.setattr(panels.live.tasks, "load", lambda _: letters())
     base = tiny("gpt2")
     before = base.fingerprint()
     trainer = panels.live_trainer(base, tasks=["letters"], methods=[name], steps=2)

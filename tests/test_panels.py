@@ -210,7 +210,7 @@ def test_the_still_follows_the_widgets():
 @pytest.fixture
 def trainer(monkeypatch):
     """A trainer on a tiny random GPT-2 and a task of letters."""
-    monkeypatch.setattr(panels.tasks, "load", lambda name: letters())
+    monkeypatch.setattr(panels.live.tasks, "load", lambda name: letters())
     return panels.live_trainer(tiny("gpt2"), tasks=["letters"], steps=6)
 
 
@@ -256,7 +256,7 @@ def test_stop_keeps_the_steps_so_far(trainer):
 
 def test_an_error_in_the_thread_is_shown_and_the_base_is_whole(trainer, monkeypatch):
     before = trainer.base.fingerprint()
-    real = panels.train
+    real = panels.live.train
 
     def broken(tuned, task, on_step, **options):
         def fail(record):
@@ -264,13 +264,13 @@ def test_an_error_in_the_thread_is_shown_and_the_base_is_whole(trainer, monkeypa
 
         return real(tuned, task, on_step=fail, **options)
 
-    monkeypatch.setattr(panels, "train", broken)
+    monkeypatch.setattr(panels.live, "train", broken)
     trainer.method.value = "Full fine-tuning"
     trainer.train_button.click()
     finish(trainer)
     assert "RuntimeError: out of &lt;luck&gt;" in trainer.status.value
     assert trainer.base.fingerprint() == before and trainer.base.adapted_by is None
-    monkeypatch.setattr(panels, "train", real)
+    monkeypatch.setattr(panels.live, "train", real)
     trainer.train_button.click()
     finish(trainer)
     assert trainer.status.value.startswith("done")
@@ -287,8 +287,8 @@ def test_a_base_in_use_is_refused_in_the_panel(trainer):
 @pytest.mark.parametrize("pause, frames", [(0.0, 7), (1000.0, 1)])
 def test_the_curve_is_drawn_no_more_often_than_the_eye_follows(trainer, monkeypatch, pause, frames):
     drawn = []
-    monkeypatch.setattr(panels, "SECONDS_BETWEEN_FRAMES", pause)
-    monkeypatch.setattr(panels, "_redraw", lambda plot, figure: drawn.append(figure))
+    monkeypatch.setattr(panels.live, "SECONDS_BETWEEN_FRAMES", pause)
+    monkeypatch.setattr(panels.live, "redraw", lambda plot, figure: drawn.append(figure))
     trainer.train_button.click()
     finish(trainer)
     assert len(drawn) == frames  # one a step, if at all, and one at the end
@@ -316,7 +316,9 @@ def test_every_size_of_every_method_fits_a_small_base():
 @pytest.mark.parametrize("name", ["Prompt tuning", "Prefix tuning"])
 def test_a_soft_prompt_starts_where_the_panel_says(trainer, monkeypatch, name):
     attached = []
-    monkeypatch.setattr(panels, "attach", lambda b, m: attached.append(m) or peftlab.attach(b, m))
+    monkeypatch.setattr(
+        panels.live, "attach", lambda b, m: attached.append(m) or peftlab.attach(b, m)
+    )
     trainer.method.value, trainer.steps.value = name, 1
     assert trainer.init.value == panels.build_method(name, 20).init == trainer.init.options[0]
     for init in trainer.init.options:

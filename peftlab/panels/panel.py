@@ -1,0 +1,50 @@
+"""What every panel has: widgets, a figure for where no kernel runs, and a smooth redraw."""
+
+import json
+from collections.abc import Sequence
+
+import ipywidgets as widgets
+import plotly.graph_objects as go
+
+STILL = "application/vnd.peftlab.still+json"  # a Plotly figure that stands for the panel
+
+
+class Panel:
+    """A widget, and a figure of its state for where no kernel runs."""
+
+    widget: widgets.Widget
+    plot: go.FigureWidget
+
+    def static(self) -> go.Figure:
+        """The figure that stands for the panel."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """The panel in one line of text."""
+        raise NotImplementedError
+
+    def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
+        self.plot._repr_mimebundle_()  # hands the figure's latest state to the browser's copy
+        still = json.loads(self.static().to_json())
+        return {**self.widget._repr_mimebundle_(), "text/plain": self.describe(), STILL: still}
+
+
+def replace_parts(plot: go.FigureWidget, traces: Sequence[dict], layout: dict) -> None:
+    """Show what differs between two states of one figure, in one message to the page."""
+    with plot.batch_update():
+        for old, new in zip(plot.data, traces, strict=True):
+            old.update(new)
+        plot.layout.update(layout)
+
+
+def redraw(plot: go.FigureWidget, figure: go.Figure) -> None:
+    """Give `plot` the traces and titles of `figure`, in one message and without a flicker."""
+    with plot.batch_update():
+        for old, new in zip(plot.data, figure.data, strict=True):
+            old.update(new.to_plotly_json(), overwrite=False)
+        plot.layout.update(
+            title=figure.layout.title,
+            annotations=figure.layout.annotations,
+            xaxis=figure.layout.xaxis,
+            yaxis=figure.layout.yaxis,
+        )
