@@ -1,0 +1,96 @@
+"""The weight of one linear module held as codes of four bits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from peftlab.bases import Linear
+from peftlab.bases.anatomy import CODED
+from peftlab.quantisation import Quantised, quantise
+
+
+class CodedProduct(torch.autograd.Function):
+    """y = W̃ x with W̃ decoded for this product and again for its gradient: x̄ = W̃ᵀ ȳ.
+
+    Between the two only the codes are there. A weight that is codes has no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, codes: Quantised) -> Tensor:
+        ctx.codes = codes  # held by the site anyway: nothing is added to what a step keeps
+        return nn.functional.linear(x, codes.dequantise(x.dtype))
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return gradient @ ctx.codes.dequantise(gradient.dtype), None
+
+
+class CodedWeight:
+    """The weight of a whole linear module held as codes:  y = W̃ x + b,  W̃ = m · T[c].
+
+    `linear` is all that the module computes, of GPT-2 q, k and v together. Codes are made of
+    (d_out, d_in), row by row, however the module stores it. The original is kept aside, on the CPU,
+    and put back on leaving. Where it was, there is a view of a single NaN that takes no memory:
+    code that reads past the codes shows.
+    """
+
+    in_the_weight = True
+
+    def __init__(self, linear: Linear, **options):
+        self.name, self.linear, self.options = f"{linear.name}.codes", linear, options
+        self.module, self.transposed = linear.module, linear.transposed
+        self.codes: Quantised | None = None
+
+    def __enter__(self):
+        if self.module in CODED:
+            raise ValueError(f"two methods want the same site, {self.name}")
+        weight = self.module.weight
+        self.encode(weight)
+        self.original = weight.data.cpu()
+        try:
+            self._leave_a_view(weight.device)
+            CODED[self.module] = self
+            self.module.forward = self._forward
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        self.module.__dict__.pop("forward", None)
+        CODED.pop(self.module, None)
+        self.module.weight.data = self.original.to(self.module.weight.device)
+
+    def _leave_a_view(self, device: torch.device | str) -> None:
+        nothing = self.original.new_full((), torch.nan, device=device)
+        self.module.weight.data = nothing.expand(self.original.shape)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        kind, bias = x.device.type, self.module.bias
+        mixed = torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if mixed else self.module.weight.dtype
+        output = CodedProduct.apply(x.to(dtype), self.codes)
+        return output if bias is None else output + bias.to(dtype)
+
+    def decode(self) -> Tensor:
+        """W̃ as the module stores it, in the type of the original."""
+        weight = self.codes.dequantise(self.module.weight.dtype)
+        return weight.T if self.transposed else weight
+
+    def encode(self, weight: Tensor) -> None:
+        """Hold this weight, as the module stores it, from now on."""
+        self.codes = quantise(weight.T if self.transposed else weight, **self.options)
+
+    def snapshot(self) -> Quantised:
+        """The codes as they are now."""
+        return self.codes
+
+    def restore(self, snapshot: Quantised) -> None:
+        """Hold these codes again, on the module's device."""
+        self.codes = snapshot.to(self.module.weight.device)
+
+    def to(self, device: torch.device | str) -> None:
+        """The codes follow the model; the original stays where it is."""
+        self.codes = self.codes.to(device)
+        self._leave_a_view(device)

@@ -1,0 +1,209 @@
+"""Virtual tokens among the embedded input, or anew at every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from inspect import signature
+
+import torch
+from torch import Tensor
+
+from peftlab.bases import Anatomy
+
+Read = Callable[[], dict[str, Tensor]]  # the tensors of a soft prompt, now
+
+
+class InputEmbeddings:
+    """Virtual tokens among the embedded input of one stack of layers.
+
+        x = [P; E(tokens)]        positions 0 … P−1 for the virtual tokens, P … for the real ones
+
+    `read()["prompt"]` is P (P, d_model), or (batch, P, d_model) with one prompt for each row.
+    `placement` lists blocks as (count, where), where being "front", "back", "before X" or
+    "after X" of the first X, a token's id. A hook before the stack's forward puts the virtual
+    tokens in, and one behind it takes their hidden states out, so that heads, losses and callers
+    see the real tokens alone. T5's decoder is the exception: it attends to the virtual tokens'
+    states as well, as in the paper. While decoding with a cache the virtual tokens are inside the
+    cache: only the mask and the positions are extended.
+
+    With `every_layer`, `read()["prompt"]` is (layers, P, d_model): what the virtual tokens have
+    become at a layer's input is dropped, and that layer's own vectors stand in their place.
+    """
+
+    name = "input_embeddings"
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        read: Read,
+        placement: Iterable[tuple[int, str, int | None]],
+        every_layer: bool = False,
+    ):
+        self.anatomy, self.read, self.placement = anatomy, read, tuple(placement)
+        self.count = sum(count for count, _, _ in self.placement)
+        self.every_layer = every_layer
+        self.stack_name, self.stack = next(iter(anatomy.stacks.items()))
+        self.has_positions = anatomy.takes_positions
+        # In front of everything, padding included, where positions are told and not counted.
+        self.simple = self.has_positions and all(w == "front" for _, w, _ in self.placement)
+        self.real: Tensor | None = None  # (batch, seq): where the real tokens are now, if moved
+
+    def __enter__(self):
+        hooks = [
+            self.stack.register_forward_pre_hook(self._put_in, with_kwargs=True),
+            self.stack.register_forward_hook(self._take_out),
+        ]
+        decoder = self.anatomy.stacks.get("decoder")
+        if decoder is not None:
+            hooks.append(decoder.register_forward_pre_hook(self._widen_mask, with_kwargs=True))
+        if self.every_layer:
+            for layer, block in enumerate(self.anatomy.layers[self.stack_name][1:], start=1):
+                hook = self._replace(layer)
+                hooks.append(block.register_forward_pre_hook(hook, with_kwargs=True))
+        self.hooks = hooks
+        return self
+
+    def __exit__(self, *_):
+        for hook in self.hooks:
+            hook.remove()
+        self.real = None
+
+    def _put_in(self, stack, args, kwargs):
+        if self.anatomy.bare:
+            self.real = None
+            return args, kwargs
+        if args:
+            names = signature(stack.forward).parameters
+            kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        kwargs.pop("cache_position", None)
+        ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+        embedded = kwargs.get("inputs_embeds")
+        if embedded is None:
+            embedded = self.anatomy.embedding(ids)  # batch seq d_model
+        batch, length, _ = embedded.shape
+        cache = kwargs.get("past_key_values")
+        cached = cache.get_seq_length() if cache is not None else 0
+        if mask is None:
+            real = length + max(cached - self.count, 0)
+            mask = torch.ones(batch, real, dtype=torch.long, device=embedded.device)
+        positions = kwargs.get("position_ids")
+        if positions is None and self.has_positions:
+            positions = self.anatomy.positions(mask)[:, -length:]
+        if cached:
+            self.real = None
+            order, _ = self._order(mask)
+            kwargs["attention_mask"] = self._arrange(order, mask, 1)
+            if self.has_positions:
+                kwargs["position_ids"] = positions + self.count
+            return (), kwargs
+        prompt = self.read()["prompt"]
+        first = (prompt[..., 0, :, :] if self.every_layer else prompt).to(embedded.dtype)
+        if ids is None and any(token is not None for *_, token in self.placement):
+            raise ValueError("virtual tokens stand at a token of the text: input_ids are needed")
+        order, at = self._order(mask, ids, inside=True)
+        kwargs["attention_mask"] = self._arrange(order, mask, 1)
+        kwargs["inputs_embeds"] = self._arrange(order, embedded, first)
+        kwargs["input_ids"] = None
+        if kwargs.get("token_type_ids") is not None:
+            kwargs["token_type_ids"] = self._arrange(order, kwargs["token_type_ids"], 0)
+        if self.has_positions:
+            positions = positions.expand(batch, -1)
+            kwargs["position_ids"] = self._arrange(order, *self._positions(positions, at))
+        if order is None:
+            here = torch.arange(self.count + length, device=embedded.device).expand(batch, -1)
+        else:
+            here = order.argsort(dim=1)  # where each of [virtual; real] went
+        self.virtual, self.real = here[:, : self.count], here[:, self.count :]
+        return (), kwargs
+
+    def _positions(self, real: Tensor, at: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Positions of the real tokens and of the virtual ones, (batch, seq) and (batch, P)."""
+        start = self.anatomy.first_position
+        mine = torch.arange(self.count, device=real.device).expand(len(real), -1)
+        if at is None:
+            return real + self.count, mine + start
+        before = (at[:, None, :] <= torch.arange(real.shape[1], device=real.device)[:, None]).sum(2)
+        earlier = at.argsort(dim=1, stable=True).argsort(dim=1)  # virtual tokens to the left
+        ahead = real.gather(1, at.clamp(max=real.shape[1] - 1))  # of the token that it precedes
+        behind = real.gather(1, (at - 1).clamp(min=0)) + 1  # padding may follow: count from before
+        where = [where for count, where, _ in self.placement for _ in range(count)]
+        front = torch.tensor([w == "front" for w in where], device=real.device)
+        follows = torch.tensor([w in ("after", "back") for w in where], device=real.device)
+        anchored = torch.where(front, start, torch.where(follows, behind, ahead))
+        return real + before, earlier + anchored
+
+    def _order(
+        self, mask: Tensor, ids: Tensor | None = None, inside: bool = False
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """How [virtual; real] is put in order, and the real token that each virtual one precedes.
+
+        Unless `inside` the text, which is not known while decoding, they all stand in front: of
+        the mask alone that is the same, for there virtual and real tokens are alike.
+        """
+        if self.simple:
+            return None, None
+        first = mask.int().argmax(dim=1)  # (batch,)
+        columns = []
+        for count, where, token in self.placement:
+            if where == "front" or not inside:
+                at = first
+            elif where == "back":
+                at = mask.shape[1] - mask.flip(1).int().argmax(dim=1)
+            else:
+                hits = (ids == token) & mask.bool()
+                if not hits.any(dim=1).all():
+                    row = int((~hits.any(dim=1)).nonzero()[0])
+                    raise ValueError(f"row {row} has no token {token} to put virtual tokens at")
+                at = hits.int().argmax(dim=1) + (where == "after")
+            columns.append(at[:, None].expand(-1, count))
+        at = torch.cat(columns, dim=1)  # batch virtual
+        tokens = torch.arange(mask.shape[1], device=mask.device).expand(len(mask), -1)
+        return torch.cat([2 * at, 2 * tokens + 1], dim=1).argsort(dim=1, stable=True), at
+
+    def _arrange(self, order: Tensor | None, real: Tensor, virtual: Tensor | int) -> Tensor:
+        """[virtual; real] of every row, in order."""
+        if isinstance(virtual, int):
+            virtual = real.new_full((len(real), self.count), virtual)
+        elif virtual.ndim < real.ndim:
+            virtual = virtual.expand(len(real), *virtual.shape)
+        elif len(virtual) != len(real):
+            raise ValueError(f"{len(virtual)} prompts for a batch of {len(real)} rows")
+        joined = torch.cat([virtual, real], dim=1)
+        if order is None:
+            return joined
+        return joined.gather(
+            1, order.view(*order.shape, *[1] * (joined.ndim - 2)).expand_as(joined)
+        )
+
+    def _take_out(self, stack, args, output):
+        if self.real is not None and "decoder" not in self.anatomy.stacks:
+            hidden = output.last_hidden_state
+            if self.simple:
+                output.last_hidden_state = hidden[:, self.count :]
+            else:
+                where = self.real[:, :, None].expand(-1, -1, hidden.shape[2])
+                output.last_hidden_state = hidden.gather(1, where)
+        return output
+
+    def _widen_mask(self, decoder, args, kwargs):
+        """T5's decoder sees the encoder's virtual tokens too."""
+        mask, states = kwargs.get("encoder_attention_mask"), kwargs.get("encoder_hidden_states")
+        if mask is not None and states is not None and mask.shape[1] < states.shape[1]:
+            order, _ = self._order(mask)
+            kwargs = {**kwargs, "encoder_attention_mask": self._arrange(order, mask, 1)}
+        return args, kwargs
+
+    def _replace(self, layer: int):
+        def hook(block, args, kwargs):
+            if self.real is None:
+                return args, kwargs
+            hidden = args[0] if args else kwargs["hidden_states"]
+            own = self.read()["prompt"][..., layer, :, :].to(hidden.dtype)
+            own = own.expand(len(hidden), -1, -1)
+            where = self.virtual[:, :, None].expand_as(own)
+            hidden = hidden.scatter(1, where, own)
+            if args:
+                return (hidden, *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": hidden}
+
+        return hook

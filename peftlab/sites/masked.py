@@ -1,0 +1,71 @@
+"""Some entries of a linear weight held at zero."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from peftlab.bases import Linear
+from peftlab.masks import pack, unpack
+
+
+class MaskedWeight:
+    """Some entries of one linear weight held at zero:  y = (M ⊙ W) x + b.
+
+    The mask M is kept as bits, one an entry, and `mask` is what they say; at first all ones. The
+    zeros stand in the model's own dense tensor, whose size and speed are what they were. The
+    original rows are kept, and put back on leaving. Where W itself trains, `apply` zeroes what a
+    step has moved. With `mask_deltas` a delta beside W is held at zero in the same places.
+    """
+
+    in_the_weight = True  # there is nothing to merge
+
+    def __init__(self, linear: Linear, mask_deltas: bool = True):
+        if linear.code is not None:
+            raise ValueError(f"{linear.name} is held as codes: a mask is put on before them")
+        self.name, self.linear, self.mask_deltas = f"{linear.name}.mask", linear, mask_deltas
+
+    def __enter__(self):
+        self.original = self.linear.weight.detach().clone()
+        self.bits = pack(torch.ones_like(self.original, dtype=torch.bool))
+        return self
+
+    def __exit__(self, *_):
+        self.linear.mask = None
+        self.linear.write(self.original)  # follows the model to its device
+
+    @property
+    def mask(self) -> Tensor:
+        """M (d_out, d_in), False where W is held at zero."""
+        return unpack(self.bits, self.linear.d_out, self.linear.d_in)
+
+    @property
+    def trains(self) -> bool:
+        """Whether the weight itself is being trained."""
+        return self.linear.module.weight.requires_grad
+
+    @property
+    def now(self) -> Tensor:
+        """W (d_out, d_in) that the mask is put on: as it trains, or the original."""
+        return self.linear.weight.detach() if self.trains else self.original
+
+    @torch.no_grad()
+    def hold(self, mask: Tensor) -> None:
+        """Take this mask from now on."""
+        self.bits.copy_(pack(mask))
+        self.apply()
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Write M ⊙ W."""
+        mask = self.mask
+        self.linear.write(self.now.masked_fill(~mask, 0))
+        self.linear.mask = mask if self.mask_deltas else None
+
+    refresh = apply  # after the bits were read from a file
+
+    def to(self, device) -> None:
+        """Move what is kept beside the model."""
+        self.bits, self.original = self.bits.to(device), self.original.to(device)
+        if self.linear.mask is not None:
+            self.linear.mask = self.linear.mask.to(device)

@@ -1,0 +1,126 @@
+"""A small module after or beside a sublayer, and factors."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+
+from peftlab.bases import Linear, Sublayer
+
+
+class SublayerOutput:
+    """A small module f after one sublayer, or beside it.
+
+        after    y ← y + f(y)      y: what the last linear map gives, before dropout and residual
+        beside   y ← y + f(x)      x: what the first linear map reads
+
+    Hooks on those two maps are all there is, so f runs wherever the sublayer does: with a cache,
+    in a recomputed block, under a prefix. Deltas and scales of the last map act before f reads y,
+    in whatever order they were attached: `settle` is called when all are.
+    """
+
+    alone = "two at one sublayer would have to say which reads the other's output"
+
+    def __init__(self, sublayer: Sublayer, f: nn.Module, beside: bool = False):
+        self.name, self.sublayer, self.f, self.beside = sublayer.name, sublayer, f, beside
+        self.x: Tensor | None = None  # between the first map and the last
+
+    def __enter__(self):
+        self.hooks = ExitStack()
+        if self.beside:  # in front of other hooks: a scale on the first map is not x's
+            first = self.sublayer.first.module
+            hook = first.register_forward_pre_hook(self._read, prepend=True)
+            self.hooks.callback(hook.remove)
+        self.hook = self.sublayer.last.module.register_forward_hook(self._add)
+        return self
+
+    def settle(self) -> None:
+        """Go behind all other hooks on the last map."""
+        self.hook.remove()
+        self.hook = self.sublayer.last.module.register_forward_hook(self._add)
+
+    def __exit__(self, *_):
+        self.hook.remove()
+        self.hooks.close()
+        self.x = None
+
+    def _read(self, module, args):
+        self.x = args[0]
+
+    def _add(self, module, args, output):
+        x, self.x = (self.x if self.beside else output), None
+        return output + self.f(x).to(output.dtype)
+
+
+class Scale:
+    """Factors l on what one linear weight gives, its bias included, or on what it reads.
+
+        y = l ⊙ (W x + b)    l (d_out,)    merged:  W ← diag(l) W,  b ← l ⊙ b
+        y = W (l ⊙ x) + b    l (d_in,)     merged:  W ← W diag(l)
+
+    `module.l` holds l. Of a fused module's input there is only one for all its weights, so there
+    only an output can be scaled. Merging keeps the original rows; unmerging puts those back.
+    """
+
+    alone = "l ⊙ (W + ΔW) x and l ⊙ W x + ΔW x differ, and a list does not say which is meant"
+
+    def __init__(self, linear: Linear, module: nn.Module, of_input: bool = False):
+        if of_input and not linear.whole:
+            raise ValueError(
+                f"{linear.name} is part of a fused weight and shares its input: "
+                "only its output can be scaled"
+            )
+        self.name, self.linear, self.module, self.of_input = linear.name, linear, module, of_input
+        self.original: tuple[object, Tensor | None] | None = None  # what merging replaced
+
+    @property
+    def merged(self) -> bool:
+        return self.original is not None
+
+    def __enter__(self):
+        if self.of_input:
+            self.hook = self.linear.module.register_forward_pre_hook(self._scale_input)
+        else:
+            self.hook = self.linear.module.register_forward_hook(self._scale_output)
+        return self
+
+    def __exit__(self, *_):
+        self.unmerge()
+        self.hook.remove()
+
+    def _scale_input(self, module, args):
+        if self.merged:
+            return args
+        return ((args[0] * self.module.l).to(args[0].dtype), *args[1:])
+
+    def _scale_output(self, module, args, output):
+        return output if self.merged else self.linear.scale(output, self.module.l)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Write the scaled weight, and bias, into the model and keep the originals."""
+        if self.merged:
+            return
+        linear, factors = self.linear, self.module.l
+        code, weight, bias = linear.code, linear.weight, linear.bias
+        kept = weight.clone() if code is None else code.snapshot()
+        self.original = (kept, None if bias is None or self.of_input else bias.clone())
+        linear.write(weight * (factors if self.of_input else factors[:, None]))
+        if self.original[1] is not None:
+            linear.module.bias[linear.index] = (bias * factors).to(bias.dtype)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the kept originals back: restored, not divided."""
+        if not self.merged:
+            return
+        linear, (kept, bias) = self.linear, self.original
+        if linear.code is not None:
+            linear.code.restore(kept)
+        elif isinstance(kept, Tensor):  # or the codes went, and what was in them
+            linear.write(kept)
+        if bias is not None:
+            linear.module.bias[linear.index] = bias.to(linear.module.bias.device)
+        self.original = None
