@@ -22,7 +22,7 @@ from peftlab.tuned import attach
 
 BASE, MEDICINES = "smollm2-135m", 20
 METHOD = LoRA(r=8, alpha=16, target_modules="all-linear")
-STEPS, RATE, BATCH_SIZE = 80, 2e-3, 8
+STEPS, RATE, BATCH_SIZE = 50, 4e-3, 8
 SEEDS = (0, 1, 2)
 
 
