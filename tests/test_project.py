@@ -32,8 +32,7 @@ TOP_LEVEL = {
 # Each room may import itself and the rooms before it.
 ROOMS = (
     "_data attention quantisation bases masks structures sites heads soft methods layouts tuned "
-    "tasks training accounting memory probes figures panels chat_panel exercises interop "
-    "experiments"
+    "tasks training accounting memory probes figures panels exercises interop experiments"
 ).split()
 PYTHON_FILES = sorted((ROOT / "peftlab").rglob("*.py"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -13,6 +13,7 @@ from peftlab.panels.attention import (
     attention_scene,
     attention_view,
 )
+from peftlab.panels.chat import Chat, Turn, chat, reply, transcript
 from peftlab.panels.choices import (
     CHOICES,
     LENGTHS,
@@ -92,6 +93,7 @@ __all__ = [
     "BESIDE_FULL",
     "BLOCK_SIZES",
     "CHOICES",
+    "Chat",
     "Choice",
     "CodeExplorer",
     "CodeView",
@@ -127,12 +129,14 @@ __all__ = [
     "StrengthView",
     "TARGETS",
     "TOKENS",
+    "Turn",
     "allowed_sizes",
     "attention_explorer",
     "attention_scene",
     "attention_view",
     "block_sizes",
     "build_method",
+    "chat",
     "code_explorer",
     "code_view",
     "count_explorer",
@@ -149,10 +153,12 @@ __all__ = [
     "pruning_view",
     "rank_lab",
     "rank_lab_view",
+    "reply",
     "scores_table",
     "soft_lab_view",
     "soft_prompt_lab",
     "starts",
     "strength_explorer",
     "strength_view",
+    "transcript",
 ]

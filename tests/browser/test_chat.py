@@ -5,13 +5,13 @@ import pytest
 from playwright.sync_api import expect
 
 import peftlab
-from peftlab.chat_panel import ALONE, reply
+from peftlab.panels.chat import ALONE, reply
 
 pytestmark = pytest.mark.browser
 
 CHAT = """
 import peftlab
-from peftlab.chat_panel import chat
+from peftlab.panels.chat import chat
 base = peftlab.load("tiny-gpt")
 with peftlab.attach(base, peftlab.PrefixTuning(4), seed=1) as tuned:
     tuned.save("adapter")

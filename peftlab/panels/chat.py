@@ -12,7 +12,7 @@ import ipywidgets as widgets
 import plotly.graph_objects as go
 
 from peftlab.bases import Base
-from peftlab.panels import STILL, Panel
+from peftlab.panels.panel import STILL, Panel
 from peftlab.tuned import attach
 
 ALONE = "base alone"

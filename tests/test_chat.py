@@ -6,8 +6,8 @@ import pytest
 from models import tiny
 
 import peftlab
-from peftlab.chat_panel import ALONE, LONGEST, Turn, chat, reply, transcript
 from peftlab.panels import STILL
+from peftlab.panels.chat import ALONE, LONGEST, Turn, chat, reply, transcript
 
 
 @pytest.fixture
