@@ -87,7 +87,7 @@ def measure(tuned: Tuned, batch: dict[str, Tensor], lr: float = 0.0) -> Memory:
             counter.start(tuned, batch, optimizer, sum(size for _, size in standing.values()))
             known |= _storages(_masks(tuned))
             memory = Memory(tuned.label, str(device), {}, elsewhere=counter.elsewhere)
-            kept: dict[int, tuple[str, int]] = {}
+            kept: dict[int, Kept] = {}
             with counter, _places(tuned) as now:
 
                 def note(tensor: Tensor) -> Tensor:
@@ -97,6 +97,9 @@ def measure(tuned: Tuned, batch: dict[str, Tensor], lr: float = 0.0) -> Memory:
                 with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
                     loss = tuned.batch_loss(batch)
                 memory.total["forward"] = counter.now()
+                parts["activations"] = {
+                    at: (where, size) for at, (where, size, alive) in kept.items() if alive()
+                }
                 loss.backward()
                 del loss
                 memory.total["backward"] = counter.now()
@@ -109,8 +112,7 @@ def measure(tuned: Tuned, batch: dict[str, Tensor], lr: float = 0.0) -> Memory:
                 for name, p in tuned.trainable.items()
                 if p.grad is not None
             )
-            parts["activations"] = kept
-            known |= kept
+            known |= parts["activations"]
             masks = [(place(name), mask) for name, mask in _masks(tuned)]
             aside = [(place(name), tensor) for name, tensor in _held(tuned)]
             parts["aside"] = _storages(masks) | {
@@ -132,6 +134,7 @@ def _step(tuned: Tuned, batch: dict[str, Tensor], optimizer: torch.optim.Optimiz
 # --- parts -----------------------------------------------------------------------------------
 
 Found = dict[int, tuple[str, int]]  # a storage's address: the place it belongs to, its bytes
+Kept = tuple[str, int, weakref.ref]  # and the storage, for what is not used dies with its graph
 
 
 def _standing(tuned: Tuned, batch: dict[str, Tensor], optimizer) -> dict[str, Found]:
@@ -228,11 +231,12 @@ def _summed(found: Iterable[tuple[str, int]]) -> dict[str, int]:
     return places
 
 
-def _note(tensor: Tensor, known: Found, kept: Found, place: list[str]) -> Tensor:
+def _note(tensor: Tensor, known: Found, kept: dict[int, Kept], place: list[str]) -> Tensor:
     """A tensor is kept for the backward pass: count its storage, unless it is a part already."""
     storage = tensor.untyped_storage()
-    if storage.nbytes() and storage.data_ptr() not in known:
-        kept.setdefault(storage.data_ptr(), (place[0], storage.nbytes()))
+    at = storage.data_ptr()
+    if storage.nbytes() and at not in known and not (at in kept and kept[at][2]()):
+        kept[at] = place[0], storage.nbytes(), weakref.ref(storage)
     return tensor.detach()  # a node that kept its own output would never be freed
 
 

@@ -127,8 +127,7 @@ class PromptAndPrefix(Method):
         plan.prefixes.append((self.num_virtual_tokens, lambda stack, layer: True))
         if self.prefix_projection:
             middle = self.num_virtual_tokens, self.encoder_hidden_size
-            for makers in (plan.prompt_makers, plan.prefix_makers):  # each site runs the MLP
-                makers.append(lambda tape: tape.keep(Value(*middle)))
+            plan.prefix_makers.append(lambda tape: tape.keep(Value(*middle)))
 
     def parameters(self, shape: Shape) -> int:
         """The table and the MLP, or the table, P_k and P_v."""
