@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from models import tiny
 
 import peftlab
@@ -18,14 +19,14 @@ def base():
 @pytest.fixture
 def adapters(base, tmp_path) -> dict:
     """Two folders, LoRA with a change that shows, and a prefix."""
-    made = {}
+    made, generator = {}, torch.Generator().manual_seed(0)
     for name, method in {
         "LoRA": peftlab.LoRA(r=2, target_modules="all-linear"),
         "prefix": peftlab.PrefixTuning(2),
     }.items():
         with peftlab.attach(base, method) as tuned:
             for tensor in tuned.trainable.values():
-                tensor.data.normal_(std=2.0)
+                tensor.data.normal_(std=2.0, generator=generator)
             made[name] = tuned.save(tmp_path / name)
     return made
 

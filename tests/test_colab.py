@@ -1,0 +1,141 @@
+"""The set-up cell, run where only what a Colab has is installed.
+
+`colab.txt` lists it. The kernel and its widgets are installed as they are there. For the rest, a
+CUDA build of torch among it, the environment has Colab's versions in its metadata, which is all
+that pip looks at, and behind them the code of the environment that the tests run in.
+"""
+
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import venv
+from pathlib import Path
+
+import pytest
+from packaging.utils import canonicalize_name
+
+import peftlab
+from peftlab.panels.panel import WIDGET
+
+ROOT = Path(__file__).parent.parent
+KERNEL, REST = (
+    dict(line.split("==") for line in part.splitlines() if not line.startswith("#"))
+    for part in (ROOT / "tests/colab.txt").read_text().split("\n\n")
+)
+# What runs before the cell does, what Colab's own package names one version of, and what is large.
+STAYS = {*KERNEL, "jupyter_server", "notebook", "numpy", "pandas", "requests", "torch"}
+
+
+def cell() -> str:
+    cells = json.loads((ROOT / "notebooks/00_start_here.ipynb").read_text())["cells"]
+    return "".join(next(c for c in cells if c["cell_type"] == "code")["source"])
+
+
+@pytest.fixture(scope="module")
+def colab(tmp_path_factory) -> Path:
+    """A virtual environment with the distributions of `colab.txt` and a `google.colab`."""
+    folder = tmp_path_factory.mktemp("colab")
+    venv.create(folder / "venv", with_pip=True)
+    pins = [f"{name}=={version}" for name, version in KERNEL.items()]
+    if python(folder, "-m", "pip", "install", "-q", "--no-deps", *pins).returncode:
+        pytest.skip("no package index can be reached, and the set-up cell installs from one")
+    python(folder, "-m", "pip", "uninstall", "-q", "-y", "setuptools")
+    code = folder / "code"
+    (code / "google/colab").mkdir(parents=True)
+    (code / "google/colab/__init__.py").touch()
+    (code / "google/colab/output.py").write_text(
+        "def enable_custom_widget_manager():\n    print('other widgets are on')\n"
+    )
+    [site] = (folder / "venv/lib").glob("python*/site-packages")
+    (site / "code.pth").write_text(f"{code}\n")  # after what pip installs
+    for name, version in REST.items():
+        info = site / f"{name}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        (info / "RECORD").write_text(f"{info.name}/METADATA,,\n{info.name}/RECORD,,\n")
+        link(name, code)
+    return folder
+
+
+def link(name: str, code: Path) -> None:
+    """This environment's modules of a distribution, as links in a folder."""
+    try:
+        distribution = importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:  # of the notebook server, and not imported
+        return
+    for top in {file.parts[0] for file in distribution.files or ()}:
+        place = code / top
+        if top not in ("..", "__pycache__") and not top.endswith(".dist-info"):
+            place.exists() or place.symlink_to(distribution.locate_file(top))
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory) -> Path:
+    """A git repository that holds the files of this checkout as they are."""
+    if not shutil.which("git") or not (ROOT / ".git").exists():
+        pytest.skip("this is no git checkout, and Colab installs from one")
+    folder = tmp_path_factory.mktemp("repository")
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    for name in listed.stdout.split("\0"):
+        if name.startswith(("peftlab", "data/", "pyproject", "README", "LICENSE")):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    who = ["-c", "user.name=peftlab", "-c", "user.email=peftlab@example.org"]
+    for command in (["init", "-q"], ["add", "."], [*who, "commit", "-q", "-m", "As it is"]):
+        subprocess.run(["git", *command], cwd=folder, check=True)
+    return folder
+
+
+def python(colab: Path, *command: str, repository: Path | None = None):
+    """Run the environment's Python; a repository stands in for what is at the project's address."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment["PIP_DISABLE_PIP_VERSION_CHECK"] = "1"
+    if repository:
+        environment |= {
+            "GIT_CONFIG_COUNT": "1",
+            "GIT_CONFIG_KEY_0": f"url.file://{repository}.insteadOf",
+            "GIT_CONFIG_VALUE_0": peftlab.REPOSITORY,
+        }
+    program = [str(colab / "venv/bin/python"), *command]
+    return subprocess.run(program, cwd=colab, env=environment, capture_output=True, text=True)
+
+
+def installed(colab: Path) -> dict[str, str]:
+    [site] = (colab / "venv/lib").glob("python*/site-packages")
+    found = importlib.metadata.distributions(path=[str(site)])
+    return {canonicalize_name(d.metadata["Name"]): d.version for d in found}
+
+
+def test_the_set_up_cell_works_and_leaves_what_colab_runs_on_alone(colab, repository):
+    before = installed(colab)
+    assert before.items() >= {canonicalize_name(n): v for n, v in (KERNEL | REST).items()}.items()
+    program = colab / "cell.py"
+    program.write_text(f"""import google.colab.output
+{cell()}
+print(pl.__file__)
+print(len(pl.tasks.load("facts").test), pl.load("tiny-gpt").name)
+from IPython.core.displaypub import CapturingDisplayPublisher
+from IPython.core.interactiveshell import InteractiveShell
+shell = InteractiveShell.instance(display_pub_class=CapturingDisplayPublisher)
+shell.run_cell("import peftlab as pl; pl.panels.count_explorer()")
+print("", *(key for shown in shell.display_pub.outputs for key in shown["data"]), sep="\\n")
+""")
+    ran = python(colab, str(program), repository=repository)
+    assert ran.returncode == 0, ran.stderr
+    answers = ran.stdout.splitlines()
+    assert Path(answers[0]).is_relative_to(colab / "venv")
+    assert answers[1] == f"{len(peftlab.tasks.load('facts').test)} tiny-gpt"
+    assert answers[2] == "other widgets are on"  # anywidget asked for it
+    # Displayed, not returned: Colab puts to what is displayed what draws it.
+    assert answers[-3:] == [WIDGET, "text/plain", peftlab.panels.STILL]
+    after = installed(colab)
+    changed = {name for name, version in before.items() if after[name] != version}
+    assert "peftlab" in after and changed.isdisjoint(map(canonicalize_name, STAYS)), changed
