@@ -9,7 +9,8 @@ its grid is marked, for a better one may lie outside.
 A row has the scores, what trained, the bytes of a saved adapter, the peak of the allocated memory
 (on a GPU, base included), seconds of training, and of a language model what it forgot: the loss on
 16 plain English paragraphs (`data/texts/plain.txt`, written for this) above that of the untuned
-base, in nats a token. Runs that go at the same time share the device, and take longer for it.
+base, in nats a token. Runs that go at the same time share the device, and take longer for it; where
+there are several GPUs, they are spread over them, and each run is on one.
 
 Rows are kept one by one beside the file until it is whole: the same command goes on where it was
 stopped. With `--methods` these alone are run, and put beside the others' rows.
@@ -21,7 +22,7 @@ import argparse
 import json
 import os
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from multiprocessing import get_context
@@ -87,10 +88,10 @@ class Setting:
 
 SETTINGS = {
     "pharmacy": Setting("pharmacy", "smollm2-135m", 300, 16, dev=240),
-    "sst2-minilm": Setting("sst2", "minilm", 2000, 32, {"answer": "class"}),
-    "sst2-smollm2": Setting("sst2", "smollm2-135m", 600, 32, dev=500),
-    "wnut17": Setting("wnut17", "minilm", 1000, 32),
-    "e2e": Setting("e2e", "smollm2-135m", 600, 16, {"test": 600, "dev": 200}),
+    "sst2-minilm": Setting("sst2", "minilm", 1500, 64, {"answer": "class"}),
+    "sst2-smollm2": Setting("sst2", "smollm2-135m", 300, 64, dev=500),
+    "wnut17": Setting("wnut17", "minilm", 600, 64),
+    "e2e": Setting("e2e", "smollm2-135m", 300, 32, {"test": 600, "dev": 200}),
 }
 
 
@@ -164,6 +165,15 @@ def compared(setting: Setting) -> list[str]:
     return [label for label in METHODS if label != "BitFit" or family in ("gpt2", "bert")]
 
 
+def take_a_gpu(turn, gpus: int) -> None:
+    """Before this process has touched a GPU: see one alone, the next in turn."""
+    if gpus:
+        with turn.get_lock():
+            mine, turn.value = turn.value % gpus, turn.value + 1
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+        os.environ["CUDA_VISIBLE_DEVICES"] = seen.split(",")[mine]
+
+
 class Rows:
     """The rows that are there, in a file with one JSON object a line."""
 
@@ -176,7 +186,7 @@ class Rows:
     def key(label: str, lr: float, seed: int, steps: int, **_) -> tuple:
         return label, lr, seed, steps
 
-    def of(self, jobs: list[Job], pool: ProcessPoolExecutor) -> list[dict]:
+    def of(self, jobs: list[Job], pool: Executor) -> list[dict]:
         """A row for every job; those that are missing are run and kept."""
         keys = [self.key(**asdict(job)) for job in jobs]
         todo = [job for job, key in zip(jobs, keys, strict=True) if key not in self.found]
@@ -191,7 +201,8 @@ class Rows:
 def compare(name: str, device: str, workers: int, steps: int, labels: list[str], rows: Rows):
     """Tune every method on dev, then run its best rate on all seeds: the tries and the runs."""
     main, tries, runs = task_of(SETTINGS[name]).main, [], []
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    context, gpus = get_context("spawn"), torch.cuda.device_count() if device == "cuda" else 0
+    with ProcessPoolExecutor(workers, context, take_a_gpu, (context.Value("i", 0), gpus)) as pool:
         given = {"setting": name, "steps": steps, "device": device}
         for label in labels:
             for lr in METHODS[label][1]:
@@ -236,6 +247,7 @@ def main() -> None:
         "command": f"python -m peftlab.experiments.compare_real {name}"
         + f" --device {options.device} --workers {options.workers}",
         "device": cpu if options.device == "cpu" else torch.cuda.get_device_name(),
+        "devices": 1 if options.device == "cpu" else torch.cuda.device_count(),
         "date": date.today().isoformat(),
         "torch": torch.__version__,
         "task": setting.task,
