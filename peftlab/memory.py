@@ -97,9 +97,7 @@ def measure(tuned: Tuned, batch: dict[str, Tensor], lr: float = 0.0) -> Memory:
                 with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
                     loss = tuned.batch_loss(batch)
                 memory.total["forward"] = counter.now()
-                parts["activations"] = {
-                    at: (where, size) for at, (where, size, alive) in kept.items() if alive()
-                }
+                used = {at: (where, n) for at, (where, n, alive) in kept.items() if alive()}
                 loss.backward()
                 del loss
                 memory.total["backward"] = counter.now()
@@ -112,7 +110,8 @@ def measure(tuned: Tuned, batch: dict[str, Tensor], lr: float = 0.0) -> Memory:
                 for name, p in tuned.trainable.items()
                 if p.grad is not None
             )
-            known |= parts["activations"]
+            parts["activations"] = used
+            known |= used
             masks = [(place(name), mask) for name, mask in _masks(tuned)]
             aside = [(place(name), tensor) for name, tensor in _held(tuned)]
             parts["aside"] = _storages(masks) | {
