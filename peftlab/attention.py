@@ -11,16 +11,30 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
+from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
 from transformers.masking_utils import eager_mask
 
 NAME = "peftlab"
+CACHES = ("cache", "past_key_values")  # the argument's name from transformers 5.24 on, and before
+
+
+def cache_name(module: nn.Module) -> str:
+    """What a model or a stack calls the keys and values so far; "" if it takes none."""
+    taken = signature(module.forward).parameters
+    return next((name for name in CACHES if name in taken), "")
+
+
+def cache_in(kwargs: dict[str, Any]) -> Cache | None:
+    """The keys and values so far among the arguments of a forward pass."""
+    return next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
 
 
 @dataclass(frozen=True)

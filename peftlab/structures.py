@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor, nn
 
+from peftlab.attention import cache_in
 from peftlab.bases import FAMILIES, Anatomy, LanguageModel, Linear, Shape
 from peftlab.bases.shapes import ATTENTION
 
@@ -421,7 +422,7 @@ class _Columns:
     def take(self, module, args, kwargs):
         bias, hidden = kwargs.get("position_bias"), args[0]
         if bias is None:
-            cache, length = kwargs.get("past_key_values"), hidden.shape[1]
+            cache, length = cache_in(kwargs), hidden.shape[1]
             past = 0 if cache is None else cache.get_seq_length(module.layer_idx)
             bias = module.compute_bias(
                 length, past + length, device=hidden.device, past_seen_tokens=past

@@ -27,6 +27,7 @@ from peftlab import (
     attach,
     attention,
 )
+from peftlab.attention import cache_in, cache_name
 from peftlab.bases.anatomy import Anatomy
 
 EVERY = ("gpt2", "llama", "qwen2", "gpt_neox", "bert", "roberta", "distilbert", "t5", "t5 gated")
@@ -292,3 +293,19 @@ def test_a_placement_inside_needs_the_tokens():
         tuned.model(inputs_embeds=torch.randn(1, 4, 24))
     with pytest.raises(ValueError, match="row 1 has no token 30 to put virtual tokens at"):
         tuned(torch.tensor([[3, 30, 4], [5, 6, 7]]))
+
+
+def test_the_cache_is_found_under_either_of_its_names():
+    class New(torch.nn.Module):
+        def forward(self, input_ids, cache=None): ...
+
+    class Old(torch.nn.Module):
+        def forward(self, input_ids, past_key_values=None): ...
+
+    assert [cache_name(m) for m in (New(), Old(), torch.nn.Identity())] == [
+        *("cache", "past_key_values"),
+        "",
+    ]
+    held = transformers.DynamicCache()
+    assert cache_in({"past_key_values": held}) is cache_in({"cache": held}) is held
+    assert cache_in({"cache": None, "input_ids": 1}) is None

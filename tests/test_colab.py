@@ -5,7 +5,9 @@ CUDA build of torch among it, the environment has Colab's versions in its metada
 that pip looks at, and behind them the code of the environment that the tests run in.
 """
 
+import contextlib
 import importlib.metadata
+import io
 import json
 import os
 import shutil
@@ -26,6 +28,13 @@ KERNEL, REST = (
 )
 # What runs before the cell does, what Colab's own package names one version of, and what is large.
 STAYS = {*KERNEL, "jupyter_server", "notebook", "numpy", "pandas", "requests", "torch"}
+
+# Text is generated through the cache, whose name and place in transformers has changed before.
+SAID = """
+for method in (pl.PromptTuning(3), pl.PrefixTuning(3), pl.LoRA(r=2)):
+    with pl.attach(base, method, seed=0) as tuned:
+        print(ascii(tuned.generate(["The cat ", "A"], 6)))
+"""
 
 
 def cell() -> str:
@@ -122,6 +131,8 @@ def test_the_set_up_cell_works_and_leaves_what_colab_runs_on_alone(colab, reposi
 {cell()}
 print(pl.__file__)
 print(len(pl.tasks.load("facts").test), pl.load("tiny-gpt").name)
+base = pl.load("tiny-gpt")
+{SAID}
 from IPython.core.displaypub import CapturingDisplayPublisher
 from IPython.core.interactiveshell import InteractiveShell
 shell = InteractiveShell.instance(display_pub_class=CapturingDisplayPublisher)
@@ -133,7 +144,10 @@ print("", *(key for shown in shell.display_pub.outputs for key in shown["data"])
     answers = ran.stdout.splitlines()
     assert Path(answers[0]).is_relative_to(colab / "venv")
     assert answers[1] == f"{len(peftlab.tasks.load('facts').test)} tiny-gpt"
-    assert answers[2] == "other widgets are on"  # anywidget asked for it
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        exec(SAID, {"pl": peftlab, "base": peftlab.load("tiny-gpt")})
+    assert answers[2:5] == said.getvalue().splitlines()  # under whichever transformers it took
+    assert answers[5] == "other widgets are on"  # anywidget asked for it
     # Displayed, not returned: Colab puts to what is displayed what draws it.
     assert answers[-3:] == [WIDGET, "text/plain", peftlab.panels.STILL]
     after = installed(colab)

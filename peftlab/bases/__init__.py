@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache, EncoderDecoderCache
 
 from peftlab._data import data_path
+from peftlab.attention import cache_name
 from peftlab.bases.anatomy import FAMILIES, TARGETS, Anatomy, Linear, Sublayer, fused
 from peftlab.bases.real import GGUF, REAL, Place, find, read_gguf, unpacked
 from peftlab.bases.shapes import Shape
@@ -147,7 +148,7 @@ class LanguageModel:
             batch["decoder_input_ids"] = start.expand(len(prompts), -1)
             length = start.shape[1]
             # transformers' own cache has as many layers as the encoder: too few for some decoders
-            batch["past_key_values"] = EncoderDecoderCache(DynamicCache(), DynamicCache())
+            batch[cache_name(self.model)] = EncoderDecoderCache(DynamicCache(), DynamicCache())
         with self._evaluating():
             out = self.model.generate(
                 **batch,

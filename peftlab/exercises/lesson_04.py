@@ -17,6 +17,7 @@ from transformers import (
 from transformers.masking_utils import eager_mask
 
 from peftlab.accounting import count
+from peftlab.attention import cache_name
 from peftlab.bases.shapes import Shape
 from peftlab.exercises import Wrong, exercise, expect, match, question, swapped
 from peftlab.methods import DeepPromptTuning, PrefixTuning
@@ -531,7 +532,7 @@ def predict_zero_prefix():
         for layer in range(2):
             cache.update(torch.zeros(shape), torch.zeros(shape), layer)
         mask, positions = torch.ones(1, 15, dtype=torch.long), torch.arange(10)[None]
-        given = dict(attention_mask=mask, position_ids=positions, past_key_values=cache)
+        given = dict(attention_mask=mask, position_ids=positions, **{cache_name(model): cache})
         changed = (model(input_ids=ids, **given).logits - plain).abs().max() / plain.abs().max()
     right = "a" if changed < 1e-5 else "b"
     return right, (

@@ -27,11 +27,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from inspect import signature
 
 import torch
 from torch import Tensor, nn
 
+from peftlab.attention import cache_name
 from peftlab.bases import LanguageModel, Linear
 from peftlab.methods import (
     IA3,
@@ -406,7 +406,7 @@ def no_prefix(model: LanguageModel) -> str:
     """Why PEFT's prefix is not ours on this model; "" where it is."""
     if model.kind == "encoder-decoder":
         return "PEFT's prefix is in the decoder's attention to itself alone, and here in all three"
-    if "past_key_values" not in signature(model.anatomy.backbone.forward).parameters:
+    if not cache_name(model.anatomy.backbone):
         return f"PEFT passes a prefix as a cache, and {model.anatomy.family} takes none"
     return ""
 

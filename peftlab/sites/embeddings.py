@@ -8,6 +8,7 @@ from inspect import signature
 import torch
 from torch import Tensor
 
+from peftlab.attention import cache_in
 from peftlab.bases import Anatomy
 
 Read = Callable[[], dict[str, Tensor]]  # the tensors of a soft prompt, now
@@ -81,7 +82,7 @@ class InputEmbeddings:
         if embedded is None:
             embedded = self.anatomy.embedding(ids)  # batch seq d_model
         batch, length, _ = embedded.shape
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         cached = cache.get_seq_length() if cache is not None else 0
         if mask is None:
             real = length + max(cached - self.count, 0)

@@ -53,7 +53,7 @@ class KeysValues:
             if positions is None:
                 ids = args[0] if args else kwargs.get("input_ids")
                 ids = kwargs.get("inputs_embeds") if ids is None else ids
-                cache = kwargs.get("past_key_values")
+                cache = attention.cache_in(kwargs)
                 start = cache.get_seq_length() if cache is not None else 0
                 positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
                 positions = positions + self.anatomy.first_position

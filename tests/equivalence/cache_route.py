@@ -8,9 +8,16 @@ the text as well: it has to be built anew each time.
 
 from __future__ import annotations
 
+from inspect import signature
+
 import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
+
+
+def name(model: PreTrainedModel) -> str:
+    """The argument's name: it changed in transformers 5.24."""
+    return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
 
 
 def cache_of(P_k: Tensor, P_v: Tensor, rows: int) -> DynamicCache:
@@ -34,7 +41,7 @@ def logits(
             input_ids=input_ids,
             attention_mask=attention_mask,
             decoder_input_ids=decoder_input_ids,
-            past_key_values=EncoderDecoderCache(cache, DynamicCache()),
+            **{name(model): EncoderDecoderCache(cache, DynamicCache())},
         ).logits
     seen = attention_mask.new_ones(len(input_ids), count)
     positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
@@ -42,7 +49,7 @@ def logits(
         input_ids=input_ids,
         attention_mask=torch.cat([seen, attention_mask], dim=1),
         position_ids=positions + count,
-        past_key_values=cache,
+        **{name(model): cache},
     ).logits
 
 

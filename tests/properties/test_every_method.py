@@ -45,6 +45,7 @@ from models import (
 from safetensors.torch import load_file
 
 from peftlab import LoRA, PrefixTuning, PromptTuning, PTuning, attach, attention
+from peftlab.attention import cache_name
 from peftlab.heads import Spans
 
 FLOAT32, FLOAT64 = torch.float32, torch.float64
@@ -467,10 +468,10 @@ def test_cached_logits_are_the_full_ones(case, family):
     close = close_in(FLOAT64, rounding(case, family, ids))
     first = 3 if CASES[case].anchored else 1
     with torch.no_grad():
-        whole, cache, steps = tuned(ids), None, []
+        whole, cache, steps, name = tuned(ids), None, [], cache_name(tuned.model)
         for piece in (ids[:, :first], *ids[:, first:].split(1, dim=1)):
-            out = tuned.model(input_ids=piece, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = tuned.model(input_ids=piece, **{name: cache}, use_cache=True)
+            cache = out[name]
             steps.append(out.logits)
     assert (torch.cat(steps, dim=1) - whole).abs().max() <= close
 
