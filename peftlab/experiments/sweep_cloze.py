@@ -73,17 +73,14 @@ class Probe(Task):
         made = [Example(p["name"] + words, f" {p[attribute]}") for p in people[:1200]]
         return cls(made[:400], made[400:600], made[600:])
 
-    def score(self, model, examples=None, batch_size: int = 200) -> dict[str, float]:
-        """`exact`: the share of gaps where the right token is the most probable of all."""
-        examples = self.test if examples is None else examples
-        right = []
-        for start in range(0, len(examples), batch_size):
-            batch = self.batch_for(model, examples[start : start + batch_size])
-            with torch.no_grad():
-                logits, wanted = model.aligned(batch)  # (batch, n, vocab), (batch, n)
-            gap = wanted >= 0
-            right += (logits[gap].argmax(dim=-1) == wanted[gap]).tolist()
-        return {"exact": share(right)}
+    def answers(self, model, examples) -> list[str]:
+        """The most probable token of all in each gap."""
+        logits, wanted = model.aligned(self.batch_for(model, examples))  # (batch, n, vocab)
+        return model.tokenizer.batch_decode(logits[wanted >= 0].argmax(dim=-1)[:, None])
+
+    def grade(self, examples, outputs) -> dict[str, float]:
+        """`exact`: the share of gaps with the right token."""
+        return {"exact": share(e.target == o for e, o in zip(examples, outputs, strict=True))}
 
 
 class _Hidden(nn.Module):

@@ -153,15 +153,22 @@ class Task:
         batch_size: int = 64,
     ) -> dict[str, float]:
         """Metrics between 0 and 1 on `examples`, on the test split if none are given."""
+        import torch
+
         examples = self.test if examples is None else examples
         outputs = []
         for start in range(0, len(examples), batch_size):
-            prompts = [example.prompt for example in examples[start : start + batch_size]]
-            outputs += model.generate(prompts, max_new_tokens=self.max_new_tokens)
+            with torch.no_grad():
+                outputs += self.answers(model, examples[start : start + batch_size])
         return self.grade(examples, outputs)
 
+    def answers(self, model: LanguageModel, examples: list[Example]) -> list[str]:
+        """What the model says to each, generated if the task knows no other way."""
+        prompts = [example.prompt for example in examples]
+        return model.generate(prompts, max_new_tokens=self.max_new_tokens)
+
     def grade(self, examples: list[Example], outputs: list[str]) -> dict[str, float]:
-        """Metrics of the generated `outputs`; each task has its own."""
+        """Metrics of the answers; each task has its own."""
         raise NotImplementedError
 
 

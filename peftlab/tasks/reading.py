@@ -80,27 +80,13 @@ class Reading(Task):
         }
         return {key: tensor.to(device) for key, tensor in batch.items()}
 
-    def score(
-        self,
-        model: LanguageModel,
-        examples: list[Question] | None = None,
-        batch_size: int = 64,
-    ) -> dict[str, float]:
-        """Metrics of the best span of each text, on the test split if no examples are given."""
-        import torch
-
-        examples = self.test if examples is None else examples
-        outputs = []
-        for start in range(0, len(examples), batch_size):
-            chunk = examples[start : start + batch_size]
-            texts = [example.prompt for example in chunk]
-            encoded = encode(texts, model.tokenizer, model.context)
-            ids, mask = encoded.input_ids.to(model.device), encoded.attention_mask.to(model.device)
-            with torch.no_grad():
-                logits = model(ids, mask)  # (batch, seq, 2)
-            for example, offsets, row in zip(chunk, encoded.offsets, logits.cpu(), strict=True):
-                outputs.append(best_span(example, offsets, row))
-        return self.grade(examples, outputs)
+    def answers(self, model: LanguageModel, examples: list[Question]) -> list[str]:
+        """The best span of each text."""
+        texts = [example.prompt for example in examples]
+        encoded = encode(texts, model.tokenizer, model.context)
+        ids, mask = encoded.input_ids.to(model.device), encoded.attention_mask.to(model.device)
+        logits = model(ids, mask).cpu()  # (batch, seq, 2)
+        return [best_span(*of) for of in zip(examples, encoded.offsets, logits, strict=True)]
 
     def grade(self, examples: list[Question], outputs: list[str]) -> dict[str, float]:
         """`exact`: the share of answers that are the target; `f1`: the mean overlap in words;

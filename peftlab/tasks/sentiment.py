@@ -30,31 +30,22 @@ class Sentiment(Task):
     max_new_tokens = 1
     words: ClassVar[dict[bool, str]] = LABELS
 
-    def score(
-        self,
-        model: LanguageModel,
-        examples: list[Example] | None = None,
-        batch_size: int = 64,
-    ) -> dict[str, float]:
-        """The share of reviews whose own label word is more probable than the other one."""
+    def answers(self, model: LanguageModel, examples: list[Example]) -> list[str]:
+        """The label word that is more probable than the other one."""
         import torch
 
-        examples = self.test if examples is None else examples
         labels = list(self.words.values())
-        tokens = [
-            model.tokenizer(label, add_special_tokens=False)["input_ids"][0] for label in labels
-        ]
-        right = []
-        for start in range(0, len(examples), batch_size):
-            chunk = examples[start : start + batch_size]
-            batch = self.batch_for(model, chunk)
-            with torch.no_grad():
-                logits, wanted = model.aligned(batch)  # (batch, n, vocab), (batch, n)
-            first = (wanted >= 0).int().argmax(dim=1)  # where the label word is predicted
-            rows = torch.arange(len(chunk), device=logits.device)
-            best = logits[rows, first][:, tokens].argmax(dim=1)  # (batch,)
-            right += [labels[i] == e.target for i, e in zip(best.tolist(), chunk, strict=True)]
-        return {"accuracy": share(right)}
+        tokens = model.tokenizer(labels, add_special_tokens=False)["input_ids"]
+        logits, wanted = model.aligned(self.batch_for(model, examples))  # (batch, n, vocab)
+        first = (wanted >= 0).int().argmax(dim=1)  # where the label word is predicted
+        rows = torch.arange(len(examples), device=logits.device)
+        best = logits[rows, first][:, [ids[0] for ids in tokens]].argmax(dim=1)  # (batch,)
+        return [labels[i] for i in best.tolist()]
+
+    def grade(self, examples: list[Example], outputs: list[str]) -> dict[str, float]:
+        """The share that is answered with its own label."""
+        pairs = zip(examples, outputs, strict=True)
+        return {"accuracy": share(example.target == output for example, output in pairs)}
 
 
 TASK = Sentiment

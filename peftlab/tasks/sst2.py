@@ -18,7 +18,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from peftlab import heads
-from peftlab.tasks import Example, Task, share
+from peftlab.tasks import Example, Task
 from peftlab.tasks.offsets import check_kind, encode
 from peftlab.tasks.public import Source, lines, rows, some, split_off
 from peftlab.tasks.sentiment import Sentiment
@@ -125,23 +125,11 @@ class Sst2Class(Sst2):
         }
         return {key: tensor.to(device) for key, tensor in batch.items()}
 
-    def score(
-        self,
-        model: LanguageModel,
-        examples: list[Example] | None = None,
-        batch_size: int = 64,
-    ) -> dict[str, float]:
-        """The share of sentences that get their class."""
-        import torch
-
-        examples = self.test if examples is None else examples
-        right = []
-        for start in range(0, len(examples), batch_size):
-            batch = self.batch_for(model, examples[start : start + batch_size])
-            with torch.no_grad():
-                logits = model(batch["input_ids"], batch["attention_mask"])  # (batch, classes)
-            right += (logits.argmax(dim=-1) == batch["labels"]).tolist()
-        return {"accuracy": share(right)}
+    def answers(self, model: LanguageModel, examples: list[Example]) -> list[str]:
+        """The most probable class of each sentence."""
+        batch = self.batch_for(model, examples)
+        logits = model(batch["input_ids"], batch["attention_mask"])  # (batch, classes)
+        return [CLASSES[best] for best in logits.argmax(dim=-1).tolist()]
 
 
 TASK = Sst2

@@ -80,28 +80,15 @@ class Tagging(Task):
         }
         return {key: tensor.to(device) for key, tensor in batch.items()}
 
-    def score(
-        self,
-        model: LanguageModel,
-        examples: list[Example] | None = None,
-        batch_size: int = 64,
-    ) -> dict[str, float]:
-        """Metrics of the most probable tag of each word, on the test split if none is given."""
-        import torch
-
-        examples = self.test if examples is None else examples
-        outputs = []
-        for start in range(0, len(examples), batch_size):
-            chunk = examples[start : start + batch_size]
-            batch = self.batch_for(model, chunk)
-            with torch.no_grad():
-                logits = model(batch["input_ids"], batch["attention_mask"])  # (batch, seq, labels)
-            best, asked = logits.argmax(dim=-1), batch["labels"] != IGNORED
-            outputs += [
-                " ".join(self.labels[i] for i in row[kept].tolist())
-                for row, kept in zip(best, asked, strict=True)
-            ]
-        return self.grade(examples, outputs)
+    def answers(self, model: LanguageModel, examples: list[Example]) -> list[str]:
+        """The most probable tag of each word."""
+        batch = self.batch_for(model, examples)
+        logits = model(batch["input_ids"], batch["attention_mask"])  # (batch, seq, labels)
+        best, asked = logits.argmax(dim=-1), batch["labels"] != IGNORED
+        return [
+            " ".join(self.labels[i] for i in row[kept].tolist())
+            for row, kept in zip(best, asked, strict=True)
+        ]
 
     def grade(self, examples: list[Example], outputs: list[str]) -> dict[str, float]:
         """`accuracy`: the share of words with the right tag. An output has a tag for each word."""
