@@ -1,0 +1,50 @@
+"""What a lesson takes is measured, kept while the lesson is the same, and measured anew after."""
+
+import json
+
+import nbformat
+import pytest
+
+from peftlab.experiments import measure_lessons
+
+
+def lesson(folder, name: str, source: str) -> None:
+    cells = [nbformat.v4.new_code_cell('device = "auto"'), nbformat.v4.new_code_cell(source)]
+    cells[0].metadata["tags"] = ["parameters"]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata=kernel)
+    nbformat.write(notebook, folder / f"{name}.ipynb")
+
+
+def measured(folder) -> dict[str, dict]:
+    out = folder / "lessons.json"
+    ended = measure_lessons.main(["--notebooks", str(folder), "--out", str(out)])
+    found = json.loads(out.read_text())
+    assert found["command"].endswith("--device cpu") and found["cores"] >= 1
+    rows = {row["lesson"]: row for row in found["lessons"]}
+    assert ended == any(row["error"] for row in rows.values())
+    return rows
+
+
+def test_rows_follow_the_lessons(tmp_path, capsys):
+    lesson(tmp_path, "00_large", 'held = bytes(300_000_000); assert device == "cpu"')
+    lesson(tmp_path, "01_wrong", "1 / 0")
+    first = measured(tmp_path)
+    assert first["00_large"]["peak process bytes"] > 300_000_000
+    assert first["00_large"]["peak gpu bytes"] is None and first["00_large"]["wall seconds"] > 0
+    assert first["01_wrong"]["error"].rstrip().endswith("division by zero")
+    lesson(tmp_path, "01_wrong", "1 / 1")
+    lesson(tmp_path, "02_more", "2")
+    again = measured(tmp_path)
+    assert again["00_large"] == first["00_large"]  # the same to the hundredth of a second
+    assert again.keys() == {"00_large", "01_wrong", "02_more"}
+    assert all(row["error"] is None for row in again.values())
+    assert "01_wrong: done" in capsys.readouterr().out
+    (tmp_path / "02_more.ipynb").unlink()
+    assert measured(tmp_path).keys() == {"00_large", "01_wrong"}
+
+
+def test_no_lessons_is_an_error(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        measure_lessons.main(["--notebooks", str(tmp_path)])
+    assert "has no lessons" in capsys.readouterr().err
