@@ -1,11 +1,15 @@
 """What a lesson takes is measured, kept while the lesson is the same, and measured anew after."""
 
 import json
+from pathlib import Path
 
 import nbformat
 import pytest
 
+from peftlab._data import data_path
 from peftlab.experiments import measure_lessons
+
+ROOT = Path(__file__).parent.parent
 
 
 def lesson(folder, name: str, source: str) -> None:
@@ -48,3 +52,17 @@ def test_no_lessons_is_an_error(tmp_path, capsys):
     with pytest.raises(SystemExit):
         measure_lessons.main(["--notebooks", str(tmp_path)])
     assert "has no lessons" in capsys.readouterr().err
+
+
+def test_the_readme_says_what_the_lessons_took():
+    rows = json.loads(data_path("results", "lessons_cpu.json").read_text())["lessons"]
+    assert [row["lesson"] for row in rows] == sorted(
+        p.stem for p in (ROOT / "notebooks").glob("*.ipynb")
+    )
+    assert all(row["error"] is None for row in rows)
+    *small, real = [(row["wall seconds"], row["peak process bytes"] / 1e9) for row in rows]
+    seconds, memory = zip(*small, strict=True)
+    said = " ".join((ROOT / "README.md").read_text().split())
+    assert f"runs in {min(seconds):.0f} to {max(seconds):.0f} seconds" in said
+    assert f"at most {max(memory):.1f} GB of memory" in said
+    assert f"takes {real[0]:.0f} seconds and {real[1]:.1f} GB" in said
