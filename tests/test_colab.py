@@ -2,7 +2,8 @@
 
 `colab.txt` lists it. The kernel and its widgets are installed as they are there. For the rest, a
 CUDA build of torch among it, the environment has Colab's versions in its metadata, which is all
-that pip looks at, and behind them the code of the environment that the tests run in.
+that pip looks at, and behind them the code of the environment that the tests run in. What the cell
+adds is held at the newest of one day, so that the test ends the same tomorrow.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ import peftlab
 from peftlab.panels.panel import WIDGET
 
 ROOT = Path(__file__).parent.parent
-KERNEL, REST = (
+KERNEL, REST, NEWEST = (
     dict(line.split("==") for line in part.splitlines() if not line.startswith("#"))
     for part in (ROOT / "tests/colab.txt").read_text().split("\n\n")
 )
@@ -108,7 +109,10 @@ def python(colab: Path, *command: str, repository: Path | None = None):
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment["PIP_DISABLE_PIP_VERSION_CHECK"] = "1"
     if repository:
+        newest = colab / "newest.txt"
+        newest.write_text("".join(f"{name}=={version}\n" for name, version in NEWEST.items()))
         environment |= {
+            "PIP_CONSTRAINT": str(newest),
             "GIT_CONFIG_COUNT": "1",
             "GIT_CONFIG_KEY_0": f"url.file://{repository}.insteadOf",
             "GIT_CONFIG_VALUE_0": peftlab.REPOSITORY,
@@ -146,10 +150,11 @@ print("", *(key for shown in shell.display_pub.outputs for key in shown["data"])
     assert answers[1] == f"{len(peftlab.tasks.load('facts').test)} tiny-gpt"
     with contextlib.redirect_stdout(io.StringIO()) as said:
         exec(SAID, {"pl": peftlab, "base": peftlab.load("tiny-gpt")})
-    assert answers[2:5] == said.getvalue().splitlines()  # under whichever transformers it took
+    assert answers[2:5] == said.getvalue().splitlines()  # under another transformers
     assert answers[5] == "other widgets are on"  # anywidget asked for it
     # Displayed, not returned: Colab puts to what is displayed what draws it.
     assert answers[-3:] == [WIDGET, "text/plain", peftlab.panels.STILL]
     after = installed(colab)
     changed = {name for name, version in before.items() if after[name] != version}
+    assert {canonicalize_name(name) for name in NEWEST} >= changed
     assert "peftlab" in after and changed.isdisjoint(map(canonicalize_name, STAYS)), changed
