@@ -76,8 +76,11 @@ class Job:
 
     @property
     def version(self) -> str:
-        """Changes with the notebook."""
-        return hashlib.sha256(self.notebook.encode()).hexdigest()[:16] if self.notebook else ""
+        """Changes with the notebook's cells, not with their outputs."""
+        if not self.notebook:
+            return ""
+        said = [["".join(c["source"]), c["metadata"]] for c in json.loads(self.notebook)["cells"]]
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def file(self) -> str:
