@@ -102,6 +102,7 @@ def setup(seed: int = 0) -> str:
 
     figures.use_template()
     torch.manual_seed(seed)
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    for chatty in ("transformers", "bitsandbytes"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     return f"peftlab {__version__} is ready"
