@@ -88,7 +88,7 @@ class Setting:
 
 SETTINGS = {
     "pharmacy": Setting("pharmacy", "smollm2-135m", 300, 16, dev=240),
-    "sst2-minilm": Setting("sst2", "minilm", 1500, 128, {"answer": "class"}),
+    "sst2-minilm": Setting("sst2", "minilm", 800, 256, {"answer": "class"}),
     "sst2-smollm2": Setting("sst2", "smollm2-135m", 300, 64, dev=500),
     "wnut17": Setting("wnut17", "minilm", 600, 64),
     "e2e": Setting("e2e", "smollm2-135m", 300, 32, {"test": 600, "dev": 200}),
