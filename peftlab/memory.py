@@ -13,6 +13,7 @@ storage that an operation of the step makes is followed until it dies.
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from peftlab._data import data_path
 from peftlab.sites import MaskedWeight
 from peftlab.structures import SmallerModel
 from peftlab.tuned import Tuned
@@ -342,8 +344,10 @@ class _Allocator(contextlib.nullcontext):
         self.device, self.elsewhere = device, 0
 
     def start(self, tuned: Tuned, batch: dict[str, Tensor], optimizer, standing: int) -> None:
+        global _highest
         torch.cuda.empty_cache()
         self.elsewhere = self.now() - standing
+        _highest = gpu_peak()
         torch.cuda.reset_peak_memory_stats(self.device)
 
     def see(self, tensor: Tensor) -> None:
@@ -357,3 +361,27 @@ class _Allocator(contextlib.nullcontext):
 
     def peak(self) -> int:
         return torch.cuda.max_memory_allocated(self.device) - self.elsewhere
+
+
+_highest = 0  # the GPU's peak before `measure` last set its counter back
+
+
+def gpu_peak() -> int:
+    """The most bytes of the GPU that tensors of this process took at once, 0 without a GPU."""
+    return max(_highest, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
+
+
+def lesson_on_gpu(lesson: str) -> str:
+    """What a lesson takes of a GPU: its run up to here, if that is on one, and the recorded run,
+    which is of `python -m peftlab.experiments.measure_lessons --device cuda`."""
+    path = data_path("results", "lessons_cuda.json")
+    rows = json.loads(path.read_text())["lessons"] if path.exists() else []
+    row = next((row for row in rows if row["lesson"] == lesson), None)
+    here = f"{gpu_peak() / 1e9:.2f} GB of GPU memory at the peak here; " if gpu_peak() else ""
+    if row is None:
+        return f"{here}no run of {lesson} on a GPU is recorded"
+    return (
+        f"{here}recorded on one {row['device']}, {row['date']}: {row['wall seconds']:.0f} seconds, "
+        f"{row['peak gpu bytes'] / 1e9:.2f} GB of GPU memory at the peak, of "
+        f"{row['gpu gigabytes allowed']:g} GiB that it was allowed"
+    )

@@ -21,13 +21,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import time
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from datetime import date
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 from peftlab._data import data_path
@@ -90,8 +91,8 @@ SETTINGS = {
     "pharmacy": Setting("pharmacy", "smollm2-135m", 300, 16, dev=240),
     "sst2-minilm": Setting("sst2", "minilm", 800, 256, {"answer": "class"}),
     "sst2-smollm2": Setting("sst2", "smollm2-135m", 300, 64, dev=500),
-    "wnut17": Setting("wnut17", "minilm", 600, 64),
-    "e2e": Setting("e2e", "smollm2-135m", 300, 32, {"test": 600, "dev": 200}),
+    "wnut17": Setting("wnut17", "minilm", 400, 64),
+    "e2e": Setting("e2e", "smollm2-135m", 250, 16, {"test": 400}),
 }
 
 
@@ -187,14 +188,21 @@ class Rows:
         return label, lr, seed, steps
 
     def of(self, jobs: list[Job], pool: Executor) -> list[dict]:
-        """A row for every job; those that are missing are run and kept."""
+        """A row for every job; those that are missing are run and kept. A failed one is raised
+        when the others are done."""
         keys = [self.key(**asdict(job)) for job in jobs]
         todo = [job for job, key in zip(jobs, keys, strict=True) if key not in self.found]
+        failed = None
         for future in as_completed([pool.submit(run, job) for job in todo]):
+            if error := future.exception():
+                failed = error
+                continue
             row = future.result()
             self.found[self.key(**row)] = row
             with self.path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
+        if failed:
+            raise failed
         return [self.found[key] for key in keys]
 
 
@@ -219,6 +227,52 @@ def compare(name: str, device: str, workers: int, steps: int, labels: list[str],
     return {"main": main, "tried": tried, "runs": found}
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """A comparison in `data/results/`, a row a run: the tries on dev and the runs on the test."""
+
+    main: str  # the headline metric
+    tried: pd.DataFrame
+    runs: pd.DataFrame
+    report: dict  # what the file says besides; empty as long as it is not whole
+
+    @property
+    def whole(self) -> bool:
+        """Whether every method has its tries and its seeds."""
+        return bool(self.report)
+
+    @property
+    def best(self) -> pd.DataFrame:
+        """Of every method the best of its tries."""
+        ordered = self.tried.sort_values([self.main, "last_loss"], ascending=[False, True])
+        return ordered.groupby("label", sort=False).head(1)
+
+    @property
+    def shown(self) -> pd.DataFrame:
+        """The runs on the test, or the best tries while there are not all of the runs."""
+        return self.runs if self.whole else self.best
+
+    @property
+    def where(self) -> str:
+        """What `shown` is."""
+        seeds = f"test, {len(SEEDS)} seeds"
+        return seeds if self.whole else "dev, one seed, at the best of its rates"
+
+
+def recorded(name: str) -> Recorded:
+    """The comparison of this setting, or the rows that there are of it."""
+    path = data_path("results", f"real_{name.replace('-', '_')}.json")
+    main = import_module(f"peftlab.tasks.{SETTINGS[name].task}").TASK.main
+    if path.exists():
+        report = json.loads(path.read_text())
+        tried, runs = report.pop("tried"), report.pop("runs")
+    else:
+        rows = [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()]
+        tried, runs = ([r for r in rows if r["split"] == split] for split in ("dev", "test"))
+        report = {}
+    return Recorded(main, pd.DataFrame(tried), pd.DataFrame(runs), report)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("setting", choices=SETTINGS)
@@ -229,7 +283,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     name, setting = options.setting, SETTINGS[options.setting]
-    steps, begun = 2 if options.smoke else setting.steps, time.perf_counter()
+    steps = 2 if options.smoke else setting.steps
     labels, base, task = options.methods or compared(setting), load(setting.base), task_of(setting)
     base.to(options.device)
     untuned = {} if getattr(task, "head", None) else scored(base, task, "test")
@@ -263,11 +317,10 @@ def main() -> None:
         "grids": {row["label"]: METHODS[row["label"]][1] for row in found["runs"]},
         "untuned": untuned,
         **found,
-        "seconds": round(time.perf_counter() - begun),
     }
     out.write_text(json.dumps(report, indent=1) + "\n")
     rows.path.unlink()
-    print(f"{out}: {len(report['runs'])} runs, {report['seconds']} s")
+    print(f"{out}: {len(report['runs'])} runs")
 
 
 if __name__ == "__main__":

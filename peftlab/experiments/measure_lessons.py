@@ -6,7 +6,8 @@
 Writes `data/results/lessons_cpu.json` or `lessons_cuda.json`, one row a lesson. A lesson runs as it
 is, through papermill, with its own parameters and `device`; with `--gpu-gigabytes` its process can
 take no more of the GPU than that, and fails if it needs more. A row is kept as long as its notebook
-is the same: the same command runs what is missing or has changed, and drops what is gone.
+is the same: the same command runs what is missing or has changed, and drops what is gone. With
+`--jobs` several run side by side, each in a process of its own, and take longer for it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 
 from peftlab._data import data_path
@@ -39,6 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--gpu-gigabytes", type=float, help="the most that a process may take")
+    parser.add_argument("--jobs", type=int, default=1, help="lessons at a time")
     parser.add_argument("--notebooks", type=Path, default=Path("notebooks"))
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
@@ -47,17 +51,22 @@ def main(arguments: list[str] | None = None) -> int:
     if not lessons:
         parser.error(f"{options.notebooks} has no lessons")
     before = json.loads(out.read_text())["lessons"] if out.exists() else []
-    before, rows = {row["lesson"]: row for row in before}, []
+    rows = {row["lesson"]: row for row in before if row["lesson"] in {p.stem for p in lessons}}
     command = f"python -m peftlab.experiments.measure_lessons --device {options.device}"
     if options.gpu_gigabytes:
         command += f" --gpu-gigabytes {options.gpu_gigabytes:g}"
-    for path in lessons:
-        rows.append(row_of(path, options.device, options.gpu_gigabytes, before))
-        rest = [before[p.stem] for p in lessons[len(rows) :] if p.stem in before]
-        save({"command": command, "cores": os.cpu_count(), "lessons": rows + rest}, out)
-        state = rows[-1]["error"] or "done"
-        print(f"{path.stem}: {state}, {rows[-1]['wall seconds']} s", flush=True)
-    return int(any(row["error"] for row in rows))
+    if options.jobs > 1:
+        command += f" --jobs {options.jobs}"
+    with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
+        last_first = reversed(lessons)  # the last takes longest
+        given = options.device, options.gpu_gigabytes, dict(rows)
+        for done in as_completed([pool.submit(row_of, path, *given) for path in last_first]):
+            row = done.result()
+            rows[row["lesson"]] = row
+            found = [rows[path.stem] for path in lessons if path.stem in rows]
+            save({"command": command, "cores": os.cpu_count(), "lessons": found}, out)
+            print(f"{row['lesson']}: {row['error'] or 'done'}, {row['wall seconds']} s", flush=True)
+    return int(any(row["error"] for row in rows.values()))
 
 
 if __name__ == "__main__":

@@ -49,10 +49,12 @@ MEASURE = """
 import json as _json, platform as _platform, resource as _resource, sys as _sys
 _torch, _most = _sys.modules.get("torch"), _resource.getrusage(_resource.RUSAGE_SELF).ru_maxrss
 _gpu = _torch is not None and _torch.cuda.is_available()
+_memory = _sys.modules.get("peftlab.memory")  # which has set the counter back, if it measured
+_peak = (_memory.gpu_peak if _memory else _torch.cuda.max_memory_allocated)() if _gpu else None
 print(_json.dumps({
     "device": _torch.cuda.get_device_name() if _gpu else f"CPU, {_platform.machine()}",
     "peak process bytes": _most * (1 if _sys.platform == "darwin" else 1024),
-    "peak gpu bytes": _torch.cuda.max_memory_allocated() if _gpu else None,
+    "peak gpu bytes": _peak,
     "peak gpu bytes reserved": _torch.cuda.max_memory_reserved() if _gpu else None,
 }))
 """
@@ -76,10 +78,11 @@ class Job:
 
     @property
     def version(self) -> str:
-        """Changes with the notebook's cells, not with their outputs."""
+        """Changes with the notebook's code, not with its outputs and its prose."""
         if not self.notebook:
             return ""
-        said = [["".join(c["source"]), c["metadata"]] for c in json.loads(self.notebook)["cells"]]
+        cells = json.loads(self.notebook)["cells"]
+        said = [["".join(c["source"]), c["metadata"]] for c in cells if c["cell_type"] == "code"]
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
