@@ -6,6 +6,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from peftlab import memory
 from peftlab._data import data_path
 from peftlab.experiments import measure_lessons
 
@@ -66,3 +67,29 @@ def test_the_readme_says_what_the_lessons_took():
     assert f"ran in {min(seconds):.0f} to {max(seconds):.0f} seconds" in said
     assert f"at most {max(memory):.1f} GB of memory" in said
     assert f"took {real[0]:.0f} seconds and {real[1]:.1f} GB" in said
+
+
+def test_the_readme_says_what_the_lessons_took_of_a_gpu():
+    rows = json.loads(data_path("results", "lessons_cuda.json").read_text())["lessons"]
+    assert [row["lesson"] for row in rows] == sorted(
+        p.stem for p in (ROOT / "notebooks").glob("*.ipynb")
+    )
+    for row in rows:
+        assert row["error"] is None and row["gpu gigabytes allowed"] == 15
+        assert 0 < row["peak gpu bytes"] <= row["peak gpu bytes reserved"] < 15 * 2**30
+    *small, real = [(row["wall seconds"], row["peak gpu bytes"] / 1e9) for row in rows]
+    seconds, memory = zip(*small, strict=True)
+    said = " ".join((ROOT / "README.md").read_text().split())
+    assert f"took {min(seconds):.0f} to {max(seconds):.0f} seconds beside each other" in said
+    assert f"at most {max(memory):.2f} GB of the GPU" in said
+    assert f"{real[0]:.0f} seconds and {real[1]:.1f} GB (`data/results/lessons_cuda" in said
+
+
+def test_every_lesson_says_what_it_took_of_a_gpu():
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        cell = nbformat.read(path, 4).cells[-2]
+        said = "".join(output.get("text", "") for output in cell.outputs)
+        assert f'lesson_on_gpu("{path.stem}")' in cell.source
+        assert said.strip() == memory.lesson_on_gpu(path.stem)
+        assert "GB of GPU memory at the peak, of 15 GiB" in said
+    assert "no run of 99_none" in memory.lesson_on_gpu("99_none")
