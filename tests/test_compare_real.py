@@ -62,3 +62,23 @@ def test_only_what_is_missing_is_run(tmp_path):
 def test_every_method_gets_as_many_tries():
     grids = [grid for _, grid in compare_real.METHODS.values()]
     assert {(len(grid), len(set(grid))) for grid in grids} == {(3, 3)}
+
+
+class Failing(Pool):
+    """Has no memory for one of the rates."""
+
+    def submit(self, run, job: Job) -> Future:
+        if job.lr != 3e-3:
+            return super().submit(run, job)
+        failed = Future()
+        failed.set_exception(MemoryError("no room for 0.003"))
+        return failed
+
+
+def test_a_run_that_fails_costs_no_other(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    with pytest.raises(MemoryError, match="no room for 0.003"):
+        Rows(path).of(jobs(3e-3, 1e-3, 3e-4), Failing())
+    pool = Pool()
+    assert len(Rows(path).of(jobs(3e-3, 1e-3, 3e-4), pool)) == 3
+    assert [job.lr for job in pool.asked] == [3e-3]
