@@ -344,10 +344,9 @@ class _Allocator(contextlib.nullcontext):
         self.device, self.elsewhere = device, 0
 
     def start(self, tuned: Tuned, batch: dict[str, Tensor], optimizer, standing: int) -> None:
-        global _highest
         torch.cuda.empty_cache()
         self.elsewhere = self.now() - standing
-        _highest = gpu_peak()
+        _highest.update({kind: gpu_peak(kind) for kind in _highest})
         torch.cuda.reset_peak_memory_stats(self.device)
 
     def see(self, tensor: Tensor) -> None:
@@ -363,12 +362,14 @@ class _Allocator(contextlib.nullcontext):
         return torch.cuda.max_memory_allocated(self.device) - self.elsewhere
 
 
-_highest = 0  # the GPU's peak before `measure` last set its counter back
+_highest = {"allocated": 0, "reserved": 0}  # a GPU's peaks before `measure` set them back
 
 
-def gpu_peak() -> int:
-    """The most bytes of the GPU that tensors of this process took at once, 0 without a GPU."""
-    return max(_highest, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
+def gpu_peak(kind: str = "allocated") -> int:
+    """The most bytes of the GPU that this process took at once, 0 without a GPU: by its tensors,
+    or "reserved", with what the allocator held back for later ones."""
+    counter = getattr(torch.cuda, f"max_memory_{kind}")
+    return max(_highest[kind], counter() if torch.cuda.is_available() else 0)
 
 
 def lesson_on_gpu(lesson: str) -> str:

@@ -5,7 +5,6 @@ import json
 import pytest
 from transformers import BertConfig
 
-from peftlab._data import data_path
 from peftlab.accounting import count
 from peftlab.bases import Shape
 from peftlab.experiments import compare_real
@@ -54,10 +53,17 @@ def test_every_method_has_three_seeds(setting):
     assert len(found.shown) == 3 * len(labels(setting)) and found.where == "test, 3 seeds"
 
 
-def test_what_is_not_whole_is_shown_by_its_tries():
-    found = recorded("e2e")
-    assert not found.whole and len(found.shown) == len(labels("e2e"))
-    assert found.where.startswith("dev, one seed")
+def test_what_is_not_whole_is_shown_by_its_tries(tmp_path, monkeypatch):
+    found, folder = recorded("pharmacy"), tmp_path / "results"
+    folder.mkdir()
+    rows = [*found.tried.to_dict("records"), *found.runs[:5].to_dict("records")]
+    lines = [json.dumps(row) for row in rows]
+    (folder / "real_pharmacy.jsonl").write_text("\n".join(lines) + "\n")
+    monkeypatch.setattr(compare_real, "data_path", lambda *parts: tmp_path.joinpath(*parts))
+    part = recorded("pharmacy")
+    assert not part.whole and len(part.runs) == 5 and part.where.startswith("dev, one seed")
+    assert part.shown["label"].tolist() == found.best["label"].tolist()
+    assert set(part.shown["split"]) == {"dev"}
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -73,6 +79,5 @@ def test_what_was_trained_is_what_is_counted(setting):
 
 def test_a_comparison_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setattr(compare_real, "data_path", lambda *parts: tmp_path.joinpath(*parts))
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="real_pharmacy"):
         recorded("pharmacy")
-    assert not list(data_path("results").glob("real_pharmacy.jsonl"))  # the whole file replaced it

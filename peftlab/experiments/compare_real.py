@@ -188,14 +188,16 @@ class Rows:
         return label, lr, seed, steps
 
     def of(self, jobs: list[Job], pool: Executor) -> list[dict]:
-        """A row for every job; those that are missing are run and kept. A failed one is raised
-        when the others are done."""
+        """A row for every job; those that are missing are run and kept.
+
+        If some fail, the first error is raised when the others are done.
+        """
         keys = [self.key(**asdict(job)) for job in jobs]
         todo = [job for job, key in zip(jobs, keys, strict=True) if key not in self.found]
         failed = None
         for future in as_completed([pool.submit(run, job) for job in todo]):
             if error := future.exception():
-                failed = error
+                failed = failed or error
                 continue
             row = future.result()
             self.found[self.key(**row)] = row

@@ -49,13 +49,13 @@ MEASURE = """
 import json as _json, platform as _platform, resource as _resource, sys as _sys
 _torch, _most = _sys.modules.get("torch"), _resource.getrusage(_resource.RUSAGE_SELF).ru_maxrss
 _gpu = _torch is not None and _torch.cuda.is_available()
-_memory = _sys.modules.get("peftlab.memory")  # which has set the counter back, if it measured
-_peak = (_memory.gpu_peak if _memory else _torch.cuda.max_memory_allocated)() if _gpu else None
+if _gpu:  # `measure` sets torch's counters back, and remembers
+    from peftlab.memory import gpu_peak as _peak
 print(_json.dumps({
     "device": _torch.cuda.get_device_name() if _gpu else f"CPU, {_platform.machine()}",
     "peak process bytes": _most * (1 if _sys.platform == "darwin" else 1024),
-    "peak gpu bytes": _peak,
-    "peak gpu bytes reserved": _torch.cuda.max_memory_reserved() if _gpu else None,
+    "peak gpu bytes": _peak() if _gpu else None,
+    "peak gpu bytes reserved": _peak("reserved") if _gpu else None,
 }))
 """
 LIMIT = """
