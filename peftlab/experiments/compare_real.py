@@ -176,31 +176,33 @@ def take_a_gpu(turn, gpus: int) -> None:
 
 
 class Rows:
-    """The rows that are there, in a file with one JSON object a line."""
+    """The rows that are there, in a file with one JSON object a line.
 
-    def __init__(self, path: Path):
-        self.path = path
+    `run` makes the row of a job, and `fields` are those by which a row and its job are the same.
+    """
+
+    def __init__(self, path: Path, run=run, fields=("label", "lr", "seed", "steps")):
+        self.path, self.run, self.fields = path, run, fields
         lines = path.read_text().splitlines() if path.exists() else []
-        self.found = {self.key(**row): row for row in map(json.loads, lines)}
+        self.found = {self.key(row): row for row in map(json.loads, lines)}
 
-    @staticmethod
-    def key(label: str, lr: float, seed: int, steps: int, **_) -> tuple:
-        return label, lr, seed, steps
+    def key(self, row: dict) -> tuple:
+        return tuple(row[field] for field in self.fields)
 
-    def of(self, jobs: list[Job], pool: Executor) -> list[dict]:
+    def of(self, jobs: list, pool: Executor) -> list[dict]:
         """A row for every job; those that are missing are run and kept.
 
         If some fail, the first error is raised when the others are done.
         """
-        keys = [self.key(**asdict(job)) for job in jobs]
+        keys = [self.key(asdict(job)) for job in jobs]
         todo = [job for job, key in zip(jobs, keys, strict=True) if key not in self.found]
         failed = None
-        for future in as_completed([pool.submit(run, job) for job in todo]):
+        for future in as_completed([pool.submit(self.run, job) for job in todo]):
             if error := future.exception():
                 failed = failed or error
                 continue
             row = future.result()
-            self.found[self.key(**row)] = row
+            self.found[self.key(row)] = row
             with self.path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
         if failed:
