@@ -10,7 +10,7 @@ from peftlab.bases import Shape
 from peftlab.experiments import compare_real
 from peftlab.experiments.compare_real import METHODS, SEEDS, SETTINGS, TUNING_SEED, recorded
 
-WHOLE = ("pharmacy", "sst2-minilm", "sst2-smollm2", "wnut17")
+WHOLE = tuple(SETTINGS)
 MINILM = dict(hidden_size=384, intermediate_size=1536, num_hidden_layers=6, vocab_size=30522)
 SHAPES = {
     "minilm": Shape.from_config(BertConfig(**MINILM, num_attention_heads=12)).without_head(),
