@@ -42,17 +42,19 @@ from peftlab.tuned import Tuned, attach
 __version__ = "0.1.0"
 REPOSITORY = "https://github.com/peftlab/peftlab"
 
-_ROOMS = (
-    "accounting",
-    "exercises",
-    "figures",
-    "heads",
-    "interop",
-    "memory",
-    "panels",
-    "probes",
-    "tasks",
-)
+_ROOMS = {
+    "accounting": "accounting",
+    "exercises": "exercises",
+    "figures": "figures",
+    "heads": "methods.heads",
+    "interop": "tuned.interop",
+    "memory": "memory",
+    "panels": "panels",
+    "probes": "bases.probes",
+    "quantisation": "sites.quantisation",
+    "scores": "methods.scores",
+    "tasks": "tasks",
+}
 
 __all__ = [
     "AdaLoRA",
@@ -90,7 +92,7 @@ __all__ = [
 def __getattr__(name: str):
     """Rooms that need plotting or widgets are imported when they are first used."""
     if name in _ROOMS:
-        return importlib.import_module(f"peftlab.{name}")
+        return importlib.import_module(f"peftlab.{_ROOMS[name]}")
     raise AttributeError(f"peftlab has no {name!r}")
 
 

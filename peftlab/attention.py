@@ -9,11 +9,10 @@ a model that computes attention in another way has none, and is refused by whoev
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from inspect import signature
-from typing import Any
-from weakref import WeakKeyDictionary, ref
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -51,17 +50,17 @@ class AttentionSite:
     head_dim: int
 
 
-@dataclass
-class Prefix:
-    """Virtual keys and values that one attention module reads.
+@runtime_checkable
+class Prefix(Protocol):
+    """Virtual keys and values that one attention module reads."""
 
-    `read()` gives keys and values, (kv_heads, P, head_dim) each, or one such pair for each row,
-    (batch, kv_heads, P, head_dim). `bias(queries, keys)` gives the position bias of the prefix
-    columns, (1, heads, queries, P), where a family has one and the prefix has positions.
-    """
+    def read(self) -> tuple[Tensor, Tensor]:
+        """P_k and P_v, (kv_heads, P, head_dim) each, or (batch, kv_heads, P, head_dim) with a
+        pair for each row."""
 
-    read: Callable[[], tuple[Tensor, Tensor]]
-    bias: Callable[[int, int], Tensor] | None = None
+    def bias(self, queries: int, keys: int) -> Tensor | None:
+        """The position bias of the prefix columns, (1, heads, queries, P), where a family has one
+        and the prefix has positions."""
 
 
 @dataclass
@@ -83,9 +82,8 @@ class Record:
     output: Tensor
 
 
-# Weak on both sides: a model that is dropped with its prefix is not kept alive from here.
-_PREFIXES: WeakKeyDictionary[nn.Module, ref[Prefix]] = WeakKeyDictionary()
-_RECORDERS: WeakKeyDictionary[nn.Module, Callable[[nn.Module, Record], None]] = WeakKeyDictionary()
+# What a module carries, as attributes of its own: a copy of the model then carries a copy.
+PREFIX, RECORDER = "peftlab_prefix", "peftlab_recorder"
 
 
 def attend(
@@ -99,43 +97,17 @@ def attend(
     position_bias: Tensor | None = None,
     **kwargs,
 ) -> tuple[Float[Tensor, "batch queries heads head_dim"], Tensor | None]:
-    """Softmax attention over [virtual keys; keys], in the form that transformers calls.
-
-    Every mask and every bias gets its columns for the virtual keys here and nowhere else: zeros,
-    so that each query sees the whole prefix.
-    """
+    """Softmax attention over [virtual keys; keys], in the form that transformers calls."""
     if kwargs.get("softcap") is not None:
         raise ValueError(f"{type(module).__name__} caps its scores: peftlab does not")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    virtual, prefix = 0, _PREFIXES.get(module)
-    prefix = None if prefix is None else prefix()
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(
-            ~attention_mask, torch.finfo(query.dtype).min
-        )
+    prefix, recorder = vars(module).get(PREFIX), vars(module).get(RECORDER)
+    real, columns = key.shape[2], None
     if prefix is not None:
-        extra_key, extra_value = (
-            (t if t.ndim == 4 else t.expand(len(key), -1, -1, -1)).to(key.dtype)
-            for t in prefix.read()
-        )
-        if len(extra_key) != len(key):
-            raise ValueError(f"{len(extra_key)} prefixes for a batch of {len(key)} rows")
-        virtual = extra_key.shape[2]
-        if attention_mask is not None:
-            attention_mask = F.pad(attention_mask, (virtual, 0))
-        if position_bias is not None:
-            real = position_bias[..., : key.shape[2]]
-            columns = prefix.bias(query.shape[2], key.shape[2]) if prefix.bias else None
-            if columns is None:
-                position_bias = F.pad(real, (virtual, 0))
-            else:
-                position_bias = torch.cat([columns.to(real), real], dim=-1)
-        key = torch.cat([extra_key, key], dim=2)
-        value = torch.cat([extra_value, value], dim=2)
-    added = attention_mask
-    if position_bias is not None:
-        added = position_bias if added is None else added + position_bias
-    recorder = _RECORDERS.get(module)
+        key, value = with_prefix(key, value, *prefix.read())
+        columns = None if position_bias is None else prefix.bias(query.shape[2], real)
+    virtual = key.shape[2] - real
+    added = added_scores(attention_mask, position_bias, query.dtype, real, virtual, columns)
     if recorder is None:
         groups = query.shape[1] // key.shape[1]
         if groups > 1:
@@ -148,6 +120,50 @@ def attend(
     output = weighted_sum(F.dropout(weights, dropout, module.training), value)
     recorder(module, Record(query, key, value, added, scaling, virtual, weights, output))
     return output.transpose(1, 2).contiguous(), weights
+
+
+def with_prefix(
+    key: Float[Tensor, "batch kv_heads keys head_dim"],
+    value: Float[Tensor, "batch kv_heads keys head_dim"],
+    P_k: Float[Tensor, "*batch kv_heads virtual head_dim"],
+    P_v: Float[Tensor, "*batch kv_heads virtual head_dim"],
+) -> tuple[Tensor, Tensor]:
+    """Prefix tuning itself: [P_k; K] and [P_v; V], (batch, kv_heads, virtual + keys, head_dim)."""
+    if P_k.ndim == 3:  # one prefix for all rows
+        P_k, P_v = (P.expand(len(key), -1, -1, -1) for P in (P_k, P_v))
+    if len(P_k) != len(key):
+        raise ValueError(f"{len(P_k)} prefixes for a batch of {len(key)} rows")
+    key = torch.cat([P_k.to(key.dtype), key], dim=2)
+    value = torch.cat([P_v.to(value.dtype), value], dim=2)
+    return key, value
+
+
+def added_scores(
+    mask: Tensor | None,
+    position_bias: Tensor | None,
+    dtype: torch.dtype,
+    real: int,
+    virtual: int,
+    columns: Tensor | None = None,
+) -> Tensor | None:
+    """What is added to the scores of `virtual` and `real` keys: mask plus bias, None for nothing.
+
+    Every mask and every bias gets its columns for the virtual keys here and nowhere else: zeros,
+    so that each query sees the whole prefix, or the bias's own `columns`.
+    """
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+    if virtual and mask is not None:
+        mask = F.pad(mask, (virtual, 0))
+    if virtual and position_bias is not None:
+        position_bias = position_bias[..., :real]
+        if columns is None:
+            position_bias = F.pad(position_bias, (virtual, 0))
+        else:
+            position_bias = torch.cat([columns.to(position_bias), position_bias], dim=-1)
+    if mask is None or position_bias is None:
+        return position_bias if mask is None else mask
+    return position_bias + mask
 
 
 def attention_weights(
@@ -174,31 +190,42 @@ AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, eager_mask)  # an explicit mask; None where all may be seen
 
 
-@contextlib.contextmanager
-def dispatched(model: PreTrainedModel):
+class Dispatched:
     """Inside, the model's attention goes through `attend`; afterwards as before."""
-    parts = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
-    before = {id(part.config): (part.config, part.config._attn_implementation) for part in parts}
-    for config, _ in before.values():
-        config._attn_implementation = NAME
-    try:
-        yield
-    finally:
-        for config, name in before.values():
+
+    def __init__(self, model: PreTrainedModel):
+        parts = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
+        configs = {id(part.config): part.config for part in parts}.values()
+        self.before = [(config, config._attn_implementation) for config in configs]
+
+    def __enter__(self):
+        for config, _ in self.before:
+            config._attn_implementation = NAME
+        return self
+
+    def __exit__(self, *_):
+        for config, name in self.before:
             config._attn_implementation = name
 
 
-@contextlib.contextmanager
-def prefixed(prefixes: dict[nn.Module, Prefix]):
+class Prefixed:
     """Inside, these attention modules read these prefixes."""
-    if taken := [module for module in prefixes if module in _PREFIXES]:
-        raise ValueError(f"two methods want the same site, the prefix of {type(taken[0]).__name__}")
-    _PREFIXES.update({module: ref(prefix) for module, prefix in prefixes.items()})
-    try:
-        yield
-    finally:
-        for module in prefixes:
-            _PREFIXES.pop(module, None)
+
+    def __init__(self, prefixes: dict[nn.Module, Prefix]):
+        self.prefixes = prefixes
+
+    def __enter__(self):
+        if taken := [module for module in self.prefixes if PREFIX in vars(module)]:
+            where = type(taken[0]).__name__
+            raise ValueError(f"two methods want the same site, the prefix of {where}")
+        for module, prefix in self.prefixes.items():
+            setattr(module, PREFIX, prefix)
+        return self
+
+    def __exit__(self, *_):
+        for module, prefix in self.prefixes.items():
+            if vars(module).get(PREFIX) is prefix:
+                delattr(module, PREFIX)
 
 
 @contextlib.contextmanager
@@ -210,13 +237,22 @@ def recorded(model: PreTrainedModel, sites: list[AttentionSite]):
     def keep(module: nn.Module, record: Record) -> None:
         records[names[module]] = record
 
-    _RECORDERS.update(dict.fromkeys(names, keep))
+    with _recording(model, names, keep):
+        yield records
+
+
+@contextlib.contextmanager
+def _recording(model: PreTrainedModel, modules: Iterable[nn.Module], keep: Callable):
+    """Inside, `keep(module, record)` is told of each attention that one of the modules computes."""
+    modules = list(modules)
     try:
-        with dispatched(model):
-            yield records
+        for module in modules:
+            setattr(module, RECORDER, keep)
+        with Dispatched(model):
+            yield
     finally:
-        for module in names:
-            _RECORDERS.pop(module, None)
+        for module in modules:
+            vars(module).pop(RECORDER, None)
 
 
 @torch.no_grad()
@@ -241,14 +277,11 @@ def observe(model: PreTrainedModel, layers: dict[str, list[nn.Module]]) -> list[
     tokens = torch.zeros(1, 2, dtype=torch.long, device=device)
     given = {"decoder_input_ids": tokens[:, :1]} if model.config.is_encoder_decoder else {}
     training = model.training
-    _RECORDERS.update(dict.fromkeys(place, keep))
     try:
         model.eval()
-        with dispatched(model):
+        with _recording(model, place, keep):
             model(input_ids=tokens, attention_mask=torch.ones_like(tokens), **given)
     finally:
-        for module in place:
-            _RECORDERS.pop(module, None)
         model.train(training)
     sites = []
     for module, record in found:

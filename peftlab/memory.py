@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from peftlab._data import data_path
+from peftlab.bases.data import data_path
 from peftlab.sites import MaskedWeight
-from peftlab.structures import SmallerModel
+from peftlab.sites.structures import SmallerModel
 from peftlab.tuned import Tuned
 
 MOMENTS = ("forward", "backward", "step")  # the end of each

@@ -133,7 +133,7 @@ def train(
     if device is not None:
         move(tuned, device)
     if lr is None:
-        training = [m.learning_rate for m, attachment in tuned.attachments if attachment.trainable]
+        training = [each.method.learning_rate for each in tuned.attachments if each.trainable]
         lr = training[0] if training else head_lr
     for name, rate in (("lr", lr), ("head_lr", head_lr)):
         if not 0 < rate < math.inf:
@@ -206,8 +206,7 @@ def move(tuned: Tuned, device: str | torch.device) -> None:
         if module is not None:
             module.to(device)
     for site in tuned._sites:
-        if hasattr(site, "to"):
-            site.to(device)
+        site.to(device)
     for kept in tuned.kept.values():
         kept.update({key: tensor.to(device) for key, tensor in kept.items()})
     if tuned.using is not None:

@@ -46,8 +46,8 @@ from peftlab import (
 )
 from peftlab.bases import CLASSES, Base, LanguageModel
 from peftlab.bases import FAMILIES as KNOWN
-from peftlab.heads import Classification, Head, Spans, Tagging
 from peftlab.methods import Method
+from peftlab.methods.heads import Classification, Head, Spans, Tagging
 from peftlab.tasks import Example, Task
 
 FAMILIES = ("gpt2", "llama", "bert", "t5")

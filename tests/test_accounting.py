@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from peftlab import accounting
-from peftlab._data import data_path
+from peftlab.bases.data import data_path
 from peftlab.bases.shapes import Shape, as_shape
 from peftlab.methods import (
     AdaLoRA,

@@ -23,8 +23,8 @@ from peftlab import (
     load,
 )
 from peftlab.bases.shapes import as_shape
-from peftlab.heads import Tagging
 from peftlab.methods.bottleneck import Bottleneck
+from peftlab.methods.heads import Tagging
 
 FLOAT64 = torch.float64
 ADAPTERS = (HoulsbyAdapter, PfeifferAdapter, ParallelAdapter)

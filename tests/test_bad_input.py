@@ -42,8 +42,8 @@ from peftlab import (
     attach,
 )
 from peftlab.bases import CLASSES, Base
-from peftlab.heads import Tagging
 from peftlab.methods import Method
+from peftlab.methods.heads import Tagging
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 RECORD = "peftlab.json"  # says what CONFIG says, where CONFIG is PEFT's

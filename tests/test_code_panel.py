@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from peftlab import figures, panels
-from peftlab.quantisation import QUANT_TYPES, bits_per_weight, quantise
+from peftlab.sites.quantisation import QUANT_TYPES, bits_per_weight, quantise
 
 NORMAL = 0.02 * torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
 WIDE = torch.randn(24, 40, generator=torch.Generator().manual_seed(1)) ** 3  # long tails

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from peftlab import FullFineTuning, PTuningV2, attach
 from peftlab.bases import Base
-from peftlab.heads import Classification, Head, Spans, Tagging
+from peftlab.methods.heads import Classification, Head, Spans, Tagging
 
 HEADS = [
     Tagging(("O", "B", "I")),

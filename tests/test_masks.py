@@ -9,7 +9,7 @@ from models import FAMILIES, tiny
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
-from peftlab import masks
+from peftlab.methods import scores
 
 TEXTS = ("abc>de", "a", "the longest text of all of them", "zz>")
 
@@ -41,9 +41,9 @@ def test_every_scope_has_its_exact_number_of_zeros(rows, columns, sparsity, leve
     """Against a sort in Python by (score, place), group by group."""
     both = [scores_like(rows, columns, seed, levels), scores_like(columns, rows, seed + 1, levels)]
     given_scores = [torch.from_numpy(S) for S in both]
-    layer = masks.choose(given_scores, sparsity, "layer")
-    row = masks.choose(given_scores, sparsity, "row")
-    everywhere = masks.choose(given_scores, sparsity, "global")
+    layer = scores.choose(given_scores, sparsity, "layer")
+    row = scores.choose(given_scores, sparsity, "row")
+    everywhere = scores.choose(given_scores, sparsity, "global")
     size = rows * columns
     for S, of_layer, of_row in zip(both, layer, row, strict=True):
         by_hand = lowest_by_hand(S.flatten().tolist(), round(sparsity * size))
@@ -60,9 +60,9 @@ def test_magnitude_is_torchs_own_pruning(sparsity):
     """torch.nn.utils.prune, one matrix by itself and several together; no two entries are equal."""
     layers = [nn.Linear(13, 7), nn.Linear(7, 29)]
     weights = [layer.weight.detach().clone() for layer in layers]
-    scores = [masks.magnitude(W) for W in weights]
-    alone = masks.choose(scores, sparsity, "layer")
-    together = masks.choose(scores, sparsity, "global")
+    scores = [scores.magnitude(W) for W in weights]
+    alone = scores.choose(scores, sparsity, "layer")
+    together = scores.choose(scores, sparsity, "global")
     for layer, mask in zip(layers, alone, strict=True):
         torch_prune.l1_unstructured(layer, "weight", amount=sparsity)
         assert torch.equal(layer.weight_mask.bool(), mask)
@@ -79,36 +79,36 @@ def test_magnitude_is_torchs_own_pruning(sparsity):
 @pytest.mark.parametrize("levels", [None, 1, 2])
 def test_two_of_every_four_neighbours_stay(levels):
     S = scores_like(9, 24, 3, levels)
-    (mask,) = masks.choose([torch.from_numpy(S)], 0.5, "2:4")
-    assert masks.is_two_four(mask)
+    (mask,) = scores.choose([torch.from_numpy(S)], 0.5, "2:4")
+    assert scores.is_two_four(mask)
     for row, kept in zip(S, mask.numpy(), strict=True):
         for at in range(0, 24, 4):  # group by group
             assert (kept[at : at + 4] == lowest_by_hand(row[at : at + 4].tolist(), 2)).all()
     wrong = mask.clone()
     wrong[3, 5] = ~wrong[3, 5]
-    assert not masks.is_two_four(wrong)
-    assert not masks.is_two_four(torch.ones(2, 6, dtype=torch.bool))
+    assert not scores.is_two_four(wrong)
+    assert not scores.is_two_four(torch.ones(2, 6, dtype=torch.bool))
     if levels is None:
-        assert not masks.is_two_four(mask.roll(1, dims=1))  # as many zeros, in other fours
+        assert not scores.is_two_four(mask.roll(1, dims=1))  # as many zeros, in other fours
 
 
 @settings(max_examples=40, deadline=None)
 @given(rows=st.integers(1, 9), columns=st.integers(1, 40), seed=st.integers(0, 99))
 def test_bits_are_numpys(rows, columns, seed):
     mask = scores_like(rows, columns, seed) < 0.5
-    packed = masks.pack(torch.from_numpy(mask))
+    packed = scores.pack(torch.from_numpy(mask))
     assert packed.dtype == torch.uint8 and len(packed) == -(-rows * columns // 8)
     assert (packed.numpy() == np.packbits(mask, bitorder="little")).all()
-    assert (masks.unpack(packed, rows, columns).numpy() == mask).all()
+    assert (scores.unpack(packed, rows, columns).numpy() == mask).all()
 
 
 def test_the_cubic_schedule():
     """Zhu and Gupta's equation 1 with s_i = 0, t_0 = 0: (s_i − s_f)(1 − t)³ + s_f."""
     for progress in np.linspace(0, 1, 11):
         wanted = 0.8 + (0 - 0.8) * (1 - progress) ** 3
-        assert masks.cubic(0.8, progress) == pytest.approx(wanted, abs=1e-15)
-    assert masks.cubic(0.8, 0) == 0 and masks.cubic(0.8, 1) == masks.cubic(0.8, 3) == 0.8
-    steps = np.diff([masks.cubic(0.8, t) for t in np.linspace(0, 1, 11)])
+        assert scores.cubic(0.8, progress) == pytest.approx(wanted, abs=1e-15)
+    assert scores.cubic(0.8, 0) == 0 and scores.cubic(0.8, 1) == scores.cubic(0.8, 3) == 0.8
+    steps = np.diff([scores.cubic(0.8, t) for t in np.linspace(0, 1, 11)])
     assert (np.diff(steps) < 0).all()  # ever smaller
 
 
@@ -117,7 +117,7 @@ def test_input_norms_are_those_of_every_text_alone(family):
     """No padding is counted: text by text, the inputs' squares summed in numpy."""
     base = tiny(family, torch.float64)
     linears = list(base.anatomy.linears.values())
-    norms = masks.input_norms(base, linears, TEXTS, batch_size=3)
+    norms = scores.input_norms(base, linears, TEXTS, batch_size=3)
     squares = {}
 
     def watch(module, args):
@@ -142,7 +142,7 @@ def test_input_norms_are_those_of_every_text_alone(family):
 def test_input_norms_need_a_token():
     base = tiny("gpt2")
     with pytest.raises(ValueError, match="no token in the calibration texts"):
-        masks.input_norms(base, list(base.anatomy.linears.values()), ("", ""))
+        scores.input_norms(base, list(base.anatomy.linears.values()), ("", ""))
 
 
 def test_wanda_weighs_each_column():
@@ -151,6 +151,6 @@ def test_wanda_weighs_each_column():
     norms = torch.tensor([10.0, 1.0, 1.0, 0.1])
     wanted = [[10, 2, 3, 0.4], [40, 3, 2, 0.1]]
     # One product of two float32 numbers each.
-    np.testing.assert_allclose(masks.wanda(W, norms).numpy(), wanted, rtol=2.0**-23)
-    (mask,) = masks.choose([masks.wanda(W, norms)], 0.5, "row")
+    np.testing.assert_allclose(scores.wanda(W, norms).numpy(), wanted, rtol=2.0**-23)
+    (mask,) = scores.choose([scores.wanda(W, norms)], 0.5, "row")
     assert mask.int().tolist() == [[1, 0, 1, 0], [1, 1, 0, 0]]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from peftlab import memory
-from peftlab._data import data_path
+from peftlab.bases.data import data_path
 from peftlab.experiments import measure_lessons
 from peftlab.tuned import Tuned
 

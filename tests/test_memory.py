@@ -52,9 +52,9 @@ from peftlab import (
 )
 from peftlab.bases import CLASSES, FAMILIES, Base, Shape
 from peftlab.bases.tape import Plan, Tape, Value
-from peftlab.heads import Classification, Spans, Tagging
 from peftlab.memory import MOMENTS, Memory, measure
 from peftlab.methods import Method
+from peftlab.methods.heads import Classification, Spans, Tagging
 from peftlab.training import move
 
 BATCH, LENGTH, TARGETS = 3, 13, 5

@@ -13,7 +13,8 @@ import pytest
 from models import letters, tiny
 
 import peftlab
-from peftlab import accounting, figures, panels, probes
+from peftlab import accounting, figures, panels
+from peftlab.bases import probes
 from peftlab.bases.shapes import Shape, names
 from peftlab.experiments import sweep_soft
 from peftlab.methods import FullFineTuning, LoRA, PrefixTuning, PromptTuning

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 import pytest
 
 import peftlab
-from peftlab._data import data_path
+from peftlab.bases.data import data_path
 from peftlab.experiments import make_pharmacy
 from peftlab.tasks import SPLITS, load, pharmacy
 from peftlab.tasks.pharmacy import (

@@ -2,7 +2,7 @@
 
 import json
 
-from peftlab._data import data_path
+from peftlab.bases.data import data_path
 from peftlab.experiments import compare_real, time_pharmacy
 from peftlab.tasks import load
 

@@ -35,8 +35,7 @@ from peftlab import (
     PruneStructures,
     accounting,
     attach,
-    masks,
-    structures,
+    scores,
     train,
 )
 from peftlab.bases import Shape
@@ -105,7 +104,7 @@ def test_wanda_by_hand(family):
     """|W_ij| ‖X_j‖ within each output's row, X from a forward of each text by itself."""
     base = tiny(family)
     linears = list(base.anatomy.linears.values())
-    norms = masks.input_norms(base, linears, TEXTS)  # against numpy in test_masks
+    norms = scores.input_norms(base, linears, TEXTS)  # against numpy in test_masks
     before = weights(base)
     tuned = attach(base, Prune(0.4, score="wanda", calibration=list(TEXTS)))
     for site in mask_sites(tuned):
@@ -505,7 +504,7 @@ def test_an_error_in_the_middle_of_cutting_is_undone(family, monkeypatch):
     """At every tensor that is to be replaced, one after another."""
     base = tiny(family)
     facts = (surroundings(base), attributes(base.model), anatomy_of(base))
-    from peftlab.structures import SmallerModel
+    from peftlab.sites.structures import SmallerModel
 
     original = SmallerModel._replace
     for at in range(4):
@@ -559,7 +558,7 @@ def test_sensitivity_is_the_slope_of_the_loss(family):
     base = tiny(family, FLOAT64)
     shape, linears = base.anatomy.shape, base.anatomy.linears
     before = base.fingerprint()
-    felt = structures.sensitivity(base, texts, batch_size=2)
+    felt = scores.sensitivity(base, texts, batch_size=2)
     assert base.fingerprint() == before and hook_count(base.model) == 0
     counts = {"heads": shape.kv_heads, "queries": shape.heads, "neurons": shape.d_ff, "layers": 1}
     assert {kind for kind, _ in felt} == set(counts)
@@ -571,7 +570,7 @@ def test_sensitivity_is_the_slope_of_the_loss(family):
         losses = []
         for factor in (1 + h, 1 - h):
             with scaled([linears[end] for end in ends], counts[kind], at, factor):
-                losses.append(structures.own_loss(base, list(texts)))
+                losses.append(scores.own_loss(base, list(texts)))
         slope = ((losses[0] - losses[1]) / (2 * h)).abs().mean()
         assert scores[at] == pytest.approx(slope.item(), rel=1e-5, abs=1e-8)
 
@@ -595,7 +594,7 @@ def scaled(linears, count, at, factor):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_least_felt_go_by_gradient(family, tmp_path):
     base, texts = tiny(family), ("the first text of two", "a second one>>")
-    felt = structures.sensitivity(base, texts)
+    felt = scores.sensitivity(base, texts)
     method = PruneStructures(heads=0.34, neurons=0.2, score="gradient", calibration=texts)
     tuned = attach(base, [method, LoRA(r=2)])
     removed = tuned._sites[0].removed

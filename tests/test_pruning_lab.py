@@ -6,7 +6,7 @@ import pytest
 import torch
 from models import surroundings, tiny
 
-from peftlab import Prune, attach, panels, structures
+from peftlab import Prune, attach, panels
 from peftlab.bases import load
 from peftlab.experiments import sweep_pruning
 from peftlab.experiments.sweep_pruning import SEEDS, WorldText, world_texts
@@ -36,7 +36,7 @@ def test_every_setting_of_the_lab(bases, family, what, share):
     assert surroundings(base) == before
     kind, score = panels.PRUNINGS[what]
     with torch.no_grad():
-        untouched = structures.own_loss(base, list(TEXTS)).mean().item()
+        untouched = scores.own_loss(base, list(TEXTS)).mean().item()
     assert view.untouched == round(untouched, 3)
     if kind is None:
         assert view.parameters == shape.parameters()
@@ -52,7 +52,7 @@ def test_every_setting_of_the_lab(bases, family, what, share):
     assert view.loss == dict(view.points)[share]
     if method := panels.pruned(what, share, CALIBRATION):
         with attach(base, method) as tuned, torch.no_grad():
-            assert view.loss == round(structures.own_loss(tuned, list(TEXTS)).mean().item(), 3)
+            assert view.loss == round(scores.own_loss(tuned, list(TEXTS)).mean().item(), 3)
     else:
         assert view.loss == view.untouched
     assert view.said in view.text and f"{view.loss:.2f}" in view.text

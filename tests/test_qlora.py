@@ -37,7 +37,7 @@ from peftlab import (
 )
 from peftlab.bases.anatomy import CODED
 from peftlab.methods import Method
-from peftlab.quantisation import bits_per_weight, quantise
+from peftlab.sites.quantisation import bits_per_weight, quantise
 from peftlab.training import move
 
 FLOAT32, FLOAT64 = torch.float32, torch.float64

@@ -7,7 +7,7 @@ import pytest
 import torch
 from models import U32
 
-from peftlab.quantisation import (
+from peftlab.sites.quantisation import (
     ABSMAX_BLOCK,
     QUANT_TYPES,
     bits_per_weight,

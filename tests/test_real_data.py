@@ -15,7 +15,7 @@ import torch
 from models import tiny, tokenizer
 
 import peftlab
-from peftlab.heads import Classification, Tagging
+from peftlab.methods.heads import Classification, Tagging
 from peftlab.tasks import PUBLIC, e2e, public, sst2, wnut17
 
 TRAIN = [(f"film {i} is {word} .", i % 2) for i, word in enumerate(["dull", "fine"] * 20)]

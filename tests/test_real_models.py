@@ -9,8 +9,8 @@ from models import U32
 import peftlab
 from peftlab.accounting import count
 from peftlab.bases.real import REAL
-from peftlab.heads import Classification
 from peftlab.methods import METHODS
+from peftlab.methods.heads import Classification
 
 # BitFit finds no bias in a Llama, NF4 and pruning train nothing, and taking structures out needs
 # to be told how many: what is said then is tested elsewhere.

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from peftlab._data import data_path
+from peftlab.bases.data import data_path
 from peftlab.bases.shapes import FAMILIES, Shape, as_shape, names
 
 PUBLISHED = sorted(path.stem for path in data_path("configs").glob("*.json"))

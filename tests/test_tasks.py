@@ -11,10 +11,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 import peftlab
-from peftlab import heads
-from peftlab._data import data_path
+from peftlab.bases.data import data_path
 from peftlab.experiments import tagged
 from peftlab.experiments.documents import HELD_OUT, INVENTED, Writer, name_class
+from peftlab.methods import heads
 from peftlab.tasks import (
     IGNORED,
     NAMES,

@@ -38,7 +38,7 @@ def test_it_works_outside_the_checkout(wheel, tmp_path):
 from pathlib import Path
 import peftlab
 assert Path(peftlab.__file__).is_relative_to({str(site)!r}), peftlab.__file__
-from peftlab._data import data_path
+from peftlab.bases.data import data_path
 assert data_path().is_relative_to({str(site)!r}), data_path()
 base = peftlab.load("tiny-gpt")
 task = peftlab.tasks.load("facts")

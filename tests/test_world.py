@@ -7,7 +7,7 @@ import tokenizers
 import transformers
 
 import peftlab
-from peftlab._data import data_path
+from peftlab.bases.data import data_path
 from peftlab.experiments import documents, make_world
 from peftlab.experiments.architectures import PLANS
 from peftlab.experiments.documents import HELD_OUT, MIX, Writer, name_class

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache, EncoderDecoderCache
 
-from peftlab._data import data_path
 from peftlab.attention import cache_name
 from peftlab.bases.anatomy import FAMILIES, TARGETS, Anatomy, Linear, Sublayer, fused
+from peftlab.bases.data import data_path
 from peftlab.bases.real import GGUF, REAL, Place, find, read_gguf, unpacked
 from peftlab.bases.shapes import Shape
 

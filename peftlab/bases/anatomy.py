@@ -13,7 +13,6 @@ import contextlib
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol, runtime_checkable
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
@@ -189,7 +188,7 @@ class Coded(Protocol):
         """Hold these codes again."""
 
 
-CODED: WeakKeyDictionary[nn.Module, Coded] = WeakKeyDictionary()  # while a site holds it so
+CODES = "peftlab_codes"  # the attribute of a module whose weight is held so: a `Coded`
 
 
 @dataclass(eq=False)
@@ -211,9 +210,14 @@ class Linear:
     mask: Tensor | None = None
 
     @property
+    def parts(self) -> list[Linear]:
+        """The weights that it stands for: itself, or those of a fused one."""
+        return [self]
+
+    @property
     def code(self) -> Coded | None:
         """What holds this module's weight as codes, if anything does."""
-        return CODED.get(self.module)
+        return vars(self.module).get(CODES)
 
     @property
     def index(self) -> slice | Int[Tensor, " d_out"]:
@@ -318,13 +322,17 @@ class Fused(Linear):
 
     def __init__(self, parts: list[Linear]):
         first, every = parts[0], torch.arange(max(parts[0].module.weight.shape))
-        self.parts, self.layer, self.module = parts, first.layer, first.module
+        self._parts, self.layer, self.module = parts, first.layer, first.module
         self.target = "".join(part.target for part in parts)
         self.name = first.name.removesuffix(first.target) + self.target
         self.transposed = first.transposed
         rows, self.order = torch.cat([every[part.index] for part in parts]).sort()
         start, stop = rows[0].item(), rows[-1].item() + 1
         self.rows = (start, stop) if stop - start == len(rows) else rows
+
+    @property
+    def parts(self) -> list[Linear]:
+        return self._parts
 
     @property
     def mask(self) -> Tensor | None:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from peftlab._data import data_path
+from peftlab.bases.data import data_path
 
 ATTENTION = ("q", "k", "v", "o")
 MLP = ("up", "down")
@@ -164,6 +164,20 @@ class Shape:
             "down": (self.d_ff, d),
         }[target]
         return [(copies, d_in, d_out)]
+
+    def modules(self, targets: tuple[str, ...]) -> list[tuple[int, int, str]]:
+        """`(copies, weights, target)` of the whole modules that hold these targets; of GPT-2's q, k
+        and v there is one."""
+        found = []
+        if set(self.fused) & set(targets):
+            parts = [matrix for target in self.fused for matrix in self.matrices(target)]
+            size = sum(d_in * d_out for _, d_in, d_out in parts)
+            found.append((parts[0][0], size, self.fused[0]))
+        for target in targets:
+            if target not in self.fused:
+                sizes = self.matrices(target)
+                found += [(copies, d_in * d_out, target) for copies, d_in, d_out in sizes]
+        return found
 
     def parameters(self) -> int:
         """All parameters of the plain model: tables, linear maps, norms and the head.

@@ -5,9 +5,9 @@ import json
 import torch
 from torch import nn
 
-from peftlab._data import data_path
 from peftlab.accounting import percent
 from peftlab.bases import load
+from peftlab.bases.data import data_path
 from peftlab.exercises import exercise, expect, question
 from peftlab.methods import LoRA
 from peftlab.tasks import load as load_task

@@ -9,7 +9,7 @@ from peftlab.accounting import count, stored
 from peftlab.bases.shapes import Shape
 from peftlab.exercises import Wrong, exercise, expect, match, question, swapped
 from peftlab.methods import PTuning
-from peftlab.soft import PromptEncoder
+from peftlab.methods.soft import PromptEncoder
 from peftlab.tuned import attach
 
 # --- 1 · write the encoder -----------------------------------------------------------------------
@@ -517,7 +517,7 @@ def predict_count():
     },
 )
 def predict_runs():
-    from peftlab.soft import Source
+    from peftlab.methods.soft import Source
 
     encoder, runs = _encoder("lstm"), []
     encoder.register_forward_hook(lambda *_: runs.append(1))

@@ -21,7 +21,7 @@ from peftlab.attention import cache_name
 from peftlab.bases.shapes import Shape
 from peftlab.exercises import Wrong, exercise, expect, match, question, swapped
 from peftlab.methods import DeepPromptTuning, PrefixTuning
-from peftlab.soft import initial_prefix
+from peftlab.methods.soft import initial_prefix
 from peftlab.training import target_loss
 
 # --- 1 · attention with a prefix ---------------------------------------------------------------

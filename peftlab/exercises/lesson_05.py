@@ -10,8 +10,8 @@ from peftlab.accounting import count
 from peftlab.bases import Base
 from peftlab.bases.shapes import Shape
 from peftlab.exercises import Wrong, exercise, expect, match, question, swapped
-from peftlab.heads import Classification
 from peftlab.methods import PrefixTuning, PTuningV2
+from peftlab.methods.heads import Classification
 from peftlab.tuned import attach
 
 # --- 1 · the attention of P-tuning v2 ----------------------------------------------------------

@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 
 from peftlab.exercises import Wrong, exercise, expect, match, question, swapped
-from peftlab.quantisation import NF4_OFFSET, blockwise, normal_levels, quantise, table, unpack
+from peftlab.sites.quantisation import NF4_OFFSET, blockwise, normal_levels, quantise, table, unpack
 
 # --- predict first -----------------------------------------------------------------------------
 

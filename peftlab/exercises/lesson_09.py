@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from peftlab._data import data_path
+from peftlab.bases.data import data_path
 from peftlab.exercises import Wrong, exercise, expect, question
-from peftlab.masks import choose, is_two_four
+from peftlab.methods.scores import choose, is_two_four
 
 # --- predict first -----------------------------------------------------------------------------
 

@@ -30,10 +30,10 @@ from pathlib import Path
 import torch
 
 import peftlab
-from peftlab._data import data_path
 from peftlab.bases import Base
+from peftlab.bases.data import data_path
+from peftlab.bases.probes import energy
 from peftlab.methods import FullFineTuning, LoRA, Method, PromptTuning
-from peftlab.probes import energy
 from peftlab.tasks import Task
 from peftlab.tuned import Tuned
 

@@ -31,8 +31,8 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from peftlab._data import data_path
 from peftlab.bases import load
+from peftlab.bases.data import data_path
 from peftlab.methods import (
     IA3,
     BitFit,

@@ -9,7 +9,7 @@ import json
 import random
 from functools import cache
 
-from peftlab._data import data_path
+from peftlab.bases.data import data_path
 from peftlab.experiments import words as w
 from peftlab.tasks.facts import QUESTIONS
 

@@ -4,7 +4,7 @@ import base64
 import json
 
 from peftlab import figures
-from peftlab._data import data_path
+from peftlab.bases.data import data_path
 from peftlab.experiments.run_notebooks import camera
 
 

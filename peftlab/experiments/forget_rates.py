@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 
-from peftlab._data import data_path
 from peftlab.bases import load
+from peftlab.bases.data import data_path
+from peftlab.bases.probes import forgetting
 from peftlab.experiments.documents import Writer
 from peftlab.methods import FullFineTuning, LoRA, Method
-from peftlab.probes import forgetting
 from peftlab.tasks import load as load_task
 from peftlab.training import train
 from peftlab.tuned import attach

@@ -27,8 +27,8 @@ import pandas as pd
 import torch
 
 from peftlab import tasks
-from peftlab._data import data_path
 from peftlab.bases import load
+from peftlab.bases.data import data_path
 from peftlab.experiments.sweep_soft import write
 from peftlab.methods import LoRA, Method, PrefixTuning
 from peftlab.training import train

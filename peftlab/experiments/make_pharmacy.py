@@ -11,7 +11,7 @@ import random
 from dataclasses import asdict
 from pathlib import Path
 
-from peftlab._data import data_path
+from peftlab.bases.data import data_path
 from peftlab.tasks import SPLITS, pharmacy
 from peftlab.tasks.pharmacy import Question
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from peftlab._data import data_path
+from peftlab.bases.data import data_path
 from peftlab.experiments import words as w
 from peftlab.experiments.documents import FIRST_NAMES, HELD_OUT, KNOWN, Writer, name_class
 from peftlab.experiments.tagged import TaggedWriter

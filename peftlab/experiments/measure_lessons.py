@@ -19,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
-from peftlab._data import data_path
+from peftlab.bases.data import data_path
 from peftlab.experiments.sweep_lesson import Job, run, save
 
 KEPT = ("version", "date", "device", "python", "gpu gigabytes allowed", "wall seconds", "error")

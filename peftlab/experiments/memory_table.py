@@ -18,8 +18,8 @@ import torch
 import transformers
 
 from peftlab import accounting
-from peftlab._data import data_path
 from peftlab.bases import Base, load
+from peftlab.bases.data import data_path
 from peftlab.memory import measure
 from peftlab.methods import (
     IA3,

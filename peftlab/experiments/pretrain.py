@@ -26,7 +26,7 @@ import torch
 import transformers
 from torch.nn import functional as F
 
-from peftlab._data import data_path
+from peftlab.bases.data import data_path
 from peftlab.experiments.architectures import CONTEXT, EOS, PLANS
 from peftlab.experiments.documents import ATTRIBUTES, MIX, QUESTIONS, Writer, load_world
 

@@ -34,12 +34,12 @@ from typing import ClassVar
 import pandas as pd
 import torch
 
-from peftlab._data import data_path
 from peftlab.bases import load
+from peftlab.bases.data import data_path
 from peftlab.experiments.compare_real import METHODS, SEEDS, Rows, recorded, scored, task_of
 from peftlab.experiments.compare_real import SETTINGS as COMPARED
-from peftlab.heads import Classification
 from peftlab.methods import FullFineTuning, Method
+from peftlab.methods.heads import Classification
 from peftlab.sites import ExistingParameters
 from peftlab.tasks import Example, Task
 from peftlab.tasks.sst2 import CLASSES

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-from peftlab._data import data_path
 from peftlab.bases import load
+from peftlab.bases.data import data_path
 from peftlab.experiments.sweep_soft import TUNING_SEED, Entry, measure, untrained, write
 from peftlab.methods import (
     IA3,

@@ -31,12 +31,12 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from peftlab._data import data_path
 from peftlab.bases import Base, load
+from peftlab.bases.data import data_path
 from peftlab.experiments.sweep_soft import NETWORK, TABLE, TUNING_SEED, best, write
 from peftlab.methods import Method, PTuning
+from peftlab.methods.soft import initial_prompt, put, seeded
 from peftlab.sites import InputEmbeddings
-from peftlab.soft import initial_prompt, put, seeded
 from peftlab.tasks import Example, Task, share
 from peftlab.training import train
 from peftlab.tuned import attach

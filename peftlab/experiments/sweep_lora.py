@@ -34,8 +34,8 @@ import pandas as pd
 import torch
 
 from peftlab import tasks
-from peftlab._data import data_path
 from peftlab.bases import load
+from peftlab.bases.data import data_path
 from peftlab.experiments.sweep_soft import write
 from peftlab.methods import AdaLoRA, DoRA, FullFineTuning, LoRA, Method, PiSSA, VeRA
 from peftlab.tasks import Task

@@ -25,8 +25,8 @@ import pandas as pd
 import torch
 
 from peftlab import tasks
-from peftlab._data import data_path
 from peftlab.bases import load
+from peftlab.bases.data import data_path
 from peftlab.methods import PromptTuning
 from peftlab.training import train
 from peftlab.tuned import Tuned, attach

@@ -29,9 +29,8 @@ import pandas as pd
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from peftlab import structures
-from peftlab._data import data_path
 from peftlab.bases import Base, LanguageModel, load
+from peftlab.bases.data import data_path
 from peftlab.experiments.documents import Writer
 from peftlab.experiments.sweep_soft import write
 from peftlab.methods import FullFineTuning, LoRA, Method, Prune, PruneStructures
@@ -75,7 +74,7 @@ class WorldText(Task):
         return cls(**made)
 
     def batch_for(self, model: LanguageModel, examples: list[Example]) -> dict[str, torch.Tensor]:
-        return structures.own_batch(model, [example.target for example in examples])
+        return scores.own_batch(model, [example.target for example in examples])
 
     @torch.no_grad()
     def score(self, model, examples=None, batch_size=24) -> dict[str, float]:
@@ -83,7 +82,7 @@ class WorldText(Task):
         total = tokens = 0
         with model._evaluating():
             for start in range(0, len(texts), batch_size):
-                batch = structures.own_batch(model, texts[start : start + batch_size])
+                batch = scores.own_batch(model, texts[start : start + batch_size])
                 count = (model.aligned(batch)[1] != -100).sum().item()
                 total, tokens = total + model.batch_loss(batch).item() * count, tokens + count
         return {"loss": total / tokens}

@@ -29,9 +29,9 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from peftlab._data import data_path
 from peftlab.bases import Base, load
 from peftlab.bases.anatomy import CODED
+from peftlab.bases.data import data_path
 from peftlab.methods import NF4, LoRA, QLoRA
 from peftlab.tasks import Task
 from peftlab.tasks import load as load_task

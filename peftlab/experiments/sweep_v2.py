@@ -29,11 +29,11 @@ import torch
 from torch.nn import functional as F
 
 from peftlab import tasks
-from peftlab._data import data_path
 from peftlab.bases import Base, load
+from peftlab.bases.data import data_path
 from peftlab.experiments.sweep_soft import SEEDS, TABLE, TUNING_SEED, best, write
 from peftlab.methods import Method, PTuningV2
-from peftlab.soft import Flat, initial_prompt, put
+from peftlab.methods.soft import Flat, initial_prompt, put
 from peftlab.training import train
 from peftlab.tuned import attach
 

@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from torch.nn.functional import cross_entropy
 
-from peftlab._data import data_path
 from peftlab.bases import Base, load
+from peftlab.bases.data import data_path
 from peftlab.methods import IA3, FullFineTuning, HoulsbyAdapter, LoRA, Method, ParallelAdapter
 from peftlab.tuned import attach
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from peftlab._data import data_path
 from peftlab.bases import load
+from peftlab.bases.data import data_path
 from peftlab.methods import LoRA
 from peftlab.tasks import load as load_task
 from peftlab.training import train

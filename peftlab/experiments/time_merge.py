@@ -20,8 +20,8 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from peftlab._data import data_path
 from peftlab.bases import load
+from peftlab.bases.data import data_path
 from peftlab.methods import AdaLoRA, DoRA, LoRA, PiSSA, VeRA
 from peftlab.tuned import attach
 

@@ -1,8 +1,15 @@
-"""One file per method: its mathematics and the sites it uses, and nothing else."""
+"""One file per method: its mathematics and the sites it uses, and nothing else.
+
+What several share lies beside them: `method` what each must write, `checks` the refusals,
+`composition` what does not go together, `deltas`, `bottleneck`, `soft` and `scores` the parts of a
+kind, `heads` the trained layer over an encoder.
+"""
 
 from peftlab.methods.adalora import AdaLoRA
 from peftlab.methods.bitfit import BitFit
 from peftlab.methods.bottleneck import Adapter
+from peftlab.methods.composition import check_composition
+from peftlab.methods.deep_prompt_tuning import DeepPromptTuning
 from peftlab.methods.dora import DoRA
 from peftlab.methods.full_fine_tuning import FullFineTuning
 from peftlab.methods.houlsby import HoulsbyAdapter
@@ -17,11 +24,11 @@ from peftlab.methods.parallel import ParallelAdapter
 from peftlab.methods.pfeiffer import PfeifferAdapter
 from peftlab.methods.pissa import PiSSA
 from peftlab.methods.prefix_tuning import PrefixTuning
+from peftlab.methods.prompt_and_prefix import PromptAndPrefix
 from peftlab.methods.prompt_tuning import PromptTuning
 from peftlab.methods.prune import Prune
 from peftlab.methods.prune_structures import PruneStructures
 from peftlab.methods.qlora import QLoRA
-from peftlab.methods.variants import DeepPromptTuning, PromptAndPrefix
 from peftlab.methods.vera import VeRA
 
 __all__ = [
@@ -48,6 +55,7 @@ __all__ = [
     "PromptAndPrefix",
     "PromptTuning",
     "VeRA",
+    "check_composition",
     "Prune",
     "PruneStructures",
     "QLoRA",

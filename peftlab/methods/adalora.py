@@ -10,9 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import linear as times
 
-from peftlab.bases.tape import Value
-from peftlab.methods.deltas import DeltaMethod, check_rank
-from peftlab.methods.method import require
+from peftlab.methods.checks import check_rank, require
+from peftlab.methods.deltas import DeltaMethod
 
 
 class TripletDelta(nn.Module):
@@ -61,8 +60,8 @@ class AdaLoRA(DeltaMethod):
                                  Q (init_r, d_in),  s = α / init_r
 
     Trained and stored: P, λ and Q, init_r·(d_in + d_out + 1) numbers for each target matrix, those
-    of triplets that are off among them. Behind every step each triplet is scored by what the loss
-    would lose without it, to first order, smoothed over steps:
+    of triplets that are off among them. After every step each triplet is scored by how much the
+    loss would change without it, to first order, smoothed over steps:
 
         I_i ← β I_i + (1 − β) |λ_i ∂loss/∂λ_i|
 
@@ -89,16 +88,14 @@ class AdaLoRA(DeltaMethod):
     name: ClassVar[str] = "adalora"
     title: ClassVar[str] = "AdaLoRA"
     learning_rate: ClassVar[float] = 1e-2
+    limits: ClassVar[dict] = {"init_r": (1,), "alpha": (0.0,)} | dict.fromkeys(
+        ("dropout", "beta1", "start"), (0.0, 1.0)
+    )
 
     def __post_init__(self):
-        require("init_r", self.init_r, 1)
-        require("target_r", self.target_r, 1, self.init_r)
-        require("alpha", self.alpha, 0.0)
-        require("dropout", self.dropout, 0.0, 1.0)
-        require("beta1", self.beta1, 0.0, 1.0)
-        require("start", self.start, 0.0, 1.0)
-        require("end", self.end, float(self.start), 1.0)
         super().__post_init__()
+        require("target_r", self.target_r, 1, self.init_r)
+        require("end", self.end, float(self.start), 1.0)
 
     def delta(self, linear, attachment, generator):
         check_rank("init_r", self.init_r, linear.d_in, linear.d_out, linear.name)
@@ -132,18 +129,3 @@ class AdaLoRA(DeltaMethod):
         stay[scores.topk(self.budget(done, len(deltas))).indices] = True
         for delta, kept in zip(deltas, stay.split(self.init_r), strict=True):
             delta.L.mul_(kept)
-
-    def footprint(self, plan):
-        """x, Q x, s λ and their product, which P reads. Under a mask: s λ, and P times it."""
-        targets = self.targets(plan.shape.targets)
-        matrices = [matrix for target in targets for matrix in plan.shape.matrices(target)]
-        plan.standing += 4 * self.init_r * sum(copies for copies, _, _ in matrices)  # the scores
-
-        def delta(tape, x, y):
-            if tape.under_mask:
-                tape.keep(Value(1, self.init_r), Value(y.width, self.init_r))
-                return tape.masked(x, y.width)
-            low = tape.times(tape.linear(x, self.init_r, weight=True), made=True)
-            return tape.linear(low, y.width, weight=True)
-
-        plan.put_beside(targets, delta)

@@ -45,13 +45,7 @@ class BitFit(Method):
                 f"BitFit trains biases, and {base.name} has none: no linear map or norm of "
                 f"{base.anatomy.family} carries one. LayerNormTuning or IA3 are of the same size"
             )
-        site = attachment.stack.enter_context(ExistingParameters(module, names))
-        attachment.sites.append(site)
-        attachment.trainable.update(site.parameters)
-
-    def footprint(self, plan):
-        """A bias needs nothing kept, but a norm with one keeps its input."""
-        plan.unfrozen.append(lambda name: name.endswith(".bias"))
+        attachment.enter(ExistingParameters(module, names))
 
     def parameters(self, shape: Shape) -> int:
         """All biases; 0 where there are none."""

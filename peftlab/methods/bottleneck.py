@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftlab.bases import Shape
-from peftlab.methods.method import Method, require
+from peftlab.methods.checks import check_choice
+from peftlab.methods.method import Method
 from peftlab.sites import SublayerOutput
 
 NON_LINEARITIES = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
@@ -29,11 +30,12 @@ class Bottleneck(nn.Module):
         super().__init__()
         self.W_down, self.b_down = nn.Parameter(torch.empty(m, d_model)), _zeros(m)
         self.W_up, self.b_up = nn.Parameter(torch.empty(d_model, m)), _zeros(d_model)
-        self.non_linearity, self.scaling = NON_LINEARITIES[non_linearity], scaling
+        self.non_linearity, self.scaling = non_linearity, scaling
 
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         x = x.to(self.W_down.dtype)  # a base in 16 bits still trains adapters in 32
-        hidden = self.non_linearity(F.linear(x, self.W_down, self.b_down))  # *batch m
+        low = F.linear(x, self.W_down, self.b_down)  # *batch m
+        hidden = NON_LINEARITIES[self.non_linearity](low)
         return self.scaling * F.linear(hidden, self.W_up, self.b_up)
 
 
@@ -43,7 +45,7 @@ def _zeros(size: int) -> nn.Parameter:
 
 @dataclass(frozen=True)
 class Adapter(Method, listed=False):
-    """What Houlsby's, Pfeiffer's and the parallel adapter have in common: all but three lines.
+    """What the adapters have in common.
 
     They differ in the sublayers that get one, in what it reads, and in how it starts.
     `non_linearity`: relu, gelu, silu (also called swish) or tanh. `sublayers`: any of attention,
@@ -58,12 +60,11 @@ class Adapter(Method, listed=False):
 
     beside: ClassVar[bool] = False  # True: f reads what the sublayer reads, not what it gives
 
+    limits: ClassVar[dict] = {"bottleneck": (1,), "scaling": (0.0,)}
+
     def __post_init__(self):
-        require("bottleneck", self.bottleneck, 1)
-        require("scaling", self.scaling, 0.0)
-        if self.non_linearity not in NON_LINEARITIES:
-            allowed = ", ".join(NON_LINEARITIES)
-            raise ValueError(f"non_linearity={self.non_linearity!r}: allowed is {allowed}")
+        super().__post_init__()
+        check_choice("non_linearity", self.non_linearity, tuple(NON_LINEARITIES))
         kinds = self.sublayers
         if not isinstance(kinds, list | tuple) or not kinds or set(kinds) - set(SUBLAYERS):
             raise ValueError(
@@ -84,23 +85,7 @@ class Adapter(Method, listed=False):
                 continue
             f = Bottleneck(shape.d_model, self.bottleneck, self.non_linearity, self.scaling)
             self.initialise(f, generator)
-            weight = base.anatomy.embedding.weight
-            f.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
-            site = SublayerOutput(sublayer, f, self.beside)
-            attachment.sites.append(attachment.stack.enter_context(site))
-            attachment.modules[sublayer.name] = f
-            for name, parameter in f.named_parameters():
-                attachment.trainable[f"{self.name}.{sublayer.name}.{name}"] = parameter
-
-    def footprint(self, plan):
-        """f keeps what it reads, and what the non-linearity needs."""
-
-        def after(tape, x, y):
-            low = tape.linear(x if self.beside else y, self.bottleneck, weight=True)
-            low = tape.act(low, self.non_linearity)
-            return tape.add(y, tape.linear(low, y.width, weight=True))
-
-        plan.after.append((lambda name: name.rsplit(".", 1)[-1] in self.sublayers, after))
+            attachment.enter(SublayerOutput(sublayer, f, self.beside), f)
 
     def parameters(self, shape: Shape) -> int:
         """2 m d_model + m + d_model at every sublayer that has one."""

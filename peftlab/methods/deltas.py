@@ -1,31 +1,26 @@
-"""What the methods beside linear weights share: targets, and one delta for each weight."""
+"""What the methods at linear weights share: targets, and one delta for each weight."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-from peftlab.bases import Linear, Shape
+from peftlab.bases import Base, Linear, Shape
+from peftlab.methods.checks import checked_targets
 from peftlab.methods.method import Attachment, Method
 from peftlab.sites import LinearWeight
 
 
-class DeltaMethod(Method, listed=False):
-    """A method that puts a delta beside every target weight.
+class Targeted(Method, listed=False):
+    """A method at linear weights with certain roles.
 
     Subclasses are dataclasses with a field `target_modules`: any of q k v o up down gate, as a
-    list, or "all-linear". They make the delta (`delta`) and say what it trains (`size`).
+    list, or "all-linear".
     """
 
     def __post_init__(self):
-        targets = self.target_modules
-        if targets != "all-linear":
-            if not isinstance(targets, list | tuple) or not targets:
-                raise ValueError(
-                    f"target_modules={targets!r}: give a list of targets, such as ['q', 'v'], "
-                    "or 'all-linear'"
-                )
-            object.__setattr__(self, "target_modules", tuple(dict.fromkeys(targets)))  # once each
+        super().__post_init__()
+        object.__setattr__(self, "target_modules", checked_targets(self.target_modules))
 
     def targets(self, available: tuple[str, ...]) -> tuple[str, ...]:
         """The targets on a model that has these; ValueError for one that it has not."""
@@ -38,6 +33,21 @@ class DeltaMethod(Method, listed=False):
                 )
         return self.target_modules
 
+    def matrices(self, shape: Shape) -> list[tuple[int, int, int]]:
+        """(copies, d_in, d_out) of every target weight."""
+        return [m for target in self.targets(shape.targets) for m in shape.matrices(target)]
+
+    def places(self, base: Base) -> list[Linear]:
+        """The target weights."""
+        return base.anatomy.select(self.targets(base.anatomy.targets))
+
+
+class DeltaMethod(Targeted, listed=False):
+    """A method that puts a delta beside every target weight.
+
+    Subclasses make the delta (`delta`) and say how many numbers it trains (`size`).
+    """
+
     def delta(
         self, linear: Linear, attachment: Attachment, generator: torch.Generator
     ) -> nn.Module:
@@ -48,18 +58,10 @@ class DeltaMethod(Method, listed=False):
         """How many numbers train beside a weight of this size, named `where` in an error."""
         raise NotImplementedError
 
-    def places(self, base) -> list[Linear]:
-        """The weights that a delta goes beside."""
-        return base.anatomy.select(self.targets(base.anatomy.targets))
-
     def reach(self, base, attachment, generator):
         for linear in self.places(base):
-            delta, weight = self.delta(linear, attachment, generator), linear.weight
-            delta.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
-            attachment.sites.append(attachment.stack.enter_context(LinearWeight(linear, delta)))
-            attachment.modules[linear.name] = delta
-            for name, parameter in delta.named_parameters():
-                attachment.trainable[f"{self.name}.{linear.name}.{name}"] = parameter
+            site = LinearWeight(linear, self.delta(linear, attachment, generator))
+            attachment.enter(site, site.delta)
 
     def parameters(self, shape: Shape) -> int:
         """Σ size(d_in, d_out) over the target matrices."""
@@ -70,8 +72,13 @@ class DeltaMethod(Method, listed=False):
         )
 
 
-def check_rank(name: str, r: int, d_in: int, d_out: int, where: str) -> None:
-    """Raise ValueError if a rank is above what a matrix of this size can have."""
-    most = min(d_in, d_out)
-    if r > most:
-        raise ValueError(f"{name}={r} at {where} ({d_out}×{d_in}): allowed is 1 to {most}")
+def sharing(targets: tuple[str, ...], shape: Shape) -> list[str]:
+    """The targets that this family holds in one matrix. ValueError unless there are two."""
+    shared = [target for target in targets if target in shape.fused]
+    if len(shared) < 2:
+        have = f"holds {', '.join(shape.fused)} in one" if shape.fused else "has none in common"
+        raise ValueError(
+            f"fused=True with {', '.join(targets)}: two targets in one "
+            f"matrix are needed, and {shape.family} {have}"
+        )
+    return shared

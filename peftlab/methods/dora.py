@@ -10,10 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from peftlab.bases.tape import Value
-from peftlab.methods.deltas import DeltaMethod, check_rank
+from peftlab.methods.checks import check_rank
+from peftlab.methods.deltas import DeltaMethod
 from peftlab.methods.lora import LowRankDelta
-from peftlab.methods.method import require
 
 
 class MagnitudeDelta(LowRankDelta):
@@ -91,12 +90,7 @@ class DoRA(DeltaMethod):
     name: ClassVar[str] = "dora"
     title: ClassVar[str] = "DoRA"
     learning_rate: ClassVar[float] = 3e-3
-
-    def __post_init__(self):
-        require("r", self.r, 1)
-        require("alpha", self.alpha, 0.0)
-        require("dropout", self.dropout, 0.0, 1.0)
-        super().__post_init__()
+    limits: ClassVar[dict] = {"r": (1,), "alpha": (0.0,), "dropout": (0.0, 1.0)}
 
     def delta(self, linear, attachment, generator):
         check_rank("r", self.r, linear.d_in, linear.d_out, linear.name)
@@ -112,18 +106,3 @@ class DoRA(DeltaMethod):
     def size(self, d_in, d_out, where=""):
         check_rank("r", self.r, d_in, d_out, where)
         return self.r * (d_in + d_out) + d_out
-
-    def footprint(self, plan):
-        """As LoRA, and what the ratio m / n multiplies: W x apart from b, and LoRA's output."""
-
-        def delta(tape, x, y):
-            n = Value(1, y.width)
-            if tape.under_mask:  # s B, the ratio, and ΔW before it is stretched
-                tape.keep(n, Value(y.width, self.r), Value(1, y.width), Value(y.width, x.width))
-                return tape.masked(x, y.width)
-            added = tape.linear(tape.linear(x, self.r, weight=True), y.width, weight=True)
-            tape.keep(n)
-            product = tape.times(Value(y.rows, y.width, y.grad), made=True)
-            return tape.add(product, tape.times(added, made=True))
-
-        plan.put_beside(self.targets(plan.shape.targets), delta)

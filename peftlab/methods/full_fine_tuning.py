@@ -9,8 +9,6 @@ from peftlab.bases import Shape
 from peftlab.methods.method import Method
 from peftlab.sites import ExistingParameters
 
-PRUNING = ("prune", "prune_structures")
-
 
 @dataclass(frozen=True)
 class FullFineTuning(Method):
@@ -36,20 +34,8 @@ class FullFineTuning(Method):
             for name, _ in module.named_parameters()
             if not (attachment.headless and name.startswith("pooler."))
         ]
-        site = attachment.stack.enter_context(ExistingParameters(module, names))
-        site.name = "parameters: all"
-        attachment.sites.append(site)
-        attachment.trainable.update(site.parameters)
-
-    def objection(self, before, after):
-        others = [*(m for m in before if m.name not in PRUNING), *after]
-        reason = "it trains every parameter and composes with no other, but for pruning before it"
-        return reason if others else ""
+        attachment.enter(ExistingParameters(module, names))
 
     def parameters(self, shape: Shape) -> int:
         """Everything: the base's own size."""
         return shape.parameters()
-
-    def footprint(self, plan):
-        """Nothing is added, and every tensor trains."""
-        plan.unfrozen.append(lambda name: True)

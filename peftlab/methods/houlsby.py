@@ -8,7 +8,6 @@ from typing import ClassVar
 from torch import nn
 
 from peftlab.methods.bottleneck import Adapter
-from peftlab.methods.method import require
 
 
 @dataclass(frozen=True)
@@ -40,10 +39,7 @@ class HoulsbyAdapter(Adapter):
     name: ClassVar[str] = "houlsby"
     title: ClassVar[str] = "Houlsby adapter"
     learning_rate: ClassVar[float] = 1e-2
-
-    def __post_init__(self):
-        super().__post_init__()
-        require("init_std", self.init_std, 0.0)
+    limits: ClassVar[dict] = {**Adapter.limits, "init_std": (0.0,)}
 
     def initialise(self, f, generator):
         std = self.init_std

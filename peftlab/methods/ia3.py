@@ -63,25 +63,7 @@ class IA3(Method):
         for linear in base.anatomy.select(self.target_modules):
             of_input = linear.target in self.feedforward_modules
             factors = Factors(linear.d_in if of_input else linear.d_out)
-            weight = base.anatomy.embedding.weight
-            factors.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
-            site = Scale(linear, factors, of_input)
-            attachment.sites.append(attachment.stack.enter_context(site))
-            attachment.modules[linear.name] = factors
-            attachment.trainable[f"ia3.{linear.name}.l"] = factors.l
-
-    def footprint(self, plan):
-        """What the factors multiply: outputs, and the inputs of `feedforward_modules`."""
-        outputs = set(self.target_modules) - set(self.feedforward_modules)
-        plan.before.append(
-            (
-                lambda name: name.rsplit(".", 1)[-1] in self.feedforward_modules,
-                lambda tape, x: tape.times(x),
-            )
-        )
-        plan.after.append(
-            (lambda name: name.rsplit(".", 1)[-1] in outputs, lambda tape, x, y: tape.times(y))
-        )
+            attachment.enter(Scale(linear, factors, of_input), factors)
 
     def parameters(self, shape: Shape) -> int:
         """The width of what is scaled, over all scaled weights."""

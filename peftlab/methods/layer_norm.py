@@ -38,13 +38,7 @@ class LayerNormTuning(Method):
             if "norm" in type(norm).__name__.lower()
             for name, _ in norm.named_parameters()
         ]
-        site = attachment.stack.enter_context(ExistingParameters(module, names))
-        attachment.sites.append(site)
-        attachment.trainable.update(site.parameters)
-
-    def footprint(self, plan):
-        """The norms' inputs, which a gradient makes them keep anyway but for the lowest."""
-        plan.unfrozen.append(lambda name: name.split(".")[-2].startswith("norm"))
+        attachment.enter(ExistingParameters(module, names))
 
     def parameters(self, shape: Shape) -> int:
         """The size of a norm times their number."""

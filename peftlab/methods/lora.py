@@ -11,9 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from peftlab.bases import Shape, fused
-from peftlab.bases.tape import Value
-from peftlab.methods.deltas import DeltaMethod, check_rank
-from peftlab.methods.method import require
+from peftlab.methods.checks import check_rank
+from peftlab.methods.deltas import DeltaMethod, sharing
 
 
 class LowRankDelta(nn.Module):
@@ -68,8 +67,8 @@ class LoRA(DeltaMethod):
     `target_modules` are logical: any of q k v o up down gate, or "all-linear". On GPT-2, whose
     q, k and v are one fused matrix, each target has its own A and B on its own rows. With `fused`,
     targets that share a matrix share one A, and B has a row for each of theirs: with q, k and v
-    that is what PEFT does with c_attn. It has r·d_in numbers less for every A that is shared, and
-    it is another method: all of them read the same r numbers out of x.
+    that is what PEFT does with c_attn. Every A that is shared saves r·d_in numbers, and
+    the method is another one: all of them read the same r numbers out of x.
 
     Hu et al. 2021, arXiv:2106.09685, section 4.1. The paper draws A from a Gaussian; the authors'
     code draws it uniformly, as here. Defaults: q and v as in the paper, alpha = 2 r.
@@ -92,21 +91,23 @@ class LoRA(DeltaMethod):
     name: ClassVar[str] = "lora"
     title: ClassVar[str] = "LoRA"
     learning_rate: ClassVar[float] = 3e-3
-
-    def __post_init__(self):
-        require("r", self.r, 1)
-        require("alpha", self.alpha, 0.0)
-        require("dropout", self.dropout, 0.0, 1.0)
-        require("loraplus_lr_ratio", self.loraplus_lr_ratio, 1.0)
-        super().__post_init__()
+    limits: ClassVar[dict] = {
+        "r": (1,),
+        "alpha": (0.0,),
+        "dropout": (0.0, 1.0),
+        "loraplus_lr_ratio": (1.0,),
+    }
 
     def rate(self, name):
         return float(self.loraplus_lr_ratio) if name.endswith(".B") else 1.0
 
     def places(self, base):
-        linears = super().places(base)
-        self._shared(base.anatomy.shape)
-        return fused(linears) if self.fused else linears
+        linears, shape = super().places(base), base.anatomy.shape
+        return (
+            fused(linears)
+            if self.fused and sharing(self.targets(shape.targets), shape)
+            else linears
+        )
 
     def delta(self, linear, attachment, generator):
         check_rank("r", self.r, linear.d_in, linear.d_out, linear.name)
@@ -119,34 +120,10 @@ class LoRA(DeltaMethod):
         check_rank("r", self.r, d_in, d_out, where)
         return self.r * (d_in + d_out)
 
-    def footprint(self, plan):
-        """A keeps x, B keeps A x; the frozen W beside them needs neither. Under a mask: s B."""
-
-        def delta(tape, x, y):
-            if tape.under_mask:
-                tape.keep(Value(y.width, self.r))
-                return tape.masked(x, y.width)
-            return tape.linear(tape.linear(x, self.r, weight=True), y.width, weight=True)
-
-        plan.put_beside(self.targets(plan.shape.targets), delta, shared=self.fused)
-
     def parameters(self, shape: Shape) -> int:
         """Σ r (d_in + d_out) over the target matrices, less r d_in for every A that is shared."""
-        shared = self._shared(shape)
+        shared = sharing(self.targets(shape.targets), shape) if self.fused else []
         saved = sum(
             copies * self.r * d_in for t in shared[1:] for copies, d_in, _ in shape.matrices(t)
         )
         return super().parameters(shape) - saved
-
-    def _shared(self, shape: Shape) -> list[str]:
-        """The targets that share one A. ValueError if that is asked for and there are none."""
-        if not self.fused:
-            return []
-        shared = [t for t in self.targets(shape.targets) if t in shape.fused]
-        if len(shared) < 2:
-            have = f"holds {', '.join(shape.fused)} in one" if shape.fused else "has none in common"
-            raise ValueError(
-                f"fused=True with {', '.join(self.targets(shape.targets))}: two targets in one "
-                f"matrix are needed, and {shape.family} {have}"
-            )
-        return shared

@@ -3,113 +3,133 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
 
 from peftlab.bases import Base, Shape
-from peftlab.bases.tape import Plan
-
-if TYPE_CHECKING:
-    from peftlab.soft import Source
+from peftlab.methods.checks import check_choice, require
+from peftlab.sites import Site, Source
 
 METHODS: dict[str, type[Method]] = {}
 
 
 @dataclasses.dataclass
 class Attachment:
-    """What a method put on a base: the sites it holds and the parameters that train.
+    """What a method put on a base: the sites that it reached and the parameters that train.
 
-    `sources` are what soft prompts are read from. `frozen` are tensors that are stored beside the
-    trained ones, each behind a function, for a move to another device replaces them. `headless`
-    says that a head stands in place of the language model's own. `chosen` is the method with what
-    it chose on this base said by name. Closing `stack` undoes everything.
+    `modules` holds what makes the changes, by place, and `sources` what soft prompts are read from.
+    `headless` says that a head stands in place of the language model's own. `chosen` is the method
+    with what it chose on this base said by name.
     """
 
-    stack: ExitStack
+    method: Method
+    base: Base
     headless: bool = False
-    sites: list = dataclasses.field(default_factory=list)
+    sites: list[Site] = dataclasses.field(default_factory=list)
     trainable: dict[str, nn.Parameter] = dataclasses.field(default_factory=dict)
     modules: dict[str, nn.Module] = dataclasses.field(default_factory=dict)
     sources: dict[str, Source] = dataclasses.field(default_factory=dict)
-    frozen: dict[str, Callable[[], torch.Tensor]] = dataclasses.field(default_factory=dict)
     virtual_tokens: int = 0
     chosen: Method | None = None
+
+    def enter(self, site: Site, module: nn.Module | None = None) -> Site:
+        """Enter a site. What trains there, `module` or the model's own parameters, is listed."""
+        if module is not None:
+            self.hold(module, site.name)
+            for key, parameter in module.named_parameters():
+                self.trainable[f"{self.method.name}.{site.name}.{key}"] = parameter
+        site.__enter__()
+        self.sites.append(site)
+        self.trainable |= site.parameters
+        return site
+
+    def hold(self, module: nn.Module, place: str) -> None:
+        """Move a module to the base's device, in 32 bits at least, and keep it by its place."""
+        weight = self.base.anatomy.embedding.weight
+        module.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+        self.modules[place] = module
+
+    def leave(self) -> None:
+        """Leave every site, the last first."""
+        with ExitStack() as stack:
+            for site in self.sites:
+                stack.push(site)
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
     """A method's hyper-parameters. Subclasses are frozen dataclasses, so they print and compare.
 
-    A subclass goes by its `name` in `METHODS`, and so in saved adapters, unless `listed=False`:
-    an experiment's or a test's own method is nobody else's.
+    A subclass writes `reach` and `parameters`; what else it may write has a default that holds for
+    most. Its `name` stands for it in `METHODS`, and so in saved adapters, unless `listed=False`: an
+    experiment's or a test's own method is nobody else's.
     """
 
     name: ClassVar[str] = ""
     title: ClassVar[str] = ""
     learning_rate: ClassVar[float] = 1e-3
     in_place: ClassVar[bool] = False  # True: what trains are the base's own parameters
+    limits: ClassVar[dict[str, tuple]] = {}  # the range of a hyper-parameter: lowest, highest
+    choices: ClassVar[dict[str, tuple]] = {}  # or its allowed values
+    start_is_stored: ClassVar[bool] = False  # True: where each trained number started is saved too
+    stored_width: ClassVar[int | None] = None  # bytes of a stored number that is no float
+    codes: ClassVar[Method | None] = None  # the method that holds the base's weights as codes
 
     def __init_subclass__(cls, listed: bool = True, **kwargs):
         super().__init_subclass__(**kwargs)
         if listed:
             METHODS[cls.name] = cls
 
+    def __post_init__(self):
+        """Raise ValueError for a hyper-parameter out of range, saying what is allowed."""
+        for name, limits in self.limits.items():
+            require(name, getattr(self, name), *limits)
+        for name, allowed in self.choices.items():
+            check_choice(name, getattr(self, name), allowed)
+
     def attach(self, base: Base, generator: torch.Generator, headless: bool = False) -> Attachment:
         """Reach the sites and create the parameters. On an error nothing stays behind."""
-        stack = ExitStack()
-        attachment = Attachment(stack, headless)
+        attachment = Attachment(self, base, headless)
         try:
             self.reach(base, attachment, generator)
         except BaseException:
-            stack.close()
+            attachment.leave()
             raise
         return attachment
 
     def reach(self, base: Base, attachment: Attachment, generator: torch.Generator) -> None:
-        """Enter this method's sites on `attachment.stack` and fill in the attachment."""
+        """Enter this method's sites on the attachment, and draw what trains from the generator."""
         raise NotImplementedError
 
     def parameters(self, shape: Shape) -> int:
         """How many numbers train, in closed form."""
         raise NotImplementedError
 
+    def folded(self) -> Method:
+        """The method that the stored tensors belong to: itself, unless something is left behind."""
+        return self
+
     def stored(self, shape: Shape) -> int:
         """How many numbers a saved adapter holds."""
-        return self.parameters(shape)
+        return self.folded().parameters(shape) * (2 if self.start_is_stored else 1)
 
     def file_bytes(self, shape: Shape, width: int = 4) -> int:
         """Bytes of what is stored, with `width` bytes for a trained number."""
-        return width * self.stored(shape)
+        return self.stored(shape) * (self.stored_width or width)
 
     def coded(self, shape: Shape) -> tuple[int, int]:
         """How many weights of the base are held as codes, and the bytes of those."""
-        return 0, 0
-
-    def objection(self, before: list[Method], after: list[Method]) -> str:
-        """Why it cannot stand between these methods on one base; "" where it can."""
-        return ""
+        return (0, 0) if self.codes is None else self.codes.coded(shape)
 
     def rate(self, name: str) -> float:
         """The learning rate of this trained tensor, as a multiple of the method's."""
         return 1.0
 
     def after_step(self, attachment: Attachment, step: int, steps: int) -> None:
-        """Called behind step 1 … steps of training, while the gradients are still there."""
-
-    def footprint(self, plan: Plan) -> None:
-        """Put down in the plan what this method adds to a forward pass, site by site.
-
-        `accounting.saved_activations` reads off it what a training step keeps.
-        """
-        raise ValueError(f"{self.title} does not say what a step with it keeps: no `footprint`")
-
-    def folded(self) -> Method:
-        """The method that the stored tensors belong to: itself, unless something is left behind."""
-        return self
+        """Act after each training step, from 1 to `steps`, while the gradients are still there."""
 
     def to_dict(self) -> dict:
         """Name and hyper-parameters, ready for JSON."""
@@ -128,24 +148,3 @@ class Method:
             return METHODS[name](**options)
         except TypeError as error:
             raise ValueError(f"bad hyper-parameters for {name}: {error}") from error
-
-
-def require(name: str, value, low, high=None) -> None:
-    """Raise ValueError unless low ≤ value (≤ high), saying what is allowed."""
-    kind = int if isinstance(low, int) else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kind):
-        needed = "a whole number" if kind is int else "a number"
-        raise ValueError(f"{name}={value!r}: {needed} is needed")
-    if not low <= value <= (value if high is None else high):
-        allowed = f"{low} to {high}" if high is not None else f"at least {low}"
-        raise ValueError(f"{name}={value}: allowed is {allowed}")
-
-
-def check_texts(method: Method, score: str) -> None:
-    """Raise ValueError unless `calibration` is a list of texts, for this score and no other."""
-    texts = method.calibration
-    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"calibration={texts!r}: a list of texts is needed")
-    object.__setattr__(method, "calibration", tuple(texts))
-    if (method.score == score) != bool(texts):
-        raise ValueError(f"calibration: score={score!r} needs texts to run, and no other does")

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from peftlab.bases import Base, Linear, Shape, fused
-from peftlab.methods.deltas import DeltaMethod
-from peftlab.methods.method import Method
-from peftlab.quantisation import check_block_size, held_bytes, table
+from peftlab.bases import Shape, fused
+from peftlab.methods.deltas import Targeted
 from peftlab.sites import CodedWeight
+from peftlab.sites.quantisation import QUANT_TYPES, check_block_size, held_bytes
 
 
 @dataclass(frozen=True)
-class NF4(Method):
+class NF4(Targeted):
     r"""Frozen weights in four bits.
 
         W̃ = m · T[c]      c (d_out, d_in) codes of 4 bits,  T the 16 levels,  m one a block
@@ -41,34 +38,36 @@ class NF4(Method):
     name: ClassVar[str] = "nf4"
     title: ClassVar[str] = "NF4"
 
-    def __post_init__(self):
-        check_block_size(self.block_size)
-        table(self.quant_type)
-        if not isinstance(self.double_quant, bool):
-            raise ValueError(f"double_quant={self.double_quant!r}: allowed is True, False")
-        DeltaMethod.__post_init__(self)
+    choices: ClassVar[dict] = {"double_quant": (True, False), "quant_type": QUANT_TYPES}
 
-    targets = DeltaMethod.targets  # named and refused as of a method with deltas
+    def __post_init__(self):
+        super().__post_init__()
+        check_block_size(self.block_size)
+
+    @property
+    def codes(self) -> NF4:
+        """It is the method itself that holds the base's weights as codes."""
+        return self
 
     def reach(self, base, attachment, generator):
-        options = dataclasses.asdict(self)
-        del options["target_modules"]
-        places = self._places(base)
+        places = self.places(base)
         for linear in places:  # all are checked before the first is coded
             check_block_size(self.block_size, linear.d_out * linear.d_in, linear.name)
         for linear in places:
-            site = attachment.stack.enter_context(CodedWeight(linear, **options))
-            attachment.sites.append(site)
+            attachment.enter(
+                CodedWeight(
+                    linear,
+                    block_size=self.block_size,
+                    double_quant=self.double_quant,
+                    quant_type=self.quant_type,
+                )
+            )
 
-    def _places(self, base: Base) -> list[Linear]:
+    def places(self, base):
         """The whole modules that play a target's role."""
-        chosen = base.anatomy.select(self.targets(base.anatomy.targets))
-        modules = {linear.module for linear in chosen}
-        return [
-            linear
-            for linear in fused(list(base.anatomy.linears.values()))
-            if linear.module in modules
-        ]
+        modules = {linear.module for linear in super().places(base)}
+        whole = fused(list(base.anatomy.linears.values()))
+        return [linear for linear in whole if linear.module in modules]
 
     def parameters(self, shape: Shape) -> int:
         """None."""
@@ -77,23 +76,8 @@ class NF4(Method):
     def coded(self, shape: Shape) -> tuple[int, int]:
         """Σ d_in d_out over the coded modules, and the bytes of their codes and scales."""
         weights = size = 0
-        for copies, n, target in self._sizes(shape):
+        for copies, n, target in shape.modules(self.targets(shape.targets)):
             check_block_size(self.block_size, n, target)
             weights += copies * n
             size += copies * held_bytes(n, self.block_size, self.double_quant)
         return weights, size
-
-    def _sizes(self, shape: Shape) -> Iterator[tuple[int, int, str]]:
-        """How many modules of how many weights, and a target in them."""
-        targets = self.targets(shape.targets)
-        if set(shape.fused) & set(targets):
-            parts = [matrix for target in shape.fused for matrix in shape.matrices(target)]
-            yield parts[0][0], sum(d_in * d_out for _, d_in, d_out in parts), shape.fused[0]
-        for target in targets:
-            if target not in shape.fused:
-                for copies, d_in, d_out in shape.matrices(target):
-                    yield copies, d_in * d_out, target
-
-    def footprint(self, plan):
-        """A frozen product keeps nothing but its weight, and that is codes."""
-        plan.decoded = max(n for _, n, _ in self._sizes(plan.shape))

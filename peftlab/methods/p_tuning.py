@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import ClassVar
 
-from peftlab.bases import Base, Shape
-from peftlab.methods.method import Method, require
-from peftlab.methods.prompt_tuning import check_context
-from peftlab.sites import InputEmbeddings
-from peftlab.soft import (
+from peftlab.bases import Shape
+from peftlab.methods.checks import check_context, check_init, checked_placement, require
+from peftlab.methods.method import Method
+from peftlab.methods.soft import (
     PROMPT_INITS,
     Flat,
     PromptEncoder,
-    check_init,
-    check_placement,
-    encoder_footprint,
+    blocks,
     initial_prompt,
     mlp_widths,
     put,
     seeded,
 )
+from peftlab.sites import InputEmbeddings
 
 ENCODERS = ("lstm", "mlp", "attention", "embedding")
 SIZES = ("lama", "few-shot", "peft")
@@ -62,14 +59,11 @@ class PTuning(Method):
 
     name: ClassVar[str] = "p_tuning"
     title: ClassVar[str] = "P-tuning"
+    limits: ClassVar[dict] = {"num_virtual_tokens": (1,), "encoder_num_layers": (1,)}
+    choices: ClassVar[dict] = {"encoder": ENCODERS, "sizes": SIZES}
 
     def __post_init__(self):
-        require("num_virtual_tokens", self.num_virtual_tokens, 1)
-        require("encoder_num_layers", self.encoder_num_layers, 1)
-        if self.encoder not in ENCODERS:
-            raise ValueError(f"encoder={self.encoder!r}: allowed is {', '.join(ENCODERS)}")
-        if self.sizes not in SIZES:
-            raise ValueError(f"sizes={self.sizes!r}: allowed is {', '.join(SIZES)}")
+        super().__post_init__()
         if self.encoder_hidden_size is not None:
             require("encoder_hidden_size", self.encoder_hidden_size, 1)
         if self.encoder_hidden_size is not None and self.sizes != "peft":
@@ -77,7 +71,7 @@ class PTuning(Method):
         if self.sizes == "peft" and self.encoder == "attention":
             raise ValueError('sizes="peft" has no attention encoder: use lstm or mlp')
         check_init(self.init, self.init_text, PROMPT_INITS)
-        placement = check_placement(self.placement, self.num_virtual_tokens)
+        placement = checked_placement(self.placement, self.num_virtual_tokens)
         object.__setattr__(self, "placement", placement)
 
     @property
@@ -104,36 +98,9 @@ class PTuning(Method):
                 module = PromptEncoder(
                     table, self.encoder, self.sizes, self.hidden(d), self.encoder_num_layers
                 )
-        read = put(base, attachment, self.name, module)
-        site = InputEmbeddings(base.anatomy, read, self.blocks(base))
-        attachment.sites.append(attachment.stack.enter_context(site))
+        read, places = put(attachment, module), blocks(base, self.placement, count)
+        attachment.enter(InputEmbeddings(base.anatomy, read, places))
         attachment.virtual_tokens = count
-
-    def blocks(self, base: Base) -> list[tuple[int, str, int | None]]:
-        """The placement with token ids. Raises ValueError for a text that is not one token."""
-        resolved = []
-        for count, where in self.placement or [(self.num_virtual_tokens, "front")]:
-            side, _, text = where.partition(" ")
-            token = None
-            if text:
-                ids = base.tokenizer(text, add_special_tokens=False)["input_ids"]
-                if len(ids) != 1:
-                    raise ValueError(f"{text!r} is {len(ids)} tokens of {base.name}: one is needed")
-                token = ids[0]
-            elif side == "back" and base.kind == "decoder":
-                raise ValueError("on a decoder nothing can stand behind a text that goes on")
-            resolved.append((count, side, token))
-        return resolved
-
-    def footprint(self, plan):
-        """As prompt tuning, and what the network keeps."""
-        count, d = self.num_virtual_tokens, plan.shape.d_model
-        plan.prompt += count
-        plan.placed |= any(where != "front" for _, where in self.placement or ())
-        if self.encoder != "embedding":
-            widths = mlp_widths(self.encoder, self.sizes, self.hidden(d), d)
-            made = partial(encoder_footprint, encoder=self.encoder, widths=widths, P=count, d=d)
-            plan.prompt_makers.append(made)
 
     def parameters(self, shape: Shape) -> int:
         """The table and the network; see the class for the sizes."""
@@ -150,10 +117,6 @@ class PTuning(Method):
             total += 4 * d * d + 4 * d
         widths = mlp_widths(self.encoder, self.sizes, h, d)
         return total + sum((i + 1) * o for i, o in zip(widths, widths[1:], strict=False))
-
-    def stored(self, shape: Shape) -> int:
-        """num_virtual_tokens · d_model."""
-        return self.num_virtual_tokens * shape.d_model
 
     def folded(self) -> Method:
         """The prompt that the network makes."""

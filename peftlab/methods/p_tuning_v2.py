@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from peftlab.methods.method import require
+from peftlab.methods.checks import require
 from peftlab.methods.prefix_tuning import PrefixTuning
 
 
@@ -17,7 +17,7 @@ class PTuningV2(PrefixTuning):
 
     Without `prefix_projection` and at full depth these are prefix tuning's own tensors: what the
     paper adds is where they are used (tagging and classification by a small head that starts at
-    random, see `peftlab.heads`), a length for each task, no reparameterisation by default, and
+    random, see `peftlab.methods.heads`), a length for each task, no reparameterisation by default, and
     several tasks on one base. The input is not touched.
 
     `depth` counts layers from the last one down; of T5, in each stack.

@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import linear as times
 
-from peftlab.methods.deltas import DeltaMethod, check_rank
-from peftlab.methods.method import require
+from peftlab.methods.checks import check_rank
+from peftlab.methods.deltas import DeltaMethod
 
 
 class PrincipalDelta(nn.Module):
@@ -86,38 +86,20 @@ class PiSSA(DeltaMethod):
     name: ClassVar[str] = "pissa"
     title: ClassVar[str] = "PiSSA"
     learning_rate: ClassVar[float] = 1e-3
+    limits: ClassVar[dict] = {"r": (1,), "alpha": (0.0,)}
+    start_is_stored: ClassVar[bool] = True
 
     def __post_init__(self):
-        require("r", self.r, 1)
-        require("alpha", self.alpha, 0.0)
-        if self.alpha == 0:
-            raise ValueError("alpha=0: allowed is above 0, for the start is divided by alpha / r")
         super().__post_init__()
+        if self.alpha == 0:
+            raise ValueError(
+                "alpha=0: allowed is above 0, because the start is divided by alpha / r"
+            )
 
     def delta(self, linear, attachment, generator):
         check_rank("r", self.r, linear.d_in, linear.d_out, linear.name)
         return PrincipalDelta(linear.weight, self.r, self.alpha)
 
-    def reach(self, base, attachment, generator):
-        super().reach(base, attachment, generator)
-        for site in attachment.sites:
-            for name in ("A0", "B0"):
-                attachment.frozen[f"{self.name}.{site.name}.{name}"] = (
-                    lambda delta=site.delta, name=name: getattr(delta, name)
-                )
-
     def size(self, d_in, d_out, where=""):
         check_rank("r", self.r, d_in, d_out, where)
         return self.r * (d_in + d_out)
-
-    def stored(self, shape):
-        return 2 * self.parameters(shape)
-
-    def footprint(self, plan):
-        """As LoRA: the frozen start beside it keeps nothing, but stands there."""
-        plan.standing += 4 * self.parameters(plan.shape)
-
-        def delta(tape, x, y):
-            return tape.linear(tape.linear(x, self.r, weight=True), y.width, weight=True)
-
-        plan.put_beside(self.targets(plan.shape.targets), delta)

@@ -7,20 +7,19 @@ from typing import ClassVar
 
 import torch
 
-from peftlab.attention import AttentionSite
-from peftlab.bases import Base, Shape
-from peftlab.bases.tape import Value
-from peftlab.methods.method import Method, require
-from peftlab.sites import KeysValues
-from peftlab.soft import (
+from peftlab.bases import Shape
+from peftlab.methods.checks import check_init
+from peftlab.methods.method import Method
+from peftlab.methods.soft import (
     PREFIX_INITS,
     Flat,
     PrefixMLP,
-    check_init,
+    attentions,
     initial_prefix,
     put,
     seeded,
 )
+from peftlab.sites import KeysValues
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,8 @@ class PrefixTuning(Method):
     """Prefix tuning.
 
         h = softmax(q [P_k; K]ᵀ / √d) [P_v; V]      P_k, P_v (P, d_kv) in every attention
+
+    `attention.with_prefix` is this formula's [P_k; K] and [P_v; V], and all that the base notices.
 
     Trained: P_k and P_v, 2 · P · d_kv numbers for each attention sublayer; T5's decoder has two
     in each layer. With `prefix_projection` they are made by an MLP from a table (P, d_model):
@@ -54,10 +55,10 @@ class PrefixTuning(Method):
 
     name: ClassVar[str] = "prefix_tuning"
     title: ClassVar[str] = "Prefix tuning"
+    limits: ClassVar[dict] = {"num_virtual_tokens": (1,), "encoder_hidden_size": (1,)}
 
     def __post_init__(self):
-        require("num_virtual_tokens", self.num_virtual_tokens, 1)
-        require("encoder_hidden_size", self.encoder_hidden_size, 1)
+        super().__post_init__()
         check_init(self.init, self.init_text, PREFIX_INITS)
         if self.prefix_projection and self.init == "text":
             raise ValueError('init="text" needs prefix_projection=False: the MLP makes the start')
@@ -68,35 +69,17 @@ class PrefixTuning(Method):
         return 1e-3 if self.prefix_projection else 0.1
 
     def reach(self, base, attachment, generator):
-        self._check_length(base.anatomy.shape)
-        self.sublayers(base.anatomy.shape)  # refuses what does not fit, as a closed form does
-        sites = self.select(base)
-        count = self.num_virtual_tokens
+        self.parameters(base.anatomy.shape)  # refuses what does not fit
+        sites, count = attentions(base, self.reaches), self.num_virtual_tokens
         if self.prefix_projection:
             table = torch.randn(count, base.anatomy.shape.d_model, generator=generator)
             with seeded(generator):
                 module = PrefixMLP(table, self.encoder_hidden_size, sites)
         else:
             module = Flat(initial_prefix(base, sites, self.init, self.init_text, count, generator))
-        read = put(base, attachment, self.name, module)
-        site = KeysValues(base.anatomy, sites, read, self.shift_positions)
-        attachment.sites.append(attachment.stack.enter_context(site))
+        read = put(attachment, module)
+        attachment.enter(KeysValues(base.anatomy, sites, read, self.shift_positions))
         attachment.virtual_tokens = count if self.shift_positions else 0
-
-    def select(self, base: Base) -> list[AttentionSite]:
-        """The attention sublayers that get a prefix. Raises ValueError if the base has none."""
-        sites = [site for site in base.anatomy.attentions if self.takes(site, base.anatomy.shape)]
-        if not sites:
-            raise ValueError(
-                f"{base.name} computes attention in a way that no prefix reaches: "
-                "its family does not use transformers' attention registry"
-            )
-        return sites
-
-    def takes(self, site: AttentionSite, shape: Shape) -> bool:
-        """Whether this attention sublayer gets a prefix."""
-        layers = shape.decoder_layers if site.stack == "decoder" else shape.layers
-        return self.reaches(site.layer, layers)
 
     def reaches(self, layer: int, layers: int) -> bool:
         """Whether this layer of a stack of `layers` gets a prefix: here all do."""
@@ -106,18 +89,6 @@ class PrefixTuning(Method):
         """How many attention sublayers get a prefix."""
         return shape.attentions
 
-    def footprint(self, plan):
-        """Keys and values are longer; the MLP that makes them keeps its middle."""
-        layers = {"decoder": plan.shape.decoder_layers}
-
-        def takes(stack, layer):
-            return self.reaches(layer, layers.get(stack, plan.shape.layers))
-
-        plan.prefixes.append((self.num_virtual_tokens, takes))
-        if self.prefix_projection:
-            middle = self.num_virtual_tokens, self.encoder_hidden_size
-            plan.prefix_makers.append(lambda tape: tape.keep(Value(*middle)))
-
     def parameters(self, shape: Shape) -> int:
         """2 · P · d_kv for each sublayer, or the table and the MLP that make them."""
         self._check_length(shape)
@@ -126,10 +97,6 @@ class PrefixTuning(Method):
             return self.num_virtual_tokens * out
         m, d = self.encoder_hidden_size, shape.d_model
         return self.num_virtual_tokens * d + (d + 1) * m + (m + 1) * out
-
-    def stored(self, shape: Shape) -> int:
-        """2 · P · d_kv for each sublayer."""
-        return self.folded().parameters(shape)
 
     def folded(self) -> Method:
         """The flat prefix that the MLP makes."""

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from peftlab.bases import Shape
-from peftlab.methods.method import Method, require
+from peftlab.methods.checks import check_context, check_init
+from peftlab.methods.method import Method
+from peftlab.methods.soft import PROMPT_INITS, Flat, initial_prompt, put
 from peftlab.sites import InputEmbeddings
-from peftlab.soft import PROMPT_INITS, Flat, check_init, initial_prompt, put
 
 
 @dataclass(frozen=True)
@@ -36,36 +37,21 @@ class PromptTuning(Method):
     name: ClassVar[str] = "prompt_tuning"
     title: ClassVar[str] = "Prompt tuning"
     learning_rate: ClassVar[float] = 0.1
+    limits: ClassVar[dict] = {"num_virtual_tokens": (1,)}
 
     def __post_init__(self):
-        require("num_virtual_tokens", self.num_virtual_tokens, 1)
+        super().__post_init__()
         check_init(self.init, self.init_text, PROMPT_INITS)
 
     def reach(self, base, attachment, generator):
-        self._check_length(base.anatomy.shape)
-        start = initial_prompt(base, self.init, self.init_text, self.num_virtual_tokens, generator)
-        read = put(base, attachment, self.name, Flat({"prompt": start}))
-        site = InputEmbeddings(base.anatomy, read, [(self.num_virtual_tokens, "front", None)])
-        attachment.sites.append(attachment.stack.enter_context(site))
-        attachment.virtual_tokens = self.num_virtual_tokens
-
-    def footprint(self, plan):
-        """The sequence is longer, and a gradient enters below the first layer."""
-        plan.prompt += self.num_virtual_tokens
+        count = self.num_virtual_tokens
+        check_context(count, base.anatomy.shape)
+        start = initial_prompt(base, self.init, self.init_text, count, generator)
+        read = put(attachment, Flat({"prompt": start}))
+        attachment.enter(InputEmbeddings(base.anatomy, read, [(count, "front", None)]))
+        attachment.virtual_tokens = count
 
     def parameters(self, shape: Shape) -> int:
         """num_virtual_tokens · d_model."""
-        self._check_length(shape)
-        return self.num_virtual_tokens * shape.d_model
-
-    def _check_length(self, shape: Shape) -> None:
         check_context(self.num_virtual_tokens, shape)
-
-
-def check_context(count: int, shape: Shape) -> None:
-    """Raise ValueError unless a token of the input fits beside `count` virtual ones."""
-    if count >= shape.context:
-        raise ValueError(
-            f"num_virtual_tokens={count}: {shape.name} has {shape.context} "
-            f"positions, so allowed is 1 to {shape.context - 1}, with one left for the input"
-        )
+        return self.num_virtual_tokens * shape.d_model

@@ -10,23 +10,15 @@ import torch
 from torch import Tensor
 
 from peftlab.bases import Shape
-from peftlab.masks import choose, cubic, input_norms, magnitude, wanda
-from peftlab.methods.lora import LoRA
-from peftlab.methods.method import Method, check_texts, require
+from peftlab.methods.checks import check_texts
+from peftlab.methods.deltas import Targeted
+from peftlab.methods.method import Method
+from peftlab.methods.scores import choose, cubic, input_norms, magnitude, wanda
 from peftlab.sites import MaskedWeight
-
-OPTIONS = {
-    "score": ("magnitude", "wanda", "random", "stored"),
-    "scope": (None, "row", "layer", "global"),
-    "pattern": (None, "2:4"),
-    "schedule": ("one-shot", "gradual"),
-}
-CODES = "codes are made anew for whole blocks, and a mask is not kept through that"
-APART = {"pissa": "it splits W into two parts, both dense", "nf4": CODES, "qlora": CODES}  # by name
 
 
 @dataclass(frozen=True)
-class Prune(Method):
+class Prune(Targeted):
     r"""Unstructured pruning: the entries of W that seem to matter least are zero.
 
         W' = M ⊙ W,   M = 0 for the round(s · n) of every n entries with the lowest score S
@@ -61,17 +53,19 @@ class Prune(Method):
 
     name: ClassVar[str] = "prune"
     title: ClassVar[str] = "Prune"
+    limits: ClassVar[dict] = {"sparsity": (0.0, 1.0), "end": (0.0, 1.0), "every": (1,)}
+    choices: ClassVar[dict] = {
+        "score": ("magnitude", "wanda", "random", "stored"),
+        "scope": (None, "row", "layer", "global"),
+        "pattern": (None, "2:4"),
+        "schedule": ("one-shot", "gradual"),
+    }
+    stored_width: ClassVar[int] = 1
 
     def __post_init__(self):
-        require("sparsity", self.sparsity, 0.0, 1.0)
-        require("end", self.end, 0.0, 1.0)
-        require("every", self.every, 1)
-        for option, allowed in OPTIONS.items():
-            if (value := getattr(self, option)) not in allowed:
-                raise ValueError(f"{option}={value!r}: allowed is {', '.join(map(repr, allowed))}")
-        named = LoRA(target_modules=self.target_modules).target_modules  # refused as LoRA does
-        object.__setattr__(self, "target_modules", named)
-        check_texts(self, "wanda")
+        super().__post_init__()
+        texts = check_texts(self.calibration, self.score, "wanda")
+        object.__setattr__(self, "calibration", texts)
         if self.pattern and (self.sparsity != 0.5 or self.scope):
             raise ValueError(
                 f"pattern={self.pattern!r} is sparsity=0.5 of every four, and no scope"
@@ -79,29 +73,18 @@ class Prune(Method):
         if self.schedule == "gradual" and (self.pattern or self.score != "magnitude"):
             raise ValueError("schedule='gradual' goes by magnitude, taken anew, and has no pattern")
 
-    def objection(self, before, after):
-        if any(method.name != "prune_structures" for method in before):
-            return "it comes first, for the mask is chosen on W as the base has it"
-        return next((APART[method.name] for method in after if method.name in APART), "")
-
     def folded(self) -> Method:
         """The mask as it is stored, whatever found it."""
         return replace(self, score="stored", calibration=(), schedule="one-shot")
 
-    def targets(self, available: tuple[str, ...]) -> tuple[str, ...]:
-        """The targets on a model that has these; ValueError for one that it has not."""
-        return LoRA(target_modules=self.target_modules).targets(available)
-
     def reach(self, base, attachment, generator):
-        linears = base.anatomy.select(self.targets(base.anatomy.targets))
+        linears = self.places(base)
         if self.pattern and (odd := [linear for linear in linears if linear.d_in % 4]):
             raise ValueError(f"pattern='2:4' at {odd[0].name}: {odd[0].d_in} inputs are no fours")
         norms = input_norms(base, linears, self.calibration) if self.score == "wanda" else {}
         scores, now = {}, self.score != "stored" and self.schedule == "one-shot"
         for linear in linears:
-            site = attachment.stack.enter_context(MaskedWeight(linear, self.mask_deltas))
-            attachment.sites.append(site)
-            attachment.frozen[f"prune.{linear.name}.mask"] = lambda site=site: site.bits
+            site = attachment.enter(MaskedWeight(linear, self.mask_deltas))
             if self.score == "wanda":
                 scores[site] = wanda(site.original, norms[linear.module])
             elif self.score == "random":
@@ -136,22 +119,4 @@ class Prune(Method):
 
     def stored(self, shape: Shape) -> int:
         """One bit an entry, in whole bytes: Σ ⌈d_in d_out / 8⌉ over the target matrices."""
-        return sum(copies * -(-size // 8) for copies, size in self._sizes(shape))
-
-    def _sizes(self, shape: Shape) -> list[tuple[int, int]]:
-        """(copies, entries) of every target matrix."""
-        matrices = [m for t in self.targets(shape.targets) for m in shape.matrices(t)]
-        return [(copies, d_in * d_out) for copies, d_in, d_out in matrices]
-
-    def file_bytes(self, shape: Shape, width: int = 4) -> int:
-        """The packed bits, whatever a trained number takes."""
-        return self.stored(shape)
-
-    def footprint(self, plan):
-        """Aside: the original rows, one bit an entry, and for the deltas held at zero a byte."""
-        targets = self.targets(plan.shape.targets)
-        entries = sum(copies * size for copies, size in self._sizes(plan.shape))
-        plan.aside += 4 * entries + self.stored(plan.shape)
-        if self.mask_deltas:
-            plan.aside += entries
-            plan.masked.append(lambda name: name.rsplit(".", 1)[-1] in targets)
+        return sum(n * -(-d_in * d_out // 8) for n, d_in, d_out in self.matrices(shape))

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from peftlab.bases import Shape
-from peftlab.masks import lowest_out
-from peftlab.methods.method import Method, check_texts, require
-from peftlab.structures import (
-    KINDS,
-    Removed,
-    SmallerModel,
-    attentions,
-    blocks,
-    importance,
-    sensitivity,
-)
-
-SCORES = ("magnitude", "gradient", "random")
-PREFIXES = ("prefix_tuning", "p_tuning_v2", "prompt_and_prefix")  # by name
+from peftlab.methods.checks import check_texts, require
+from peftlab.methods.method import Method
+from peftlab.methods.scores import first_of, importance, lowest_structures, sensitivity
+from peftlab.sites.structures import KINDS, Removed, SmallerModel
 
 
 @dataclass(frozen=True)
@@ -58,10 +50,12 @@ class PruneStructures(Method):
     name: ClassVar[str] = "prune_structures"
     title: ClassVar[str] = "Prune structures"
 
+    choices: ClassVar[dict] = {"score": ("magnitude", "gradient", "random")}
+
     def __post_init__(self):
-        if self.score not in SCORES:
-            raise ValueError(f"score={self.score!r}: allowed is {', '.join(SCORES)}")
-        check_texts(self, "gradient")
+        super().__post_init__()
+        texts = check_texts(self.calibration, self.score, "gradient")
+        object.__setattr__(self, "calibration", texts)
         for kind in KINDS:
             value = getattr(self, kind)
             if isinstance(value, dict):
@@ -80,17 +74,10 @@ class PruneStructures(Method):
             raise ValueError(f"{name}={value!r}: a fraction is needed, or {otherwise}")
         require(name, value, 0.0, 1.0)
 
-    def objection(self, before, after):
-        if before:
-            return "it comes first, for the others are made to the sizes that are left"
-        if any(method.name in PREFIXES for method in after):
-            return "a prefix has as many heads in every layer, those of the whole model"
-        return ""
-
     def reach(self, base, attachment, generator):
         felt = sensitivity(base, self.calibration) if self.score == "gradient" else {}
 
-        def score(kind: str, name: str, size: int) -> torch.Tensor:
+        def score(kind: str, name: str, size: int) -> Tensor:
             if self.score == "random":
                 return torch.rand(size, generator=generator)
             if self.score == "gradient":
@@ -98,47 +85,16 @@ class PruneStructures(Method):
             return importance(base.anatomy, kind, name).view(-1)
 
         removed = self.removed(base.anatomy.shape, score)
-        site = attachment.stack.enter_context(SmallerModel(base.anatomy, removed))
-        attachment.sites.append(site)
+        attachment.enter(SmallerModel(base.anatomy, removed))
         named = {kind: getattr(removed, kind) for kind in (*KINDS, "layers")}
         attachment.chosen = PruneStructures(**named)
 
-    def removed(self, shape: Shape, score=lambda kind, name, size: torch.zeros(size)) -> Removed:
-        """What goes, by name: the lowest by this score, which by default are the first."""
-        layers, names = self.layers, blocks(shape)
-        if not isinstance(layers, tuple):
-            stacks: dict[str, list[str]] = {}
-            for name in names:
-                stacks.setdefault(name.rpartition("layers")[0], []).append(name)
-            layers = tuple(
-                name for every in stacks.values() for name in self._lowest_layers(every, score)
-            )
-        group, gone = shape.heads // shape.kv_heads, {}
-        if self.queries and group == 1:
-            raise ValueError(f"queries: each head of {shape.name} has one query; give heads")
-        sizes = {"heads": shape.kv_heads, "queries": group, "neurons": shape.d_ff}
-        for kind, size in sizes.items():
-            gone[kind] = value = getattr(self, kind)
-            if isinstance(value, dict):
-                continue
-            places = blocks(shape) if kind == "neurons" else attentions(shape)
-            gone[kind] = {}
-            for name in places if round(value * size) else ():
-                if name.removesuffix(".cross") not in layers:
-                    every = shape.heads if kind == "queries" else size
-                    keep = lowest_out(score(kind, name, every).view(-1, size), value)
-                    gone[kind][name] = tuple((~keep.flatten()).nonzero().flatten().tolist())
-        removed = Removed(**gone, layers=layers)
+    def removed(self, shape: Shape, score: Callable = first_of) -> Removed:
+        """What goes, by name: the lowest by score(kind, name, size), by default the first."""
+        fractions = {kind: getattr(self, kind) for kind in (*KINDS, "layers")}
+        removed = lowest_structures(shape, fractions, score)
         removed.check(shape)
         return removed
-
-    def _lowest_layers(self, names: list[str], score) -> list[str]:
-        """Of one stack; T5's first blocks cannot go, and are not chosen."""
-        count = round(self.layers * len(names))
-        free = names[1:] if "coder" in names[0] and count < len(names) else names
-        scores = torch.cat([score("layers", name, 1) for name in free]) if free else torch.empty(0)
-        lowest = scores.argsort(stable=True)[:count].tolist()
-        return [free[i] for i in sorted(lowest)]
 
     def smaller(self, shape: Shape) -> Shape:
         """The shape that is left."""
@@ -147,9 +103,3 @@ class PruneStructures(Method):
     def parameters(self, shape: Shape) -> int:
         """None: what stays is frozen."""
         return 0
-
-    def footprint(self, plan):
-        """The walk goes through what is left. Aside: every changed tensor as it was."""
-        removed = self.removed(plan.shape)
-        plan.aside += removed.bytes_aside(plan.shape)
-        plan.shape = removed.smaller(plan.shape)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from peftlab.bases import Shape
 from peftlab.methods.lora import LoRA
 from peftlab.methods.nf4 import NF4
 
@@ -47,12 +46,3 @@ class QLoRA(LoRA):
     def reach(self, base, attachment, generator):
         self.codes.reach(base, attachment, generator)
         super().reach(base, attachment, generator)
-
-    def footprint(self, plan):
-        """Of A and B what LoRA keeps; of the codes nothing."""
-        self.codes.footprint(plan)
-        super().footprint(plan)
-
-    def coded(self, shape: Shape) -> tuple[int, int]:
-        """Every linear weight, and the bytes of their codes and scales."""
-        return self.codes.coded(shape)

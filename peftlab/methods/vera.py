@@ -11,9 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import linear as times
 
-from peftlab.bases.tape import Value
 from peftlab.methods.deltas import DeltaMethod
-from peftlab.methods.method import require
 
 
 class Projections(nn.Module):
@@ -87,24 +85,25 @@ class VeRA(DeltaMethod):
     name: ClassVar[str] = "vera"
     title: ClassVar[str] = "VeRA"
     learning_rate: ClassVar[float] = 2e-2
+    limits: ClassVar[dict] = {
+        "r": (1,),
+        "projection_prng_key": (0,),
+        "d_initial": (0.0,),
+        "dropout": (0.0, 1.0),
+    }
 
     def __post_init__(self):
-        require("r", self.r, 1)
-        require("projection_prng_key", self.projection_prng_key, 0)
-        require("d_initial", self.d_initial, 0.0)
+        super().__post_init__()
         if self.d_initial == 0:
             raise ValueError(
-                "d_initial=0: allowed is above 0, for with b at 0 too nothing has a gradient"
+                "d_initial=0: allowed is above 0, because b is 0 too and nothing has a gradient"
             )
-        require("dropout", self.dropout, 0.0, 1.0)
-        super().__post_init__()
 
     def reach(self, base, attachment, generator):
-        linears, weight = self.places(base), base.anatomy.embedding.weight
+        linears = self.places(base)
         d_in, d_out = max(each.d_in for each in linears), max(each.d_out for each in linears)
         shared = Projections(d_in, d_out, self.r, self.projection_prng_key)
-        shared.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
-        attachment.modules[f"{self.name}.projections"] = shared
+        attachment.hold(shared, f"{self.name}.projections")
         super().reach(base, attachment, generator)
 
     def delta(self, linear, attachment, generator):
@@ -113,18 +112,3 @@ class VeRA(DeltaMethod):
 
     def size(self, d_in, d_out, where=""):
         return self.r + d_out
-
-    def footprint(self, plan):
-        """What d and b multiply; the frozen A and B need nothing. Under a mask: d A and b B."""
-        targets = self.targets(plan.shape.targets)
-        matrices = [matrix for target in targets for matrix in plan.shape.matrices(target)]
-        _, d_in, d_out = (max(sizes) for sizes in zip(*matrices, strict=True))
-        plan.standing += 4 * self.r * (d_in + d_out)  # A and B
-
-        def delta(tape, x, y):
-            if tape.under_mask:
-                tape.keep(Value(self.r, x.width), Value(y.width, self.r))
-                return tape.masked(x, y.width)
-            return tape.times(tape.linear(tape.times(tape.linear(x, self.r)), y.width))
-
-        plan.put_beside(targets, delta)

@@ -9,8 +9,8 @@ import numpy as np
 import plotly.graph_objects as go
 
 from peftlab import figures
+from peftlab.bases.probes import AttentionMap
 from peftlab.panels.panel import Panel, replace_parts
-from peftlab.probes import AttentionMap
 
 
 @dataclass(frozen=True)

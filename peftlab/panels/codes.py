@@ -10,7 +10,13 @@ import torch
 
 from peftlab import figures
 from peftlab.panels.panel import Panel, redraw
-from peftlab.quantisation import QUANT_TYPES, bits_per_weight, check_block_size, quantise, table
+from peftlab.sites.quantisation import (
+    QUANT_TYPES,
+    bits_per_weight,
+    check_block_size,
+    quantise,
+    table,
+)
 
 BLOCK_SIZES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 

@@ -9,7 +9,7 @@ import ipywidgets as widgets
 import plotly.graph_objects as go
 import torch
 
-from peftlab import accounting, figures, structures
+from peftlab import accounting, figures
 from peftlab.bases import Base
 from peftlab.bases.shapes import Shape, as_shape
 from peftlab.methods import (
@@ -124,7 +124,7 @@ def pruning_view(
 
 def _loss_on(model, texts: Sequence[str]) -> float:
     with torch.no_grad():
-        return round(structures.own_loss(model, list(texts)).mean().item(), 3)
+        return round(scores.own_loss(model, list(texts)).mean().item(), 3)
 
 
 class PruningLab(Panel):

@@ -10,7 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from peftlab import figures
-from peftlab._data import data_path
+from peftlab.bases.data import data_path
 from peftlab.panels.panel import Panel, replace_parts
 
 SOFT_LAB = {  # what varies: a row's name in the heat map, its label in soft_lab.json

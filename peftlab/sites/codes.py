@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from peftlab.bases import Linear
-from peftlab.bases.anatomy import CODED
-from peftlab.quantisation import Quantised, quantise
+from peftlab.bases.anatomy import CODES
+from peftlab.sites.quantisation import Quantised, quantise
+from peftlab.sites.site import Site
 
 
 class CodedProduct(torch.autograd.Function):
@@ -26,31 +27,31 @@ class CodedProduct(torch.autograd.Function):
         return gradient @ ctx.codes.dequantise(gradient.dtype), None
 
 
-class CodedWeight:
+class CodedWeight(Site):
     """The weight of a whole linear module held as codes:  y = W̃ x + b,  W̃ = m · T[c].
 
     `linear` is all that the module computes, of GPT-2 q, k and v together. Codes are made of
     (d_out, d_in), row by row, however the module stores it. The original is kept aside, on the CPU,
-    and put back on leaving. Where it was, there is a view of a single NaN that takes no memory:
-    code that reads past the codes shows.
+    and put back on leaving. In its place is a view of a single NaN, which takes no memory: code that
+    bypasses the codes reads NaN.
     """
 
     in_the_weight = True
 
     def __init__(self, linear: Linear, **options):
-        self.name, self.linear, self.options = f"{linear.name}.codes", linear, options
+        super().__init__(f"{linear.name}.codes")
+        self.linear, self.options = linear, options
         self.module, self.transposed = linear.module, linear.transposed
-        self.codes: Quantised | None = None
 
     def __enter__(self):
-        if self.module in CODED:
+        if self.linear.code is not None:
             raise ValueError(f"two methods want the same site, {self.name}")
         weight = self.module.weight
         self.encode(weight)
         self.original = weight.data.cpu()
         try:
             self._leave_a_view(weight.device)
-            CODED[self.module] = self
+            setattr(self.module, CODES, self)
             self.module.forward = self._forward
         except BaseException:
             self.__exit__()
@@ -59,7 +60,7 @@ class CodedWeight:
 
     def __exit__(self, *_):
         self.module.__dict__.pop("forward", None)
-        CODED.pop(self.module, None)
+        vars(self.module).pop(CODES, None)
         self.module.weight.data = self.original.to(self.module.weight.device)
 
     def _leave_a_view(self, device: torch.device | str) -> None:

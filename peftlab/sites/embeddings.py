@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from inspect import signature
 
 import torch
@@ -10,11 +11,12 @@ from torch import Tensor
 
 from peftlab.attention import cache_in
 from peftlab.bases import Anatomy
+from peftlab.sites.site import Site
 
 Read = Callable[[], dict[str, Tensor]]  # the tensors of a soft prompt, now
 
 
-class InputEmbeddings:
+class InputEmbeddings(Site):
     """Virtual tokens among the embedded input of one stack of layers.
 
         x = [P; E(tokens)]        positions 0 … P−1 for the virtual tokens, P … for the real ones
@@ -31,8 +33,6 @@ class InputEmbeddings:
     become at a layer's input is dropped, and that layer's own vectors stand in their place.
     """
 
-    name = "input_embeddings"
-
     def __init__(
         self,
         anatomy: Anatomy,
@@ -40,6 +40,7 @@ class InputEmbeddings:
         placement: Iterable[tuple[int, str, int | None]],
         every_layer: bool = False,
     ):
+        super().__init__("input_embeddings")
         self.anatomy, self.read, self.placement = anatomy, read, tuple(placement)
         self.count = sum(count for count, _, _ in self.placement)
         self.every_layer = every_layer
@@ -59,7 +60,7 @@ class InputEmbeddings:
             hooks.append(decoder.register_forward_pre_hook(self._widen_mask, with_kwargs=True))
         if self.every_layer:
             for layer, block in enumerate(self.anatomy.layers[self.stack_name][1:], start=1):
-                hook = self._replace(layer)
+                hook = partial(self._replace, layer)
                 hooks.append(block.register_forward_pre_hook(hook, with_kwargs=True))
         self.hooks = hooks
         return self
@@ -194,17 +195,20 @@ class InputEmbeddings:
             kwargs = {**kwargs, "encoder_attention_mask": self._arrange(order, mask, 1)}
         return args, kwargs
 
-    def _replace(self, layer: int):
-        def hook(block, args, kwargs):
-            if self.real is None:
-                return args, kwargs
-            hidden = args[0] if args else kwargs["hidden_states"]
-            own = self.read()["prompt"][..., layer, :, :].to(hidden.dtype)
-            own = own.expand(len(hidden), -1, -1)
-            where = self.virtual[:, :, None].expand_as(own)
-            hidden = hidden.scatter(1, where, own)
-            if args:
-                return (hidden, *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": hidden}
+    def _replace(self, layer: int, block, args, kwargs):
+        """The virtual tokens' hidden states give way to this layer's own vectors."""
+        if self.real is None:
+            return args, kwargs
+        hidden = args[0] if args else kwargs["hidden_states"]
+        own = self.read()["prompt"][..., layer, :, :].to(hidden.dtype)
+        own = own.expand(len(hidden), -1, -1)
+        where = self.virtual[:, :, None].expand_as(own)
+        hidden = hidden.scatter(1, where, own)
+        if args:
+            return (hidden, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": hidden}
 
-        return hook
+    def held(self) -> Iterator[Tensor]:
+        """Where the virtual and the real tokens of the last forward pass are."""
+        if self.real is not None:
+            yield from (self.virtual, self.real)

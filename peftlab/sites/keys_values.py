@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peftlab import attention
-from peftlab.attention import AttentionSite, Prefix
+from peftlab.attention import AttentionSite
 from peftlab.bases import Anatomy
 from peftlab.sites.embeddings import Read
+from peftlab.sites.site import Site
 
 
-class KeysValues:
+class KeysValues(Site):
     """Virtual keys and values in front of those of the text, in some attention sublayers.
 
         softmax(q [P_k; K]ᵀ / √d) [P_v; V]
@@ -26,53 +25,63 @@ class KeysValues:
     def __init__(
         self, anatomy: Anatomy, sites: list[AttentionSite], read: Read, shift_positions: bool
     ):
+        super().__init__("keys_values", [f"{site.name}.kv" for site in sites])
         self.anatomy, self.sites, self.read, self.shift = anatomy, sites, read, shift_positions
-        self.names = [f"{site.name}.kv" for site in sites]
-        self.now: dict[str, Tensor] = {}
 
     def __enter__(self):
-        prefixes = {site.module: self._prefix(i, site) for i, site in enumerate(self.sites)}
-        with ExitStack() as stack:
-            stack.enter_context(attention.dispatched(self.anatomy.model))
-            stack.enter_context(attention.prefixed(prefixes))
+        prefixes = {s.module: LayerPrefix(self, i, s) for i, s in enumerate(self.sites)}
+        self.inside = [attention.Prefixed(prefixes), attention.Dispatched(self.anatomy.model)]
+        for context in self.inside:
+            context.__enter__()
+        self.hooks = []
+        if self.shift and self.anatomy.takes_positions:
             for module in self.anatomy.stacks.values():
-                hook = module.register_forward_pre_hook(self._begin, with_kwargs=True)
-                stack.callback(hook.remove)
-            self.undo = stack.pop_all()
+                hook = module.register_forward_pre_hook(self._shift_positions, with_kwargs=True)
+                self.hooks.append(hook)
         return self
 
     def __exit__(self, *_):
-        self.undo.close()
-        self.now = {}
+        for hook in self.hooks:
+            hook.remove()
+        for context in reversed(self.inside):
+            context.__exit__()
 
-    def _begin(self, stack, args, kwargs):
-        """Read the prefix once a forward, and shift the positions where that is asked."""
-        self.now = self.read()
-        if self.shift and self.anatomy.takes_positions:
-            count, positions = self.now["P_k"].shape[-2], kwargs.get("position_ids")
-            if positions is None:
-                ids = args[0] if args else kwargs.get("input_ids")
-                ids = kwargs.get("inputs_embeds") if ids is None else ids
-                cache = attention.cache_in(kwargs)
-                start = cache.get_seq_length() if cache is not None else 0
-                positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
-                positions = positions + self.anatomy.first_position
-            kwargs = {**kwargs, "position_ids": positions + count}
-        return args, kwargs
+    @property
+    def count(self) -> int:
+        """How many virtual tokens there are now."""
+        return self.read()["P_k"].shape[-2]
 
-    def _prefix(self, index: int, site: AttentionSite) -> Prefix:
-        def read() -> tuple[Tensor, Tensor]:
-            return self.now["P_k"][..., index, :, :, :], self.now["P_v"][..., index, :, :, :]
+    def _shift_positions(self, stack, args, kwargs):
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            ids = args[0] if args else kwargs.get("input_ids")
+            ids = kwargs.get("inputs_embeds") if ids is None else ids
+            cache = attention.cache_in(kwargs)
+            start = cache.get_seq_length() if cache is not None else 0
+            positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
+            positions = positions + self.anatomy.first_position
+        return args, {**kwargs, "position_ids": positions + self.count}
 
-        first = self.anatomy.layers[site.stack][0]
+
+class LayerPrefix:
+    """What one attention module reads: its part of the prefix."""
+
+    def __init__(self, site: KeysValues, index: int, place: AttentionSite):
+        self.site, self.index = site, index
+        first = site.anatomy.layers[place.stack][0]
         biased = [m for m in first.modules() if getattr(m, "has_relative_attention_bias", False)]
-        if not self.shift or site.cross or site.stack != "decoder" or not biased:
-            return Prefix(read)
+        shifted = site.shift and place.stack == "decoder" and not place.cross and biased
+        self.table: nn.Module | None = biased[0] if shifted else None  # T5's relative positions
 
-        def bias(queries: int, keys: int) -> Tensor:
-            """T5's learned bias between the last `queries` of `keys` and the prefix before them."""
-            count = self.now["P_k"].shape[-2]
-            whole = biased[0].compute_bias(count + keys, count + keys)  # 1 heads keys keys
-            return whole[:, :, -queries:, :count]
+    def read(self) -> tuple[Tensor, Tensor]:
+        """P_k and P_v, (kv_heads, P, head_dim) each, or with a batch in front."""
+        made = self.site.read()
+        return made["P_k"][..., self.index, :, :, :], made["P_v"][..., self.index, :, :, :]
 
-        return Prefix(read, bias)
+    def bias(self, queries: int, keys: int) -> Tensor | None:
+        """T5's learned bias between the last `queries` of `keys` and the prefix before them."""
+        if self.table is None:
+            return None
+        count = self.site.count
+        whole = self.table.compute_bias(count + keys, count + keys)  # 1 heads keys keys
+        return whole[:, :, -queries:, :count]

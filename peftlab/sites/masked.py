@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
-from torch import Tensor
+from jaxtyping import Bool, UInt8
+from torch import Tensor, nn
 
 from peftlab.bases import Linear
-from peftlab.masks import pack, unpack
+from peftlab.sites.site import Site
 
 
-class MaskedWeight:
+class MaskedWeight(Site):
     """Some entries of one linear weight held at zero:  y = (M ⊙ W) x + b.
 
     The mask M is kept as bits, one an entry, and `mask` is what they say; at first all ones. The
@@ -18,12 +21,13 @@ class MaskedWeight:
     step has moved. With `mask_deltas` a delta beside W is held at zero in the same places.
     """
 
-    in_the_weight = True  # there is nothing to merge
+    in_the_weight = True
 
     def __init__(self, linear: Linear, mask_deltas: bool = True):
         if linear.code is not None:
             raise ValueError(f"{linear.name} is held as codes: a mask is put on before them")
-        self.name, self.linear, self.mask_deltas = f"{linear.name}.mask", linear, mask_deltas
+        super().__init__(f"{linear.name}.mask")
+        self.linear, self.mask_deltas = linear, mask_deltas
 
     def __enter__(self):
         self.original = self.linear.weight.detach().clone()
@@ -62,10 +66,31 @@ class MaskedWeight:
         self.linear.write(self.now.masked_fill(~mask, 0))
         self.linear.mask = mask if self.mask_deltas else None
 
-    refresh = apply  # after the bits were read from a file
+    refresh = apply
+
+    def stored(self) -> dict[str, Tensor]:
+        """The mask, one bit an entry."""
+        return {self.name: self.bits}
+
+    def held(self) -> Iterator[Tensor]:
+        """The original rows, the bits, and the mask that deltas are held at zero by."""
+        yield from (self.original, self.bits)
+        if self.linear.mask is not None:
+            yield self.linear.mask
 
     def to(self, device) -> None:
-        """Move what is kept beside the model."""
         self.bits, self.original = self.bits.to(device), self.original.to(device)
         if self.linear.mask is not None:
             self.linear.mask = self.linear.mask.to(device)
+
+
+def pack(mask: Bool[Tensor, "d_out d_in"]) -> UInt8[Tensor, " bytes"]:
+    """Eight entries a byte, row by row, the first in the lowest bit; the last byte is filled up."""
+    bits = nn.functional.pad(mask.flatten(), (0, -mask.numel() % 8)).view(-1, 8)
+    return (bits * 2 ** torch.arange(8, device=mask.device)).sum(dim=1).to(torch.uint8)
+
+
+def unpack(packed: UInt8[Tensor, " bytes"], rows: int, columns: int) -> Bool[Tensor, "rows cols"]:
+    """The inverse of `pack`."""
+    bits = packed[:, None] >> torch.arange(8, device=packed.device, dtype=torch.uint8) & 1
+    return bits.flatten()[: rows * columns].view(rows, columns).bool()

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from peftlab.bases import Linear, Sublayer
+from peftlab.sites.site import Site
 
 
-class SublayerOutput:
+class SublayerOutput(Site):
     """A small module f after one sublayer, or beside it.
 
         after    y ← y + f(y)      y: what the last linear map gives, before dropout and residual
@@ -24,26 +25,25 @@ class SublayerOutput:
     alone = "two at one sublayer would have to say which reads the other's output"
 
     def __init__(self, sublayer: Sublayer, f: nn.Module, beside: bool = False):
-        self.name, self.sublayer, self.f, self.beside = sublayer.name, sublayer, f, beside
+        super().__init__(sublayer.name)
+        self.sublayer, self.f, self.beside = sublayer, f, beside
         self.x: Tensor | None = None  # between the first map and the last
 
     def __enter__(self):
-        self.hooks = ExitStack()
+        self.hooks = [self.sublayer.last.module.register_forward_hook(self._add)]
         if self.beside:  # in front of other hooks: a scale on the first map is not x's
             first = self.sublayer.first.module
-            hook = first.register_forward_pre_hook(self._read, prepend=True)
-            self.hooks.callback(hook.remove)
-        self.hook = self.sublayer.last.module.register_forward_hook(self._add)
+            self.hooks.append(first.register_forward_pre_hook(self._read, prepend=True))
         return self
 
     def settle(self) -> None:
         """Go behind all other hooks on the last map."""
-        self.hook.remove()
-        self.hook = self.sublayer.last.module.register_forward_hook(self._add)
+        self.hooks[0].remove()
+        self.hooks[0] = self.sublayer.last.module.register_forward_hook(self._add)
 
     def __exit__(self, *_):
-        self.hook.remove()
-        self.hooks.close()
+        for hook in self.hooks:
+            hook.remove()
         self.x = None
 
     def _read(self, module, args):
@@ -54,7 +54,7 @@ class SublayerOutput:
         return output + self.f(x).to(output.dtype)
 
 
-class Scale:
+class Scale(Site):
     """Factors l on what one linear weight gives, its bias included, or on what it reads.
 
         y = l ⊙ (W x + b)    l (d_out,)    merged:  W ← diag(l) W,  b ← l ⊙ b
@@ -64,6 +64,7 @@ class Scale:
     only an output can be scaled. Merging keeps the original rows; unmerging puts those back.
     """
 
+    can_merge = True
     alone = "l ⊙ (W + ΔW) x and l ⊙ W x + ΔW x differ, and a list does not say which is meant"
 
     def __init__(self, linear: Linear, module: nn.Module, of_input: bool = False):
@@ -72,7 +73,8 @@ class Scale:
                 f"{linear.name} is part of a fused weight and shares its input: "
                 "only its output can be scaled"
             )
-        self.name, self.linear, self.module, self.of_input = linear.name, linear, module, of_input
+        super().__init__(linear.name)
+        self.linear, self.module, self.of_input = linear, module, of_input
         self.original: tuple[object, Tensor | None] | None = None  # what merging replaced
 
     @property
@@ -89,6 +91,10 @@ class Scale:
     def __exit__(self, *_):
         self.unmerge()
         self.hook.remove()
+
+    def held(self) -> Iterator[Tensor]:
+        """The originals, while the factors are merged."""
+        yield from (t for t in self.original or () if isinstance(t, Tensor))
 
     def _scale_input(self, module, args):
         if self.merged:

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
-from torch import nn
+from torch import Tensor, nn
+
+from peftlab.sites.site import Site
 
 
-class ExistingParameters:
+class ExistingParameters(Site):
     """Some of the model's own parameters, unfrozen. The originals are kept aside.
 
     Training happens on copies inside the same `Parameter` objects; leaving puts the original
     tensors themselves back, so that not even their addresses have changed.
     """
 
-    name = "parameters"
-    in_the_weight = True  # there is nothing to merge
+    in_the_weight = True
     alone = "both would train it"
 
     def __init__(self, model: nn.Module, names: Iterable[str]):
-        parameters = dict(model.named_parameters())
+        names, parameters = list(names), dict(model.named_parameters())
+        super().__init__("parameters", [f"parameters: {name}" for name in names])
         self.parameters = {name: parameters[name] for name in names}
-        self.names = [f"parameters: {name}" for name in self.parameters]
 
     def __enter__(self):
         self.originals = {name: p.data for name, p in self.parameters.items()}
@@ -35,3 +36,7 @@ class ExistingParameters:
             parameter.requires_grad_(False)
             parameter.grad = None
             parameter.data = self.originals[name].to(parameter.device)
+
+    def held(self) -> Iterator[Tensor]:
+        """The originals."""
+        return iter(self.originals.values())

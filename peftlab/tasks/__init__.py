@@ -15,7 +15,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from peftlab._data import data_path
+from peftlab.bases.data import data_path
 
 if TYPE_CHECKING:
     import torch

@@ -30,7 +30,7 @@ its target is in two splits.
 
 from __future__ import annotations
 
-from peftlab._data import data_path
+from peftlab.bases.data import data_path
 from peftlab.tasks import SPLITS, Example, Task, read, share
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"

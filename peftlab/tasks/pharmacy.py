@@ -42,7 +42,7 @@ import json
 import re
 from dataclasses import dataclass
 
-from peftlab._data import data_path
+from peftlab.bases.data import data_path
 from peftlab.tasks import SPLITS, Example, Task, read, share
 
 KNOWN = "trained medicine, trained wording"

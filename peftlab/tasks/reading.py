@@ -20,7 +20,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from peftlab import heads
+from peftlab.methods import heads
 from peftlab.tasks import Example, Task, share
 from peftlab.tasks.offsets import check_kind, encode
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from peftlab import heads
+from peftlab.methods import heads
 from peftlab.tasks import Example, Task
 from peftlab.tasks.offsets import check_kind, encode
 from peftlab.tasks.public import Source, lines, rows, some, split_off

@@ -25,7 +25,7 @@ import re
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, ClassVar
 
-from peftlab import heads
+from peftlab.methods import heads
 from peftlab.tasks import IGNORED, Example, Task, share
 from peftlab.tasks.offsets import check_kind, encode
 

@@ -18,7 +18,7 @@ import re
 import unicodedata
 from typing import ClassVar
 
-from peftlab import heads
+from peftlab.methods import heads
 from peftlab.tasks import Example
 from peftlab.tasks.public import Source, lines, rows, some
 from peftlab.tasks.tagging import Entities

@@ -18,7 +18,7 @@ from peftlab.panels import (
     memory_view,
     rank_lab_view,
 )
-from peftlab.quantisation import bits_per_weight
+from peftlab.sites.quantisation import bits_per_weight
 
 pytestmark = pytest.mark.browser
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"

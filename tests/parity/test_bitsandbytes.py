@@ -14,7 +14,7 @@ import torch
 from bitsandbytes import functional as theirs
 from models import U32
 
-from peftlab.quantisation import blockwise, dynamic_table, quantise, table
+from peftlab.sites.quantisation import blockwise, dynamic_table, quantise, table
 
 SIZES = (32, 64, 128, 256, 1024)
 DELTA = 1 / 65535

@@ -53,8 +53,8 @@ from peftlab import (
     attach,
 )
 from peftlab.bases import CLASSES, Base
-from peftlab.interop import from_peft, to_peft
-from peftlab.layouts.write import shortest
+from peftlab.tuned.interop import from_peft, to_peft
+from peftlab.tuned.layouts.write import shortest
 
 from .test_peft_differs import distilbert
 

@@ -29,7 +29,7 @@ from peftlab import (
     attach,
 )
 from peftlab.bases.real import REAL
-from peftlab.interop import from_peft, to_peft
+from peftlab.tuned.interop import from_peft, to_peft
 
 TEXT = "The capital of France is"
 SHIFTED = {"shift_positions": True}

@@ -46,7 +46,7 @@ from safetensors.torch import load_file
 
 from peftlab import LoRA, PrefixTuning, PromptTuning, PTuning, attach, attention
 from peftlab.attention import cache_name
-from peftlab.heads import Spans
+from peftlab.methods.heads import Spans
 
 FLOAT32, FLOAT64 = torch.float32, torch.float64
 DTYPES = (FLOAT32, FLOAT64)

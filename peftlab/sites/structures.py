@@ -13,15 +13,17 @@ query heads alone, and as many stay in each group.
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import ExitStack
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from peftlab.attention import cache_in
-from peftlab.bases import FAMILIES, Anatomy, LanguageModel, Linear, Shape
+from peftlab.bases import FAMILIES, Anatomy, Linear, Shape
 from peftlab.bases.shapes import ATTENTION
+from peftlab.sites.site import Site
 
 KINDS = ("heads", "queries", "neurons")  # what goes by index; layers go by name
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads")  # what attentions call their sizes
@@ -123,159 +125,59 @@ class Removed:
         neurons = tuple(shape.d_ff - len(self.neurons.get(name, ())) for name in stay)
         return SmallerShape(**facts, attention=pairs, neurons=neurons)
 
-    def bytes_aside(self, shape: Shape) -> int:
-        """Bytes, in float32, of every tensor that changes, as it was: it waits to be put back."""
-        sizes = {target: shape.matrices(target)[0][1:] for target in shape.targets}
-        attention = [target for target in sizes if target in ATTENTION]
-        mlp = [target for target in sizes if target not in ATTENTION]
 
-        def numbers(targets, biases):
-            weights = sum(sizes[t][0] * sizes[t][1] for t in targets)
-            return weights + sum(sizes[t][1] for t in biases if t in shape.biased)
-
-        total = len(self.neurons) * numbers(mlp, ("up", "gate"))
-        for name in {*self.heads, *self.queries}:
-            total += numbers(attention, "qkv" if shape.fused or name in self.heads else "q")
-        for name in self.layers:
-            parts = 2 if name.startswith("decoder") else 1  # of attention, to the encoder as well
-            total += parts * numbers(attention, attention) + numbers(mlp, mlp)
-            total += (parts + 1) * shape.norm_size
-        return 4 * total
-
-
-@torch.no_grad()
-def importance(anatomy: Anatomy, kind: str, name: str) -> Tensor:
-    """Σ w² over all weights that are a head's, a query's, a neuron's, or that a block writes with.
-
-    A block is told by what it adds to the residual stream: its o and down.
-    """
-    shape = anatomy.shape
-    if kind == "layers":
-        mine = [x for key, x in anatomy.linears.items() if key.startswith(f"{name}.")]
-        return sum(x.weight.double().square().sum() for x in mine if x.target in ("o", "down"))
-    count = {"heads": shape.kv_heads, "queries": shape.heads, "neurons": shape.d_ff}[kind]
-    read = {"heads": "qkv", "queries": "q", "neurons": ("up", "gate")}[kind]
-    write = "down" if kind == "neurons" else "o"
-    total = torch.zeros(count, dtype=torch.float64)
-    for target in (*read, write):
-        if linear := anatomy.linears.get(f"{name}.{target}"):
-            W = linear.weight.double().square().cpu()
-            total += W.sum(dim=0 if target == write else 1).view(count, -1).sum(dim=1)
-    return total
-
-
-def sensitivity(
-    model: LanguageModel, texts: tuple[str, ...], batch_size: int = 16
-) -> dict[tuple[str, str], Tensor]:
-    """|∂L/∂ξ|, the mean over the texts, where ξ = 1 multiplies what a structure adds: by (kind,
-    name), for every head, query, neuron and layer at once. Of a layer ξ is on its o and down.
-
-    L is a text's own loss: the next token of a decoder; of an encoder every seventh token, masked;
-    and T5 writes the text that it reads.
-    """
-    anatomy, gates, totals = model.anatomy, {}, {}
-    counts = {"heads": anatomy.shape.kv_heads, "queries": anatomy.shape.heads}
-
-    def gate(key: tuple[str, str], x: Tensor, count: int) -> Tensor:
-        """A factor for each text and structure, spread over the features: batch 1 features."""
-        if key not in gates:
-            gates[key] = torch.ones(len(x), count, dtype=x.dtype, device=x.device).requires_grad_()
-        return gates[key].repeat_interleave(x.shape[-1] // count, dim=1)[:, None]
-
-    def inside(name: str, kinds: tuple[str, ...]):
-        def hook(module, args):
-            (x,) = args
-            for kind in kinds:
-                x = x * gate((kind, name), x, counts.get(kind, x.shape[-1]))
-            return (x,)
-
-        return hook
-
-    def outside(name: str):
-        return lambda module, args, y: y * gate(("layers", name), y, 1)
-
-    with ExitStack() as stack, torch.enable_grad(), model._evaluating():
-        for key, linear in anatomy.linears.items():
-            name, module = key.rsplit(".", 1)[0], linear.module
-            if linear.target in ("o", "down"):
-                kinds = ("heads", "queries") if linear.target == "o" else ("neurons",)
-                hooks = [
-                    module.register_forward_pre_hook(inside(name, kinds)),
-                    module.register_forward_hook(outside(name.removesuffix(".cross"))),
-                ]
-                for hook in hooks:
-                    stack.callback(hook.remove)
-        for start in range(0, len(texts), batch_size):
-            gates.clear()
-            own_loss(model, list(texts[start : start + batch_size])).sum().backward()
-            for key, factor in gates.items():
-                totals[key] = totals.get(key, 0) + factor.grad.abs().sum(dim=0) / len(texts)
-    return totals
-
-
-def own_batch(model: LanguageModel, texts: list[str]) -> dict[str, Tensor]:
-    """Texts as the model would be trained on them: see `sensitivity` for what it predicts."""
-    batch = model.tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
-    batch = batch.to(model.device)
-    ids, mask, given = batch["input_ids"].long(), batch["attention_mask"], {}
-    labels = ids.masked_fill(mask == 0, -100)
-    if model.kind == "encoder":
-        hidden = torch.arange(ids.shape[1], device=ids.device) % 7 == 3
-        labels = labels.masked_fill(~hidden, -100)
-        ids = ids.masked_fill(hidden & mask.bool(), model.tokenizer.mask_token_id)
-    elif model.kind == "encoder-decoder":
-        first = torch.full_like(ids[:, :1], model.decoder_start[0])
-        given["decoder_input_ids"] = torch.cat([first, ids[:, :-1]], dim=1)
-    return given | {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-def own_loss(model: LanguageModel, texts: list[str]) -> Tensor:
-    """The mean cross entropy of each text, (batch,)."""
-    logits, labels = model.aligned(own_batch(model, texts))
-    if not (labels != -100).any(dim=1).all():
-        raise ValueError("a calibration text is too short: none of its tokens is predicted")
-    loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
-    return loss.view(labels.shape).sum(dim=1) / (labels != -100).sum(dim=1)
-
-
-class SmallerModel:
+class SmallerModel(Site):
     """The model without what is removed: smaller tensors in the same modules, fewer blocks.
 
     Each changed parameter gives way to a smaller one, and each attribute that says a size to a
-    smaller number; leaving puts the very same objects back. A weight goes on by its name, though
-    blocks before it are gone. T5's table of relative positions serves all layers and stays whole;
+    smaller number; leaving puts the very same objects back. Weights keep their names when blocks
+    before them are gone. T5's table of relative positions serves all layers and stays whole;
     each attention reads the columns of its own heads.
     """
 
-    in_the_weight = True  # there is nothing to merge
+    in_the_weight = True
 
     def __init__(self, anatomy: Anatomy, removed: Removed):
-        self.anatomy, self.removed, self.shape = anatomy, removed, removed.smaller(anatomy.shape)
-        self.names = [
+        names = [
             f"{name}.{kind}"
             for kind in KINDS
             for name, indices in getattr(removed, kind).items()
             if indices
         ]
-        self.names += removed.layers
+        super().__init__("structures", [*names, *removed.layers])
+        self.anatomy, self.removed, self.shape = anatomy, removed, removed.smaller(anatomy.shape)
+        self.aside: list[nn.Parameter | nn.Module] = []  # what waits to be put back
+        self.before: list[tuple[object, str, object]] = []  # an owner, its attribute, the value
+        self.hooks: list[RemovableHandle] = []
 
     def __enter__(self):
-        self.aside: list[nn.Parameter | nn.Module] = []  # what waits to be put back
-        with ExitStack() as stack:
-            self.stack = stack
+        try:
             self._forget_attentions()
             self._take_blocks()
             self._take_rows()
             self._set("shape", self.shape, self.anatomy)
-            self.stack = stack.pop_all()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_):
-        self.stack.close()
-        self.aside = []
+        for hook in self.hooks:
+            hook.remove()
+        self._forget_attentions()
+        while self.before:
+            owner, name, value = self.before.pop()
+            setattr(owner, name, value)
+        self.aside, self.hooks = [], []
+
+    def held(self) -> Iterator[Tensor]:
+        """The parameters that gave way to smaller ones, and those of the blocks taken out."""
+        for part in self.aside:
+            tensors = part.parameters() if isinstance(part, nn.Module) else [part]
+            yield from tensors
+            yield from part.buffers() if isinstance(part, nn.Module) else ()
 
     def to(self, device) -> None:
-        """What is put aside follows the model."""
         for part in self.aside:
             if isinstance(part, nn.Module):
                 part.to(device)
@@ -283,22 +185,13 @@ class SmallerModel:
                 part.data = part.data.to(device)
 
     def _set(self, name: str, value, owner) -> None:
-        """Another value for an attribute, until the stack is closed."""
-        before = getattr(owner, name)
-        self.stack.callback(setattr, owner, name, before)
+        """Another value for an attribute, until the site is left."""
+        self.before.append((owner, name, getattr(owner, name)))
         setattr(owner, name, value)
 
     def _forget_attentions(self) -> None:
-        """What was observed of the attentions holds no longer."""
-        facts = self.anatomy.__dict__
-        before = facts.pop("attentions", None)
-
-        def restore():
-            facts.pop("attentions", None)
-            if before is not None:
-                facts["attentions"] = before
-
-        self.stack.callback(restore)
+        """What was observed of the attentions holds no longer: it is observed anew when asked."""
+        vars(self.anatomy).pop("attentions", None)
 
     def _take_blocks(self) -> None:
         anatomy, gone = self.anatomy, self.removed.layers
@@ -396,15 +289,13 @@ class SmallerModel:
             q = linears[f"{name}.q"].module
             owner = next(m for m in self.anatomy.model.modules() if q in m.children())
             if name.endswith(".cross"):
-                hooks = [owner.register_forward_pre_hook(_one_column, with_kwargs=True)]
+                self.hooks.append(owner.register_forward_pre_hook(_one_column, with_kwargs=True))
             else:
                 columns = _Columns(torch.tensor(self.removed.kept(shape, name)))
-                hooks = [
+                self.hooks += [
                     owner.register_forward_pre_hook(columns.take, with_kwargs=True),
                     owner.register_forward_hook(columns.give_back),
                 ]
-            for hook in hooks:
-                self.stack.callback(hook.remove)
 
 
 def _one_column(module, args, kwargs):

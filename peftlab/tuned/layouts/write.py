@@ -114,10 +114,10 @@ class Layout:
             raise Unknown(
                 "PEFT's layout of a head is not written: the adapter stands with its head"
             )
-        pairs = [pair for pair in tuned.attachments if not isinstance(pair[0], NF4)]
-        if len(pairs) != 1:
+        trained = [each for each in tuned.attachments if not isinstance(each.method, NF4)]
+        if len(trained) != 1:
             raise Unknown(f"PEFT's layout holds one method, not {tuned.label}")
-        method, attachment = pairs[0]
+        attachment, method = trained[0], trained[0].method
         if type(method) not in WRITERS:
             raise Unknown(f"PEFT does not know {method.title}: it knows {KNOWN}")
         layout = WRITERS[type(method)](tuned, method.folded(), attachment)

@@ -14,8 +14,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftlab.bases.tape import Tape, Value
-
 IGNORED = -100
 
 
@@ -49,10 +47,6 @@ class Head:
     ) -> Tensor:
         """(batch, seq, classes), or (batch, classes) of a head that reads the whole text."""
         return linear(hidden.to(linear.weight.dtype))
-
-    def footprint(self, tape: Tape, hidden: Value) -> tuple[Value, int]:
-        """The logits on a tape, and how many rows of them are scored."""
-        return tape.linear(hidden, self.classes, weight=True, bias=True), hidden.rows
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean cross entropy over the labels that are not −100, in nats."""
@@ -107,14 +101,6 @@ class Classification(_Labelled):
         if self.pool not in ("mean", "first"):
             raise ValueError(f"pool={self.pool!r}: allowed is mean, first")
 
-    def footprint(self, tape, hidden):
-        rows = tape.batch
-        if hidden.grad and self.pool == "mean":  # the mask as weights, and their sums
-            tape.keep(Value(hidden.rows, 1), Value(rows, 1))
-        elif hidden.grad:  # which rows and columns
-            tape.keep(Value(rows, 1, size=8), Value(rows, 1, size=8))
-        return super().footprint(tape, Value(rows, hidden.width, hidden.grad))
-
     def logits(self, linear, hidden, mask):
         if self.pool == "mean":
             weight = mask.to(hidden).unsqueeze(-1)
@@ -134,10 +120,6 @@ class Spans(Head):
     @property
     def classes(self) -> int:
         return 2
-
-    def footprint(self, tape, hidden):
-        tape.keep(Value(hidden.rows, 1, size=1))  # the padding, which is no place
-        return super().footprint(tape, hidden)
 
     def logits(self, linear, hidden, mask):
         scores = super().logits(linear, hidden, mask)

@@ -17,36 +17,11 @@ from torch import Tensor, nn
 from peftlab import attention
 from peftlab.attention import AttentionSite
 from peftlab.bases import Base
-from peftlab.bases.tape import Tape, Value
+from peftlab.methods.method import Attachment
+from peftlab.sites import Source
 
 PROMPT_INITS = ("vocabulary", "text", "random", "normal", "zero")
 PREFIX_INITS = ("vocabulary", "text", "random", "zero")
-
-
-class Source:
-    """What a site reads at every forward: the tensors of a module, or others put in their place.
-
-    Inside `held()` nothing trains, and the module is run once for all forwards.
-    """
-
-    def __init__(self, module: nn.Module):
-        self.module = module
-        self.instead: dict[str, Tensor] | None = None
-        self._made: dict[str, Tensor] | None = None
-
-    def __call__(self) -> dict[str, Tensor]:
-        if self.instead is not None:
-            return self.instead
-        return self.module() if self._made is None else self._made
-
-    @contextlib.contextmanager
-    def held(self):
-        """Inside, what the module makes now is what every forward reads."""
-        self._made = self.module()
-        try:
-            yield
-        finally:
-            self._made = None
 
 
 class Flat(nn.Module):
@@ -94,7 +69,7 @@ class PromptEncoder(nn.Module):
     mlp        an MLP on each virtual token alone
     attention  one multi-head self-attention over the virtual tokens, then the MLP
 
-    `sizes` says whose code: see `methods.PTuning`. The MLPs use ReLU.
+    `sizes` says whose code it follows. The MLPs use ReLU.
     """
 
     def __init__(self, table: Tensor, encoder: str, sizes: str, hidden: int, layers: int):
@@ -134,20 +109,6 @@ def mlp_widths(encoder: str, sizes: str, hidden: int, d: int) -> tuple[int, ...]
     if sizes == "peft":
         return (2 * hidden, 2 * hidden, d) if encoder == "lstm" else (d, hidden, hidden, d)
     return (2 * hidden if encoder == "lstm" else d, d, d)
-
-
-def encoder_footprint(tape: Tape, encoder: str, widths: tuple[int, ...], P: int, d: int) -> None:
-    """What a `PromptEncoder` keeps on a tape. An LSTM's kernel has a workspace, not counted."""
-    x = Value(P, d, True)  # the table itself is a parameter
-    if encoder == "lstm":
-        x = Value(P, widths[0], True)
-    elif encoder == "attention":
-        out = Value(P, d, True)
-        tape.keep(Value(P, 3 * d), out, Value(P, 4 if d % 4 == 0 else 1))
-        x = tape.linear(out, d, weight=True)
-    for i, wide_out in enumerate(widths[1:]):
-        x = tape.act(x, "relu") if i else x
-        x = tape.linear(x, wide_out, weight=i > 0 or encoder != "mlp")
 
 
 @contextlib.contextmanager
@@ -232,47 +193,48 @@ def keys_values(
     return {name: tensor.to("cpu", dtype).clone() for name, tensor in made.items()}
 
 
-def check_init(init: str, text: str | None, allowed: tuple[str, ...]) -> None:
-    """Raise ValueError for an unknown start, or a text without its start or the other way round."""
-    if init not in allowed:
-        raise ValueError(f"init={init!r}: allowed is {', '.join(allowed)}")
-    if (init == "text") != bool(text):
-        raise ValueError('init="text" and a non-empty init_text go together')
+def attentions(base: Base, reaches: Callable[[int, int], bool]) -> list[AttentionSite]:
+    """The attention sublayers that get a prefix: where reaches(layer, layers of its stack).
 
-
-def check_placement(placement, total: int) -> tuple[tuple[int, str], ...] | None:
-    """The blocks of a placement as (count, where) pairs, None for none.
-
-    Raises ValueError unless they are such pairs, of places that exist, with `total` virtual tokens.
+    Raises ValueError if the base has none.
     """
-    if placement is None:
-        return None
-    try:
-        blocks = tuple((count, where) for count, where in placement)
-        if not all(isinstance(where, str) for _, where in blocks):
-            raise TypeError
-    except (TypeError, ValueError):
+    shape = base.anatomy.shape
+    layers = {"decoder": shape.decoder_layers}
+    sites = [
+        s for s in base.anatomy.attentions if reaches(s.layer, layers.get(s.stack, shape.layers))
+    ]
+    if not sites:
         raise ValueError(
-            f"placement={placement!r}: give (count, where) pairs, such as [(3, 'front')]"
-        ) from None
-    for count, where in blocks:
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"a count of placement={count!r}: allowed is a whole number from 1 on")
-        if where not in ("front", "back") and not where.startswith(("before ", "after ")):
-            raise ValueError(f"{where!r}: allowed is front, back, 'before X', 'after X'")
-    if (given := sum(count for count, _ in blocks)) != total:
-        raise ValueError(f"placement has {given} virtual tokens, num_virtual_tokens={total}")
-    return blocks
+            f"{base.name} computes attention in a way that no prefix reaches: "
+            "its family does not use transformers' attention registry"
+        )
+    return sites
 
 
-def put(base: Base, attachment, name: str, module: nn.Module) -> Callable[[], dict[str, Tensor]]:
-    """Move a soft prompt to the base's device, name what trains, and return what a site reads."""
-    weight = base.anatomy.embedding.weight
-    module.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+def put(attachment: Attachment, module: nn.Module) -> Source:
+    """Enter what makes a soft prompt, name what trains in it, and return what a site reads."""
+    name = attachment.method.name
+    attachment.hold(module, name)
     made = "" if isinstance(module, Flat) else "encoder."
     for key, parameter in module.named_parameters():
         attachment.trainable[f"{name}.{made}{key}"] = parameter
-    attachment.modules[name] = module
-    source = Source(module)
-    attachment.sources[name] = source
+    source = Source(name, attachment.base.anatomy, module)
+    attachment.sources[name] = attachment.enter(source)
     return source
+
+
+def blocks(base: Base, placement: tuple, count: int) -> list[tuple[int, str, int | None]]:
+    """A placement with token ids. Raises ValueError for a text that is not one token."""
+    resolved = []
+    for size, where in placement or [(count, "front")]:
+        side, _, text = where.partition(" ")
+        token = None
+        if text:
+            ids = base.tokenizer(text, add_special_tokens=False)["input_ids"]
+            if len(ids) != 1:
+                raise ValueError(f"{text!r} is {len(ids)} tokens of {base.name}: one is needed")
+            token = ids[0]
+        elif side == "back" and base.kind == "decoder":
+            raise ValueError("on a decoder nothing can stand behind a text that goes on")
+        resolved.append((size, side, token))
+    return resolved

@@ -12,8 +12,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from peftlab.bases import Base
-from peftlab.layouts import KNOWN, Layout, Unknown
-from peftlab.tuned import CONFIG, Tuned, is_peft, write_peft
+from peftlab.tuned.layouts import KNOWN, Layout, Unknown
+from peftlab.tuned.saving import CONFIG, is_peft, write_peft
+from peftlab.tuned.tuned import Tuned
 
 __all__ = ["KNOWN", "Unknown", "from_peft", "to_peft"]
 

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from peftlab.bases import TARGETS, Base, LanguageModel, Linear
-from peftlab.layouts.write import ADALORA_EPSILON, WHERE, Layout, no_prefix, whole_number
 from peftlab.methods import (
     IA3,
     AdaLoRA,
@@ -33,6 +32,7 @@ from peftlab.methods import (
     PTuning,
     VeRA,
 )
+from peftlab.tuned.layouts.write import ADALORA_EPSILON, WHERE, Layout, no_prefix, whole_number
 
 Fill = Callable[[LanguageModel], dict[str, Tensor]]  # the state of what was attached for it
 # What is no part of the function, or is read off the tensors.
@@ -169,7 +169,7 @@ def _targets(modules: list[Module]) -> tuple[str, ...]:
 def _places(tuned: LanguageModel, modules: list[Module]):
     """Every site with its module's tensors, None where the adapter has none for it."""
     of = {module.linears[0].module: module for module in modules}
-    return [(site, of.get(site.linear.module)) for site in tuned.attachments[0][1].sites]
+    return [(site, of.get(site.linear.module)) for site in tuned.attachments[0].sites]
 
 
 def _lora(base: Base, config: dict, tensors: dict[str, Tensor]) -> tuple[Method, Fill]:

@@ -1,0 +1,91 @@
+"""Refusing bad hyper-parameters, in words that say what is allowed."""
+
+from __future__ import annotations
+
+from peftlab.bases import Shape
+
+
+def require(name: str, value, low, high=None) -> None:
+    """Raise ValueError unless low ≤ value (≤ high), saying what is allowed."""
+    kind = int if isinstance(low, int) else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kind):
+        needed = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{name}={value!r}: {needed} is needed")
+    if not low <= value <= (value if high is None else high):
+        allowed = f"{low} to {high}" if high is not None else f"at least {low}"
+        raise ValueError(f"{name}={value}: allowed is {allowed}")
+
+
+def check_choice(name: str, value, allowed: tuple) -> None:
+    """Raise ValueError unless the value is one of those allowed."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}: allowed is {', '.join(map(str, allowed))}")
+
+
+def check_texts(texts, score: str, needed: str) -> tuple[str, ...]:
+    """The calibration texts. Raises ValueError unless they are texts, for this score alone."""
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"calibration={texts!r}: a list of texts is needed")
+    if (score == needed) != bool(texts):
+        raise ValueError(f"calibration: score={needed!r} needs texts to run, and no other does")
+    return tuple(texts)
+
+
+def check_rank(name: str, r: int, d_in: int, d_out: int, where: str) -> None:
+    """Raise ValueError if a rank is above what a matrix of this size can have."""
+    most = min(d_in, d_out)
+    if r > most:
+        raise ValueError(f"{name}={r} at {where} ({d_out}×{d_in}): allowed is 1 to {most}")
+
+
+def check_context(count: int, shape: Shape) -> None:
+    """Raise ValueError unless a token of the input fits beside `count` virtual ones."""
+    if count >= shape.context:
+        raise ValueError(
+            f"num_virtual_tokens={count}: {shape.name} has {shape.context} "
+            f"positions, so allowed is 1 to {shape.context - 1}, with one left for the input"
+        )
+
+
+def check_init(init: str, text: str | None, allowed: tuple[str, ...]) -> None:
+    """Raise ValueError for an unknown start, or a text without its start or the other way round."""
+    check_choice("init", init, allowed)
+    if (init == "text") != bool(text):
+        raise ValueError('init="text" and a non-empty init_text go together')
+
+
+def checked_targets(targets) -> tuple[str, ...] | str:
+    """Targets once each, or "all-linear". Raises ValueError for anything else."""
+    if targets == "all-linear":
+        return targets
+    if not isinstance(targets, list | tuple) or not targets:
+        raise ValueError(
+            f"target_modules={targets!r}: give a list of targets, such as ['q', 'v'], "
+            "or 'all-linear'"
+        )
+    return tuple(dict.fromkeys(targets))
+
+
+def checked_placement(placement, total: int) -> tuple[tuple[int, str], ...] | None:
+    """The blocks of a placement as (count, where) pairs, None for none.
+
+    Raises ValueError unless they are such pairs, of places that exist, with `total` virtual tokens.
+    """
+    if placement is None:
+        return None
+    try:
+        blocks = tuple((count, where) for count, where in placement)
+        if not all(isinstance(where, str) for _, where in blocks):
+            raise TypeError
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"placement={placement!r}: give (count, where) pairs, such as [(3, 'front')]"
+        ) from None
+    for count, where in blocks:
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"a count of placement={count!r}: allowed is a whole number from 1 on")
+        if where not in ("front", "back") and not where.startswith(("before ", "after ")):
+            raise ValueError(f"{where!r}: allowed is front, back, 'before X', 'after X'")
+    if (given := sum(count for count, _ in blocks)) != total:
+        raise ValueError(f"placement has {given} virtual tokens, num_virtual_tokens={total}")
+    return blocks

@@ -1,0 +1,80 @@
+"""Which methods do not go together on one base, and why: one table for all of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from peftlab.methods.method import Method
+
+PRUNING = ("prune", "prune_structures")
+PREFIXES = ("prefix_tuning", "p_tuning_v2", "prompt_and_prefix")
+ANY = None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`method` does not go where one of `others` stands before it, or after it; ANY is any.
+
+    Those in `but` may stand there all the same.
+    """
+
+    method: str
+    before: tuple[str, ...] | None
+    after: tuple[str, ...] | None
+    reason: str
+    but: tuple[str, ...] = ()
+
+
+RULES = (
+    Rule(
+        "full_fine_tuning",
+        before=ANY,
+        after=(),
+        reason="it trains every parameter and composes with no other, but for pruning before it",
+        but=PRUNING,
+    ),
+    Rule(
+        "full_fine_tuning",
+        before=(),
+        after=ANY,
+        reason="it trains every parameter and composes with no other, but for pruning before it",
+    ),
+    Rule(
+        "prune",
+        before=ANY,
+        after=(),
+        reason="it comes first, for the mask is chosen on W as the base has it",
+        but=("prune_structures",),
+    ),
+    Rule("prune", before=(), after=("pissa",), reason="it splits W into two parts, both dense"),
+    Rule(
+        "prune",
+        before=(),
+        after=("nf4", "qlora"),
+        reason="codes are made anew for whole blocks, and a mask is not kept through that",
+    ),
+    Rule(
+        "prune_structures",
+        before=ANY,
+        after=(),
+        reason="it comes first, for the others are made to the sizes that are left",
+    ),
+    Rule(
+        "prune_structures",
+        before=(),
+        after=PREFIXES,
+        reason="a prefix has as many heads in every layer, those of the whole model",
+    ),
+)
+
+
+def check_composition(methods: list[Method]) -> None:
+    """Raise ValueError unless these methods go together in this order."""
+    for i, method in enumerate(methods):
+        before, after = methods[:i], methods[i + 1 :]
+        for rule in (rule for rule in RULES if rule.method == method.name):
+            for others, those in ((rule.before, before), (rule.after, after)):
+                named = [m.name for m in those if m.name not in rule.but]
+                if any(others is ANY or name in others for name in named):
+                    titles = ", ".join(m.title for m in (*before, *after))
+                    raise ValueError(f"{method.title} does not go with {titles}: {rule.reason}")

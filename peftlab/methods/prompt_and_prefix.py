@@ -1,0 +1,81 @@
+"""A prompt and a prefix out of one table: what one source calls P-tuning v2."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from peftlab.bases import Shape
+from peftlab.methods.checks import check_context, check_init
+from peftlab.methods.method import Method
+from peftlab.methods.soft import (
+    PROMPT_INITS,
+    Flat,
+    PrefixMLP,
+    attentions,
+    initial_prompt,
+    put,
+    seeded,
+)
+from peftlab.sites import InputEmbeddings, KeysValues
+
+
+@dataclass(frozen=True)
+class PromptAndPrefix(Method):
+    """One table E, as virtual tokens at the input and through an MLP as keys and values.
+
+        x = [E; E(tokens)],   [P_k; P_v] = W₂ tanh(W₁ E + b₁) + b₂ in every attention
+
+    Trained: the table (P, d_model) and the MLP. Stored: E, P_k and P_v. Without
+    `prefix_projection` all three train as they are. A source calls this P-tuning v2; the paper of
+    that name has neither the input tokens nor, by default, the MLP.
+    """
+
+    num_virtual_tokens: int = 20
+    prefix_projection: bool = True
+    encoder_hidden_size: int = 512
+    init: str = "vocabulary"
+    init_text: str | None = None
+
+    name: ClassVar[str] = "prompt_and_prefix"
+    title: ClassVar[str] = "Prompt and prefix"
+    limits: ClassVar[dict] = {"num_virtual_tokens": (1,), "encoder_hidden_size": (1,)}
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_init(self.init, self.init_text, PROMPT_INITS)
+
+    @property
+    def learning_rate(self) -> float:
+        """The step size that works: an MLP magnifies its own steps, so it takes smaller ones."""
+        return 3e-3 if self.prefix_projection else 0.1
+
+    def reach(self, base, attachment, generator):
+        count = self.num_virtual_tokens
+        check_context(count, base.anatomy.shape)
+        sites = attentions(base, lambda layer, layers: True)
+        table = initial_prompt(base, self.init, self.init_text, count, generator)
+        with seeded(generator):
+            module = PrefixMLP(table, self.encoder_hidden_size, sites, with_prompt=True)
+        if not self.prefix_projection:
+            with torch.no_grad():
+                module = Flat({key: t.clone() for key, t in module.to(table)().items()})
+        read = put(attachment, module)
+        attachment.enter(InputEmbeddings(base.anatomy, read, [(count, "front", None)]))
+        attachment.enter(KeysValues(base.anatomy, sites, read, shift_positions=False))
+        attachment.virtual_tokens = count
+
+    def parameters(self, shape: Shape) -> int:
+        """The table and the MLP, or the table, P_k and P_v."""
+        check_context(self.num_virtual_tokens, shape)
+        d, out = shape.d_model, 2 * shape.attentions * shape.d_kv
+        if not self.prefix_projection:
+            return self.num_virtual_tokens * (d + out)
+        m = self.encoder_hidden_size
+        return self.num_virtual_tokens * d + (d + 1) * m + (m + 1) * out
+
+    def folded(self) -> Method:
+        """The prompt and the flat prefix that the MLP makes."""
+        return replace(self, prefix_projection=False) if self.prefix_projection else self

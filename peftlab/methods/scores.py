@@ -1,0 +1,244 @@
+"""Which entries, heads, neurons or layers matter least: scores, and masks made of them.
+
+>>> W = torch.tensor([[1.0, -2.0, 3.0], [-4.0, 5.0, -6.0]])
+>>> lowest_out(magnitude(W).view(1, -1), 0.5).view(2, 3).int().tolist()
+[[0, 0, 0], [1, 1, 1]]
+>>> lowest_out(magnitude(W), 0.34).int().tolist()
+[[0, 1, 1], [0, 1, 1]]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from peftlab.bases import Anatomy, LanguageModel, Linear, Shape
+from peftlab.sites.structures import Removed, attentions, blocks
+
+
+def magnitude(W: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:
+    """|W|: how far an entry is from zero."""
+    return W.abs()
+
+
+def wanda(
+    W: Float[Tensor, "d_out d_in"], norms: Float[Tensor, " d_in"]
+) -> Float[Tensor, "d_out d_in"]:
+    """|W_ij| ‖X_j‖: an entry counts for as much as what usually comes through it."""
+    return W.abs() * norms.to(W)
+
+
+def lowest_out(
+    scores: Float[Tensor, "groups n"], sparsity: int | float
+) -> Bool[Tensor, "groups n"]:
+    """The mask of each group by itself: exactly round(sparsity · n) of the lowest are False.
+
+    Of equal scores the first goes first, so that the same scores give the same mask anywhere.
+    """
+    count = round(sparsity * scores.shape[1])
+    order = scores.argsort(dim=1, stable=True)
+    return torch.ones_like(scores, dtype=torch.bool).scatter_(1, order[:, :count], False)
+
+
+def choose(scores: list[Tensor], sparsity: int | float, within: str) -> list[Tensor]:
+    """A mask for each matrix of scores (d_out, d_in).
+
+    Entries are compared `within` a "row", a "layer" (one matrix), all matrices ("global"), or
+    every four neighbours along the input ("2:4").
+    """
+    if within == "global":
+        together = torch.cat([S.flatten() for S in scores])[None]
+        parts = lowest_out(together, sparsity)[0].split([S.numel() for S in scores])
+    else:
+        width = {"layer": lambda S: S.numel(), "row": lambda S: S.shape[1], "2:4": lambda S: 4}
+        parts = [lowest_out(S.reshape(-1, width[within](S)), sparsity) for S in scores]
+    return [part.view(S.shape) for part, S in zip(parts, scores, strict=True)]
+
+
+def is_two_four(mask: Bool[Tensor, "d_out d_in"]) -> bool:
+    """Whether of every four neighbours along the input exactly two are held at zero."""
+    return mask.shape[1] % 4 == 0 and bool((mask.view(-1, 4).sum(dim=1) == 2).all())
+
+
+def cubic(sparsity: int | float, progress: int | float) -> float:
+    """s (1 − (1 − t)³): fast while much is superfluous, slow at the end (Zhu and Gupta 2017)."""
+    return sparsity * (1 - (1 - min(progress, 1.0)) ** 3)
+
+
+@torch.no_grad()
+def input_norms(
+    model: LanguageModel, linears: list[Linear], texts: tuple[str, ...], batch_size: int = 32
+) -> dict[nn.Module, Float[Tensor, " d_in"]]:
+    """‖X_j‖₂ of every input feature of these weights, over all real tokens of the texts.
+
+    Keyed by module, for q, k and v of a fused one read the same input. An encoder reads the texts
+    as they are, T5's decoder reads them a second time behind its start token. Raises ValueError
+    if no text has a token.
+    """
+    squares: dict[nn.Module, Tensor] = {}
+    mask = torch.zeros(0)
+
+    def collect(module, args):
+        x = args[0][mask].double()  # real tokens alone, (tokens, d_in)
+        squares[module] = squares.get(module, 0) + x.square().sum(dim=0)
+
+    with ExitStack() as stack, model._evaluating():
+        for module in dict.fromkeys(linear.module for linear in linears):
+            stack.callback(module.register_forward_pre_hook(collect).remove)
+        for start in range(0, len(texts), batch_size):
+            chunk = list(texts[start : start + batch_size])
+            batch = model.tokenizer(
+                chunk, return_tensors="pt", padding=True, padding_side="right"
+            ).to(model.device)
+            ids, real = batch["input_ids"].long(), batch["attention_mask"]
+            mask = real.bool()
+            if not mask.any():
+                continue
+            given = ()
+            if model.kind == "encoder-decoder":
+                first = torch.full_like(ids[:, :1], model.decoder_start[0])
+                given = (torch.cat([first, ids[:, :-1]], dim=1),)
+            model(ids, real, *given)
+    if not squares:
+        raise ValueError("no token in the calibration texts: Wanda needs the inputs of W")
+    return {module: total.sqrt() for module, total in squares.items()}
+
+
+@torch.no_grad()
+def importance(anatomy: Anatomy, kind: str, name: str) -> Tensor:
+    """Σ w² over all weights that are a head's, a query's, a neuron's, or that a block writes with.
+
+    A block is told by what it adds to the residual stream: its o and down.
+    """
+    shape = anatomy.shape
+    if kind == "layers":
+        mine = [x for key, x in anatomy.linears.items() if key.startswith(f"{name}.")]
+        return sum(x.weight.double().square().sum() for x in mine if x.target in ("o", "down"))
+    count = {"heads": shape.kv_heads, "queries": shape.heads, "neurons": shape.d_ff}[kind]
+    read = {"heads": "qkv", "queries": "q", "neurons": ("up", "gate")}[kind]
+    write = "down" if kind == "neurons" else "o"
+    total = torch.zeros(count, dtype=torch.float64)
+    for target in (*read, write):
+        if linear := anatomy.linears.get(f"{name}.{target}"):
+            W = linear.weight.double().square().cpu()
+            total += W.sum(dim=0 if target == write else 1).view(count, -1).sum(dim=1)
+    return total
+
+
+def sensitivity(
+    model: LanguageModel, texts: tuple[str, ...], batch_size: int = 16
+) -> dict[tuple[str, str], Tensor]:
+    """|∂L/∂ξ|, the mean over the texts, where ξ = 1 multiplies what a structure adds: by (kind,
+    name), for every head, query, neuron and layer at once. Of a layer ξ is on its o and down.
+
+    L is a text's own loss: the next token of a decoder; of an encoder every seventh token, masked;
+    and T5 writes the text that it reads.
+    """
+    anatomy, gates, totals = model.anatomy, {}, {}
+    counts = {"heads": anatomy.shape.kv_heads, "queries": anatomy.shape.heads}
+
+    def gate(key: tuple[str, str], x: Tensor, count: int) -> Tensor:
+        """A factor for each text and structure, spread over the features: batch 1 features."""
+        if key not in gates:
+            gates[key] = torch.ones(len(x), count, dtype=x.dtype, device=x.device).requires_grad_()
+        return gates[key].repeat_interleave(x.shape[-1] // count, dim=1)[:, None]
+
+    def inside(name: str, kinds: tuple[str, ...]):
+        def hook(module, args):
+            (x,) = args
+            for kind in kinds:
+                x = x * gate((kind, name), x, counts.get(kind, x.shape[-1]))
+            return (x,)
+
+        return hook
+
+    def outside(name: str):
+        return lambda module, args, y: y * gate(("layers", name), y, 1)
+
+    with ExitStack() as stack, torch.enable_grad(), model._evaluating():
+        for key, linear in anatomy.linears.items():
+            name, module = key.rsplit(".", 1)[0], linear.module
+            if linear.target in ("o", "down"):
+                kinds = ("heads", "queries") if linear.target == "o" else ("neurons",)
+                hooks = [
+                    module.register_forward_pre_hook(inside(name, kinds)),
+                    module.register_forward_hook(outside(name.removesuffix(".cross"))),
+                ]
+                for hook in hooks:
+                    stack.callback(hook.remove)
+        for start in range(0, len(texts), batch_size):
+            gates.clear()
+            own_loss(model, list(texts[start : start + batch_size])).sum().backward()
+            for key, factor in gates.items():
+                totals[key] = totals.get(key, 0) + factor.grad.abs().sum(dim=0) / len(texts)
+    return totals
+
+
+def own_batch(model: LanguageModel, texts: list[str]) -> dict[str, Tensor]:
+    """Texts as the model would be trained on them: see `sensitivity` for what it predicts."""
+    batch = model.tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
+    batch = batch.to(model.device)
+    ids, mask, given = batch["input_ids"].long(), batch["attention_mask"], {}
+    labels = ids.masked_fill(mask == 0, -100)
+    if model.kind == "encoder":
+        hidden = torch.arange(ids.shape[1], device=ids.device) % 7 == 3
+        labels = labels.masked_fill(~hidden, -100)
+        ids = ids.masked_fill(hidden & mask.bool(), model.tokenizer.mask_token_id)
+    elif model.kind == "encoder-decoder":
+        first = torch.full_like(ids[:, :1], model.decoder_start[0])
+        given["decoder_input_ids"] = torch.cat([first, ids[:, :-1]], dim=1)
+    return given | {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def own_loss(model: LanguageModel, texts: list[str]) -> Tensor:
+    """The mean cross entropy of each text, (batch,)."""
+    logits, labels = model.aligned(own_batch(model, texts))
+    if not (labels != -100).any(dim=1).all():
+        raise ValueError("a calibration text is too short: none of its tokens is predicted")
+    loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    return loss.view(labels.shape).sum(dim=1) / (labels != -100).sum(dim=1)
+
+
+def first_of(kind: str, name: str, size: int) -> Tensor:
+    """A score that is the same for all: the first go first."""
+    return torch.zeros(size)
+
+
+def lowest_structures(shape: Shape, fractions: dict, score: Callable) -> Removed:
+    """The heads, queries, neurons and layers that go: of each kind a fraction, the lowest by
+    score(kind, name, size), or those that are named."""
+    layers, gone, group = fractions["layers"], {}, shape.heads // shape.kv_heads
+    if not isinstance(layers, tuple):
+        stacks: dict[str, list[str]] = {}
+        for name in blocks(shape):
+            stacks.setdefault(name.rpartition("layers")[0], []).append(name)
+        lowest = (_lowest_layers(names, layers, score) for names in stacks.values())
+        layers = tuple(name for names in lowest for name in names)
+    if fractions["queries"] and group == 1:
+        raise ValueError(f"queries: each head of {shape.name} has one query; give heads")
+    sizes = {"heads": shape.kv_heads, "queries": group, "neurons": shape.d_ff}
+    for kind, size in sizes.items():
+        gone[kind] = value = fractions[kind]
+        if isinstance(value, dict):
+            continue
+        places = blocks(shape) if kind == "neurons" else attentions(shape)
+        gone[kind] = {}
+        for name in places if round(value * size) else ():
+            if name.removesuffix(".cross") not in layers:
+                every = shape.heads if kind == "queries" else size
+                keep = lowest_out(score(kind, name, every).view(-1, size), value)
+                gone[kind][name] = tuple((~keep.flatten()).nonzero().flatten().tolist())
+    return Removed(**gone, layers=layers)
+
+
+def _lowest_layers(names: list[str], fraction: int | float, score: Callable) -> list[str]:
+    """Of one stack; T5's first blocks cannot go, and are not chosen."""
+    count = round(fraction * len(names))
+    free = names[1:] if "coder" in names[0] and count < len(names) else names
+    scores = torch.cat([score("layers", name, 1) for name in free]) if free else torch.empty(0)
+    lowest = scores.argsort(stable=True)[:count].tolist()
+    return [free[i] for i in sorted(lowest)]

@@ -1,0 +1,79 @@
+"""What makes a soft prompt, run once a forward."""
+
+from __future__ import annotations
+
+import contextlib
+
+from torch import Tensor, nn
+
+from peftlab.bases import Anatomy
+from peftlab.sites.site import Site
+
+
+class Source(Site):
+    """The module whose `forward()` gives a soft prompt's tensors by name, and what reads them.
+
+    Sites call it as often as they like: the module runs once a forward pass of the model. Hooks
+    on the model and on its stacks tell where a pass begins, for a stack may be called alone.
+    `instead` are other tensors in place of the module's. Inside `held()` nothing trains, and the
+    module is run once for all passes.
+    """
+
+    def __init__(self, name: str, anatomy: Anatomy, module: nn.Module):
+        super().__init__(name, names=[])
+        self.anatomy, self.module = anatomy, module
+        self.instead: dict[str, Tensor] | None = None
+        self._made: dict[str, Tensor] | None = None
+        self._held = False
+        self._outermost: nn.Module | None = None
+
+    def __enter__(self):
+        self.hooks = []
+        for module in dict.fromkeys([self.anatomy.model, *self.anatomy.stacks.values()]):
+            self.hooks.append(module.register_forward_pre_hook(self._begin, prepend=True))
+            self.hooks.append(module.register_forward_hook(self._end, always_call=True))
+        return self
+
+    def __exit__(self, *_):
+        for hook in self.hooks:
+            hook.remove()
+        self._made = self._outermost = None
+
+    def __call__(self) -> dict[str, Tensor]:
+        """The tensors of this forward pass."""
+        if self.instead is not None:
+            return self.instead
+        if self._made is None:
+            self._made = self.module()
+        return self._made
+
+    def now(self) -> dict[str, Tensor]:
+        """The tensors as they are now, whatever a forward pass has read."""
+        return self.module() if self.instead is None else self.instead
+
+    @contextlib.contextmanager
+    def held(self):
+        """Inside, what the module makes now is what every forward pass reads."""
+        self._made, self._held = self.module(), True
+        try:
+            yield
+        finally:
+            self._made, self._held = None, False
+
+    def forget(self) -> None:
+        """Drop the tensors of a pass that was interrupted."""
+        self._outermost = None
+        self._made = self._made if self._held else None
+
+    def _begin(self, module, args):
+        if self._outermost is None or module is self.anatomy.model:
+            self.forget()
+            self._outermost = module
+
+    def _end(self, module, args, output):
+        if module is self._outermost:
+            self._outermost = None
+
+    def __getstate__(self):
+        """A copy makes its own tensors: those of a pass belong to that pass's gradients."""
+        return {**vars(self), "_made": None, "_outermost": None, "_held": False}

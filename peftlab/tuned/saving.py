@@ -1,0 +1,240 @@
+"""Adapters as folders: written, read with suspicion, and exported as plain models.
+
+`tuned.save`, `Tuned.load` and `tuned.merge_and_export` are the ways in; `layouts` beside this file
+speaks PEFT.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import contextmanager
+from itertools import zip_longest
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from peftlab.bases import Base, LanguageModel, _quiet
+from peftlab.methods import NF4, Method
+from peftlab.methods.heads import Head
+from peftlab.sites import CodedWeight, Site
+from peftlab.sites.structures import SmallerShape
+from peftlab.tuned import layouts
+
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+RECORD = "peftlab.json"  # what CONFIG says where it is not PEFT's
+FORMATS = {CONFIG: 1, RECORD: 2}
+# Hyper-parameters that say what tensors of one size mean.
+MEANING = ("name", "placement", "shift_positions", "depth", "r", "init_r", "alpha", "use_rslora")
+MEANING += ("projection_prng_key",)
+
+Fill = Callable[[LanguageModel], dict[str, Tensor]]
+
+
+# Writing ---------------------------------------------------------------------------------------
+
+
+def save(tuned: LanguageModel, folder: Path) -> Path:
+    """Write PEFT's own layout where it says all that is stored, and ours where it does not."""
+    try:
+        layout = layouts.Layout.of(tuned)
+    except layouts.Unknown:
+        layout = None
+    if layout is not None and layout.whole:
+        return write_peft(tuned, layout, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RECORD).unlink(missing_ok=True)  # of an adapter that was here before
+    save_file(tuned.state(), folder / WEIGHTS, metadata={"format": "pt"})
+    _write(folder / CONFIG, {"format": FORMATS[CONFIG], **_record(tuned, tuned.folded)})
+    return folder
+
+
+def _record(tuned: LanguageModel, methods: list[Method]) -> dict:
+    """What a saved adapter says of itself: these methods, on this base."""
+    return {
+        "base": tuned.name,
+        "base_shape": tuned.facts,
+        "base_digest": tuned.base.digest,
+        "methods": [method.to_dict() for method in methods],
+        "trained_as": [method.to_dict() for method in tuned.methods],
+        "head": tuned.head.to_dict() if tuned.head else None,
+    }
+
+
+def _write(path: Path, config: dict) -> None:
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def write_peft(tuned: LanguageModel, layout: layouts.Layout, folder: Path) -> Path:
+    """Write PEFT's two files and our record beside them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    methods = [m if isinstance(m, NF4) else layout.method for m in tuned.folded]
+    save_file(layout.tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    _write(folder / CONFIG, layout.config)
+    _write(folder / RECORD, {"format": FORMATS[RECORD], **_record(tuned, methods)})
+    return folder
+
+
+def _loaded(path: Path) -> dict:
+    """A JSON file. Raises ValueError unless it holds an object."""
+    found = json.loads(path.read_text())
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name} holds no object")
+    return found
+
+
+def export(tuned: LanguageModel, folder: Path) -> Path:
+    """Write a plain transformers folder with the change inside its weights, and the tokenizer."""
+    if tuned.head is not None:
+        raise ValueError("a head is no part of a transformers model: it cannot be exported")
+    if isinstance(tuned.anatomy.shape, SmallerShape):
+        raise ValueError(
+            f"{tuned.label}: the sublayers that are left differ in size, which no configuration "
+            "of transformers can say: it cannot be exported"
+        )
+    loose = [site for site in tuned.mergeable() if not site.merged]
+    for site in loose:  # codes are decoded, and take a delta in plain numbers
+        if site.linear.code and site.delta is None:
+            raise ValueError(f"{site.name} cannot be merged into codes")
+    try:
+        for site in loose:
+            if site.linear.code is None:
+                site.merge()
+        with _quiet():
+            tuned.model.save_pretrained(folder, state_dict=_plain(tuned, loose))
+            tuned.tokenizer.save_pretrained(folder)
+    finally:
+        for site in reversed(loose):
+            site.unmerge()
+    return folder
+
+
+@torch.no_grad()
+def _plain(tuned: LanguageModel, loose: list[Site]) -> dict[str, Tensor]:
+    """The model's tensors, and where there are codes what they say plus the loose deltas."""
+    state = tuned.model.state_dict()
+    names = {module: name for name, module in tuned.model.named_modules()}
+    for coded in (site for site in tuned._sites if isinstance(site, CodedWeight)):
+        weight = coded.decode().clone()
+        rows = weight.T if coded.transposed else weight
+        for site in loose:
+            if site.linear.module is coded.module:
+                delta = site.delta if site.instead is None else site.instead
+                rows[site.linear.index] += delta.delta_weight().to(rows.dtype)
+        state[f"{names[coded.module]}.weight"] = weight
+    return state
+
+
+# Reading ---------------------------------------------------------------------------------------
+
+
+def is_peft(folder: Path) -> bool:
+    """Whether the adapter in this folder is in PEFT's layout."""
+    try:
+        return "peft_type" in _loaded(folder / CONFIG)
+    except ValueError:
+        return False
+
+
+def read(folder: str | Path, base: Base) -> tuple[dict, Fill]:
+    """A saved adapter: its configuration, methods and head made, and what gives its tensors to a
+    base with these attached."""
+    folder = Path(folder)
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"no {name} in {str(folder)!r}: {_missing(folder, name)}")
+    name = RECORD if (folder / RECORD).is_file() else CONFIG
+    with _damaged(folder, name):
+        config, theirs = _loaded(folder / name), _loaded(folder / CONFIG)
+        tensors = load_file(folder / WEIGHTS)
+        if name == CONFIG and "peft_type" in config:
+            config = {"head": None}
+        else:
+            if config["format"] != FORMATS[name]:
+                raise ValueError(f"format {config['format']}; this peftlab reads {FORMATS[name]}")
+            config["methods"] = [Method.from_dict(method) for method in config["methods"]]
+            config["head"] = Head.from_dict(config["head"]) if config["head"] else None
+            for key in ("base", "base_shape", "base_digest", "trained_as"):
+                config[key]
+    if name == RECORD:
+        return config, lambda tuned: layouts.Layout.of(tuned).read(theirs, tensors)
+    if "methods" in config:
+        return config, lambda tuned: tensors
+    with _damaged(folder, CONFIG, (KeyError, TypeError, AttributeError)):
+        method, fill = layouts.read(base, theirs, tensors)
+    return config | {"methods": [method]}, fill
+
+
+def _missing(folder: Path, name: str) -> str:
+    """What to do about a file that is not there."""
+    if name == WEIGHTS and (folder / PICKLE).is_file():
+        return (
+            f"{PICKLE} there is a pickle, which can run code when it is read, so it is not read. "
+            "Convert it to safetensors: PEFT's save_pretrained writes them"
+        )
+    return "no adapter was saved there"
+
+
+@contextmanager
+def _damaged(folder: Path, name: str, errors: tuple = ()):
+    """Inside, whatever is wrong with the files is one kind of error."""
+    errors = errors or (ValueError, KeyError, TypeError, safetensors.SafetensorError)
+    try:
+        yield
+    except errors as error:
+        problem = f"{name} has no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"the adapter in {str(folder)!r} is damaged: {problem}") from error
+
+
+def check_base(config: dict, base: Base) -> None:
+    """Raise ValueError unless the adapter was trained on this base."""
+    if "base" not in config:  # PEFT says a name at most; sizes were compared tensor by tensor
+        return
+    trained_on, shape = config["base"], config["base_shape"]
+    if shape != (here := shape_facts(base)):
+        raise ValueError(f"this adapter was trained on {trained_on} {shape}; {base.name} is {here}")
+    if config["base_digest"] != base.digest:
+        raise ValueError(
+            f"this adapter was trained on other weights of {trained_on}'s shape than "
+            f"those of {base.name} here: it would be noise on them"
+        )
+
+
+def check_kind(config: dict, tuned: LanguageModel) -> None:
+    """Raise ValueError unless the adapter's tensors go where this one's go, and mean the same."""
+    for ours, theirs in zip_longest(tuned.methods, config["methods"]):
+        for key in MEANING:
+            mine, other = getattr(ours, key, None), getattr(theirs, key, None)
+            if mine != other:
+                raise ValueError(f"the adapter has {key}={other!r}; here it is {mine!r}")
+        if hasattr(ours, "targets"):
+            there = tuned.anatomy.targets
+            if set(ours.targets(there)) != set(theirs.targets(there)):
+                own, other = ours.target_modules, theirs.target_modules
+                raise ValueError(f"the adapter has target_modules={other!r}; here it is {own!r}")
+    if config["head"] != tuned.head:
+        raise ValueError(f"the adapter has head={config['head']}; here it is {tuned.head}")
+
+
+def check_shapes(tensors: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    """Raise ValueError unless these are the wanted tensors, by name and size."""
+    if missing := wanted.keys() ^ tensors.keys():
+        raise ValueError(f"the adapter's tensors do not match: {sorted(missing)[0]}")
+    for name, tensor in tensors.items():
+        if (size := wanted[name].shape) != tensor.shape:
+            raise ValueError(f"{name} is {tuple(tensor.shape)}; {tuple(size)} is needed")
+
+
+def shape_facts(base: Base) -> dict:
+    """The numbers by which an adapter recognises its base."""
+    shape = base.anatomy.shape
+    return {
+        "family": shape.family,
+        "layers": shape.layers,
+        "d_model": shape.d_model,
+        "vocab": shape.vocab,
+        "parameters": shape.parameters(),
+    }

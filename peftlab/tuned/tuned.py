@@ -1,0 +1,412 @@
+"""A base with methods attached: run it, count it, merge it, and take everything off.
+
+base  = peftlab.load("tiny-gpt")
+tuned = peftlab.attach(base, LoRA(r=8, alpha=16))
+...
+tuned.detach()        # the base is bit for bit what it was
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from peftlab.bases import Base, LanguageModel
+from peftlab.methods import Attachment, Method, check_composition
+from peftlab.methods.heads import Head
+from peftlab.sites import Site, Source
+from peftlab.sites.quantisation import Quantised
+from peftlab.tuned import kept, saving
+
+
+@dataclass(frozen=True)
+class Count:
+    """How large an adapter is: `parameters` in closed form, and `measured`, which equals it.
+
+    `stored` is what is left after training. `head` is counted apart from all of these.
+    """
+
+    parameters: int
+    measured: int
+    stored: int
+    base: int
+    head: int = 0
+    method_bytes: int = 0
+
+    @property
+    def percent(self) -> float:
+        """Trainable parameters as a percentage of the base's."""
+        return 100 * self.parameters / self.base
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the stored tensors, trained numbers in float32, the head's included.
+
+        In PEFT's layout of a fused module a saved file has zeros beside them.
+        """
+        return self.method_bytes + 4 * self.head
+
+    def __repr__(self) -> str:
+        head = f" and {self.head:,} of a head" if self.head else ""
+        return (
+            f"{self.parameters:,} trainable parameters, {self.percent:.3f}% of {self.base:,}"
+            f"{head}; {self.file_bytes:,} bytes stored in float32"
+        )
+
+
+class Tuned(LanguageModel):
+    """A base with one or more methods attached. Make one with `peftlab.attach`."""
+
+    def __init__(self, base: Base, methods: list[Method], seed: int = 0, head: Head | None = None):
+        if base.adapted_by is not None:
+            raise RuntimeError(
+                f"{base.name} already carries {base.adapted_by.label}: call detach() first, "
+                "or attach several methods together as a list"
+            )
+        if not methods and head is None:
+            raise ValueError("no method to attach")
+        if head is not None and base.kind != "encoder":
+            raise ValueError(f"a head goes on an encoder; {base.name} is a {base.kind} model")
+        check_composition(methods)
+        self.base, self.methods, self.head = base, list(methods), head
+        self.name, self.model, self.tokenizer = base.name, base.model, base.tokenizer
+        self.anatomy = base.anatomy
+        self.base_parameters = base.anatomy.shape.parameters()
+        self.facts = saving.shape_facts(base)  # of the whole base: a method may make it smaller
+        generator = torch.Generator().manual_seed(seed)
+        self.trainable: dict[str, nn.Parameter] = {}
+        self.modules: dict[str, nn.Module] = {}
+        self.sources: dict[str, Source] = {}
+        self.kept: dict[str, dict[str, Tensor]] = {}
+        self.attachments: list[Attachment] = []
+        try:
+            for method in self.methods:
+                attachment = method.attach(base, generator, headless=head is not None)
+                self.attachments.append(attachment)
+                self._claim(attachment)
+            for site in self._sites:
+                site.settle()
+            if not self._sites and methods:
+                raise ValueError(f"{self.label} reached no site of {base.name}")
+            self.linear = self._build_head(generator)
+            self._audit()
+            self.train(base.model.training)  # new modules start with dropout on
+        except BaseException:
+            self._leave()
+            raise
+        self.virtual_tokens = sum(each.virtual_tokens for each in self.attachments)
+        self.using: kept.Names = None  # see `use`
+        self._linear_now = self.linear
+        base.adapted_by = self
+
+    @property
+    def _sites(self) -> list[Site]:
+        return [site for attachment in self.attachments for site in attachment.sites]
+
+    def _claim(self, attachment: Attachment) -> None:
+        """Take what the last method attached. Raises ValueError if it reached another's site."""
+        others = [site for each in self.attachments[:-1] for site in each.sites]
+        taken = {name: site for site in others for name in site.names}
+        for site in attachment.sites:
+            if twice := [name for name in site.names if name in taken]:
+                reason = taken[twice[0]].alone or site.alone
+                why = f": {reason}" if reason else ""
+                raise ValueError(f"two methods want the same site, {twice[0]}{why}")
+        self.trainable |= attachment.trainable
+        self.modules |= attachment.modules
+        self.sources |= attachment.sources
+
+    def _leave(self) -> None:
+        """Leave every site, the last first."""
+        with ExitStack() as stack:
+            for attachment in self.attachments:
+                stack.callback(attachment.leave)
+
+    def _build_head(self, generator: torch.Generator) -> nn.Linear | None:
+        """The head's layer, drawn after the methods' tensors and trained with them."""
+        if self.head is None:
+            return None
+        linear = self.head.build(self.anatomy.shape.d_model, generator)
+        weight = self.anatomy.embedding.weight
+        linear.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+        self.trainable |= {f"head.{name}": p for name, p in linear.named_parameters()}
+        return linear
+
+    def _audit(self) -> None:
+        """What the model would train is exactly what the methods said, and nothing else."""
+        ours = {id(parameter) for parameter in self.trainable.values()}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and id(parameter) not in ours:
+                raise AssertionError(f"{name} trains, but no method asked for it")
+
+    @property
+    def label(self) -> str:
+        """The methods' titles, for messages and legends."""
+        return " + ".join(method.title for method in self.methods) or "Head alone"
+
+    @property
+    def sites(self) -> list[str]:
+        """The names of the sites that the methods reached."""
+        return [name for site in self._sites for name in site.names]
+
+    @property
+    def deltas(self) -> dict[str, nn.Module]:
+        """The deltas beside linear weights, by the weight's name."""
+        return {site.name: site.delta for site in self._sites if site.delta is not None}
+
+    @property
+    def codes(self) -> dict[str, Quantised]:
+        """The weights held as codes, by the weight's name; q, k and v of one module are "qkv"."""
+        return {s.linear.name: s.codes for s in self._sites if s.codes is not None}
+
+    @property
+    def prompt(self) -> Tensor:
+        """The virtual tokens P (num_virtual_tokens, d_model): as they train, or as made now."""
+        return self._made("prompt")
+
+    @property
+    def prefix(self) -> tuple[Tensor, Tensor]:
+        """P_k and P_v, (sublayers, kv_heads, num_virtual_tokens, head_dim) each."""
+        return self._made("P_k"), self._made("P_v")
+
+    def _made(self, key: str) -> Tensor:
+        for source in self.sources.values():
+            made = source.now()
+            if key in made:
+                return made[key]
+        raise AttributeError(f"{self.label} has no {'prompt' if key == 'prompt' else 'prefix'}")
+
+    def train(self, mode: bool = True) -> None:
+        """Dropout of the base and of what is attached, on or off. Never changes a weight."""
+        self.model.train(mode)
+        for module in self.modules.values():
+            module.train(mode)
+        for source in self.sources.values():
+            source.forget()
+
+    @torch.no_grad()
+    def generate(self, prompts: list[str], max_new_tokens: int = 32) -> list[str]:
+        """As of a base; a network that makes a soft prompt is run once for the whole batch."""
+        with ExitStack() as stack, self._evaluating():
+            for source in self.sources.values():
+                stack.enter_context(source.held())
+            return super().generate(prompts, max_new_tokens)
+
+    def _head_logits(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        return self.head.logits(self._linear_now, hidden, mask)
+
+    def count(self) -> Count:
+        """Trainable parameters, in closed form and measured; the two are asserted equal."""
+        shape = self.anatomy.shape
+        head = 0
+        if self.head is not None:
+            head, shape = self.head.parameters(shape.d_model), shape.without_head()
+        closed = sum(method.parameters(shape) for method in self.methods)
+        measured = sum(p.numel() for p in self.trainable.values()) - head
+        assert closed == measured, f"closed form {closed:,}, measured {measured:,}"
+        stored = sum(method.stored(shape) for method in self.methods)
+        size = sum(method.file_bytes(shape) for method in self.methods)
+        return Count(closed, measured, stored, self.base_parameters, head, size)
+
+    @property
+    def merged(self) -> bool:
+        """Whether the deltas are inside the weights now."""
+        return any(site.merged for site in self._sites)
+
+    def mergeable(self) -> list[Site]:
+        """The sites with a change outside the model's own tensors, which `merge` would write there.
+
+        Raises ValueError if one of them cannot be merged.
+        """
+        sites = [site for site in self._sites if not site.in_the_weight]
+        for site in sites:
+            if not site.can_merge:
+                raise ValueError(f"{site.name} cannot be merged: it has no ΔW")
+        return sites
+
+    def merge(self, requantise: bool = False) -> None:
+        """Write every delta into its weight: the same output, and no extra work in forward.
+
+        A mask or a code is in the weight already. Into codes a delta is merged only with
+        `requantise`, because the sum is rounded to codes again and the output changes. Raises
+        ValueError if a method has no delta to merge, RuntimeError after detach().
+        """
+        self._check_attached()
+        sites = self.mergeable()
+        if not sites and self._sites:
+            raise ValueError(f"{self._sites[0].name} cannot be merged: it has no ΔW")
+        for site in sites:
+            if site.linear.code is not None and not requantise:
+                raise ValueError(
+                    f"{site.name} is held as codes and cannot be merged unasked: W + ΔW is rounded "
+                    "to codes again, and the output changes. merge(requantise=True) does it"
+                )
+        for site in sites:
+            site.merge()
+
+    def unmerge(self) -> None:
+        """Put the original weights back, bit for bit."""
+        for site in reversed(self._sites):  # of two in one module the later goes first
+            site.unmerge()
+
+    def detach(self) -> Base:
+        """Take everything off: the base is bit for bit what it was. Safe to call twice."""
+        if self.base.adapted_by is self:
+            self.unmerge()  # into what trains as well, before that is taken out
+            self._leave()
+            self.base.adapted_by = None
+            self.train(False)
+        return self.base
+
+    def rate(self, name: str) -> float:
+        """The learning rate of this trained tensor, as a multiple of the run's."""
+        for attachment in self.attachments:
+            if name in attachment.trainable:
+                return attachment.method.rate(name)
+        return 1.0
+
+    def after_step(self, step: int, steps: int) -> None:
+        """Tell the methods that a step of training is done, the gradients still in place."""
+        for attachment in self.attachments:
+            attachment.method.after_step(attachment, step, steps)
+
+    def _check_attached(self) -> None:
+        if self.base.adapted_by is not self:
+            raise RuntimeError(f"{self.label} was detached from {self.name}: attach it again")
+
+    def __enter__(self) -> Tuned:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.detach()
+
+    @property
+    def frozen(self) -> dict[str, Tensor]:
+        """What is stored beside the trained tensors, by name."""
+        return {
+            f"{attachment.method.name}.{name}": tensor
+            for attachment in self.attachments
+            for site in attachment.sites
+            for name, tensor in site.stored().items()
+        }
+
+    @torch.no_grad()
+    def state(self) -> dict[str, Tensor]:
+        """What is stored, on the CPU, by name: the trained tensors, those that are frozen but
+        belong to them, and of a soft prompt that a network makes, what it made."""
+        folded = {
+            f"{name}.{key}": tensor
+            for name, source in self.sources.items()
+            for key, tensor in source.module().items()
+        }
+        plain = {
+            name: p for name, p in self.trainable.items() if name.split(".")[0] not in self.sources
+        }
+        tensors = plain | folded | self.frozen
+        return {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
+
+    def keep(self, name: str, folder: str | Path | None = None) -> None:
+        """Remember the adapter (and the head) of now, or of a folder, as `name`.
+
+        Raises ValueError if a method here is neither a soft prompt nor a delta, for only those can
+        be swapped, and if the folder's adapter is not of the same kind and size.
+        """
+        self._check_attached()
+        kept.keep(self, name, folder)
+
+    def use(self, names: kept.Names) -> None:
+        """Put kept adapters in place: one for every row, or a list with one for each row.
+
+        A dict such as {"a": 0.5, "b": 0.5} puts the weighted sum of their deltas in place. None
+        goes back to what trains. Raises KeyError for a name that was not kept, and ValueError
+        while deltas are merged, for different rows under a head, which is one for the whole batch,
+        and for a weighted sum of anything but deltas.
+        """
+        self._check_attached()
+        kept.use(self, names)
+
+    @property
+    def folded(self) -> list[Method]:
+        """The methods that the stored tensors belong to, what was chosen here said by name."""
+        return [attachment.chosen or attachment.method.folded() for attachment in self.attachments]
+
+    def save(self, folder: str | Path) -> Path:
+        """Write what is stored (safetensors) and the methods (JSON) into a folder.
+
+        Where PEFT knows the method the folder is PEFT's own, and `peftlab.json` in it says what
+        was trained, on which base. Where it does not, and where there is a head or PEFT's tensors
+        would not be all of ours or many more, the tensors stand under our names, and the methods
+        in `adapter_config.json`. `attach(base, folder)` reads both, bit for bit.
+
+        A network that makes a soft prompt is left behind: the folder holds what it made, and the
+        method without it. `trained_as` still says what was trained.
+        """
+        self._check_attached()
+        return saving.save(self, Path(folder))
+
+    @classmethod
+    def load(cls, base: Base, folder: str | Path) -> Tuned:
+        """Attach a saved adapter, also one that PEFT wrote.
+
+        Raises FileNotFoundError where there is none, and ValueError if the files are damaged or
+        were trained on a base of another shape. On an error nothing stays attached.
+        """
+        config, fill = saving.read(folder, base)
+        saving.check_base(config, base)
+        tuned = cls(base, config["methods"], head=config["head"])
+        try:
+            tuned.load_state(fill(tuned))
+        except BaseException:
+            tuned.detach()
+            raise
+        return tuned
+
+    def merge_and_export(self, folder: str | Path) -> Path:
+        """Write a plain transformers folder, the change inside its weights, and the tokenizer.
+
+        `transformers.AutoModel...from_pretrained(folder)` and `peftlab.load(folder)` read it. What
+        is attached stays attached, and as it was: merged or not. Of weights that are held as codes
+        the folder has W̃ + ΔW in plain numbers, so nothing is rounded to codes again. Raises
+        ValueError for a method that cannot be merged, for a head, and where structures were taken
+        out, for no configuration of transformers describes what is left.
+        """
+        self._check_attached()
+        return saving.export(self, Path(folder))
+
+    @torch.no_grad()
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Copy tensors by name. All are checked before the first is copied."""
+        self._check_attached()
+        places = self.trainable | self.frozen
+        saving.check_shapes(tensors, places)
+        for name, tensor in tensors.items():
+            places[name].copy_(tensor)
+        for site in self._sites:
+            site.refresh()
+
+    def __repr__(self) -> str:
+        return f"{self.label} on {self.name}: {len(self.sites)} sites, {self.count()!r}"
+
+
+def attach(
+    base: Base,
+    methods: Method | list[Method] | str | Path,
+    seed: int = 0,
+    head: Head | None = None,
+) -> Tuned:
+    """Attach a method, a list of methods, or an adapter folder to a frozen base.
+
+    `head` stands in place of an encoder's own language-model head and trains with the methods;
+    with an empty list it trains alone. `seed` draws the initial values. Raises RuntimeError if
+    something is attached already, and ValueError if a method does not fit the base; on an error
+    the base is untouched.
+    """
+    if isinstance(methods, (str, Path)):
+        return Tuned.load(base, methods)
+    if isinstance(methods, Method):
+        methods = [methods]
+    return Tuned(base, methods, seed, head)
