@@ -485,8 +485,8 @@ def surroundings(base: Base) -> dict:
             for part in model.modules()
             if isinstance(part, transformers.PreTrainedModel)
         ],
-        "prefixes": [m for m in model.modules() if m in attention._PREFIXES],
-        "recorders": [m for m in model.modules() if m in attention._RECORDERS],
+        "prefixes": [m for m in model.modules() if attention.PREFIX in vars(m)],
+        "recorders": [m for m in model.modules() if attention.RECORDER in vars(m)],
         "trains": [name for name, p in model.named_parameters() if p.requires_grad],
         "gradients": [name for name, p in model.named_parameters() if p.grad is not None],
         "dropout": any(module.training for module in model.modules()),

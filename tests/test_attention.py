@@ -54,6 +54,19 @@ def logits(base, ids, mask):
     return out if base.kind == "encoder-decoder" else out[mask.bool()]
 
 
+class Fixed:
+    """A prefix that is what it is, without positions."""
+
+    def __init__(self, P_k, P_v):
+        self.pair = P_k, P_v
+
+    def read(self):
+        return self.pair
+
+    def bias(self, queries, keys):
+        return None
+
+
 @pytest.mark.parametrize("kind", BATCHES)
 @pytest.mark.parametrize("name", EVERY)
 def test_without_a_prefix_it_is_the_familys_own(name, kind):
@@ -68,7 +81,7 @@ def test_without_a_prefix_it_is_the_familys_own(name, kind):
         results[implementation] = logits(base, ids, mask)
     exact = logits(double, ids, mask)  # fused: some eager ones take their softmax in float32
     E = (results["sdpa"].double() - exact).abs().max()
-    with attention.dispatched(base.model), attention.dispatched(double.model):
+    with attention.Dispatched(base.model), attention.Dispatched(double.model):
         for theirs in results.values():
             assert (logits(base, ids, mask) - theirs).abs().max() <= 4 * E
         assert (logits(double, ids, mask) - exact).abs().max() <= 4 * E * U64 / U32
@@ -167,22 +180,22 @@ def test_both_masks_keep_the_prefix_in_sight():
     seen = torch.ones(3, 3, dtype=torch.bool).tril()[None, None].expand(2, 1, 3, 3)
     added = torch.zeros(2, 1, 3, 3, dtype=torch.float64).masked_fill(~seen, -torch.inf)
     P = torch.randn(2, 2, 5, 4, dtype=torch.float64)
-    prefix = attention.Prefix(lambda: (P[0], P[1]))
-    with attention.prefixed({module: prefix}):
+    prefix = Fixed(P[0], P[1])
+    with attention.Prefixed({module: prefix}):
         one, _ = attention.attend(module, q, k, v, seen)
         other, _ = attention.attend(module, q, k, v, added)
         with pytest.raises(ValueError, match="two methods want the same site"):
-            with attention.prefixed({module: attention.Prefix(lambda: (P[0], P[1]))}):
+            with attention.Prefixed({module: Fixed(P[0], P[1])}):
                 pass
         with pytest.raises(ValueError, match="2 prefixes for a batch of 1 rows"):
-            two = attention.Prefix(lambda: (P, P))
+            two = Fixed(P, P)
             inner = torch.nn.Identity()
-            with attention.prefixed({inner: two}):
+            with attention.Prefixed({inner: two}):
                 attention.attend(inner, q[:1], k[:1], v[:1], None)
         with pytest.raises(ValueError, match="Identity caps its scores"):
             attention.attend(module, q, k, v, None, softcap=30.0)
     assert torch.equal(one, other)
-    assert module not in attention._PREFIXES
+    assert attention.PREFIX not in vars(module)
     keys, values = (
         torch.cat([p.expand(2, -1, -1, -1), t], dim=2) for p, t in ((P[0], k), (P[1], v))
     )

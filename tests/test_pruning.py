@@ -562,8 +562,8 @@ def test_sensitivity_is_the_slope_of_the_loss(family):
     assert base.fingerprint() == before and hook_count(base.model) == 0
     counts = {"heads": shape.kv_heads, "queries": shape.heads, "neurons": shape.d_ff, "layers": 1}
     assert {kind for kind, _ in felt} == set(counts)
-    for (kind, name), scores in felt.items():
-        assert scores.shape == (counts[kind],)
+    for (kind, name), found in felt.items():
+        assert found.shape == (counts[kind],)
         at, ends = counts[kind] // 2, [f"{name}.down" if kind == "neurons" else f"{name}.o"]
         if kind == "layers":
             ends = [k for k, x in linears.items() if k.startswith(f"{name}.") and x.target in OUT]
@@ -572,7 +572,7 @@ def test_sensitivity_is_the_slope_of_the_loss(family):
             with scaled([linears[end] for end in ends], counts[kind], at, factor):
                 losses.append(scores.own_loss(base, list(texts)))
         slope = ((losses[0] - losses[1]) / (2 * h)).abs().mean()
-        assert scores[at] == pytest.approx(slope.item(), rel=1e-5, abs=1e-8)
+        assert found[at] == pytest.approx(slope.item(), rel=1e-5, abs=1e-8)
 
 
 @contextmanager

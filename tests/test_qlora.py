@@ -35,7 +35,7 @@ from peftlab import (
     attach,
     train,
 )
-from peftlab.bases.anatomy import CODED
+from peftlab.bases.anatomy import CODES
 from peftlab.methods import Method
 from peftlab.sites.quantisation import bits_per_weight, quantise
 from peftlab.training import move
@@ -64,7 +64,7 @@ def base(family):
 
 
 def coded_modules(base) -> list[torch.nn.Module]:
-    return [module for module in base.model.modules() if module in CODED]
+    return [module for module in base.model.modules() if CODES in vars(module)]
 
 
 def gradients(tuned, ids) -> dict[str, torch.Tensor]:
@@ -157,7 +157,7 @@ def dense(family, dtype):
     """A base whose weights are what the codes decode to, as ordinary weights."""
     base = tiny(family, dtype)
     with attach(base, NF4(block_size=BLOCK)) as tuned:
-        decoded = {module: CODED[module].decode() for module in coded_modules(base)}
+        decoded = {module: vars(module)[CODES].decode() for module in coded_modules(base)}
         assert len(decoded) == len(tuned.codes)
     for module, weight in decoded.items():
         module.weight.data = weight.contiguous()

@@ -517,11 +517,12 @@ def predict_count():
     },
 )
 def predict_runs():
-    from peftlab.methods.soft import Source
+    from peftlab.bases import load
+    from peftlab.sites import Source
 
     encoder, runs = _encoder("lstm"), []
     encoder.register_forward_hook(lambda *_: runs.append(1))
-    source = Source(encoder)
+    source = Source("prompt", load("tiny-gpt").anatomy, encoder)
     with torch.no_grad(), source.once():
         made = [source()["prompt"] for _ in range(50)]
     same = all(torch.equal(made[0], other) for other in made)

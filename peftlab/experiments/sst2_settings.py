@@ -81,10 +81,7 @@ class ButEmbeddings(FullFineTuning, listed=False):
             for name, _ in module.named_parameters()
             if not name.startswith(("pooler.", "embeddings."))
         ]
-        site = attachment.stack.enter_context(ExistingParameters(module, names))
-        site.name = "parameters: all but the embeddings"
-        attachment.sites.append(site)
-        attachment.trainable.update(site.parameters)
+        attachment.enter(ExistingParameters(module, names))
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from peftlab.bases import Base, load
 from peftlab.bases.data import data_path
 from peftlab.experiments.sweep_soft import NETWORK, TABLE, TUNING_SEED, best, write
 from peftlab.methods import Method, PTuning
-from peftlab.methods.soft import initial_prompt, put, seeded
+from peftlab.methods.soft import blocks, initial_prompt, put, seeded
 from peftlab.sites import InputEmbeddings
 from peftlab.tasks import Example, Task, share
 from peftlab.training import train
@@ -114,10 +114,10 @@ class BareLSTM(Method, listed=False):
         table = initial_prompt(base, "vocabulary", None, self.num_virtual_tokens, generator)
         with seeded(generator):
             module = _Hidden(table)
-        read = put(base, attachment, self.name, module)
-        places = PTuning(self.num_virtual_tokens, placement=TEMPLATE).blocks(base)
-        site = InputEmbeddings(base.anatomy, read, places)
-        attachment.sites.append(attachment.stack.enter_context(site))
+        read = put(attachment, module)
+        placement = PTuning(self.num_virtual_tokens, placement=TEMPLATE).placement
+        places = blocks(base, placement, self.num_virtual_tokens)
+        attachment.enter(InputEmbeddings(base.anatomy, read, places))
         attachment.virtual_tokens = self.num_virtual_tokens
 
     def parameters(self, shape) -> int:

@@ -30,7 +30,7 @@ import pandas as pd
 import torch
 
 from peftlab.bases import Base, load
-from peftlab.bases.anatomy import CODED
+from peftlab.bases.anatomy import CODES
 from peftlab.bases.data import data_path
 from peftlab.methods import NF4, LoRA, QLoRA
 from peftlab.tasks import Task
@@ -89,7 +89,8 @@ def held(tuned: Tuned) -> dict[str, float]:
 def decoded(base: Base) -> dict[torch.nn.Module, torch.Tensor]:
     """What the codes of every module decode to, as the module stores it."""
     with attach(base, NF4()):
-        return {m: CODED[m].decode().clone() for m in base.model.modules() if m in CODED}
+        modules = [module for module in base.model.modules() if CODES in vars(module)]
+        return {module: vars(module)[CODES].decode().clone() for module in modules}
 
 
 def merged_ways(

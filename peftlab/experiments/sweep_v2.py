@@ -15,11 +15,10 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import ClassVar
@@ -29,11 +28,12 @@ import torch
 from torch.nn import functional as F
 
 from peftlab import tasks
-from peftlab.bases import Base, load
+from peftlab.bases import Anatomy, load
 from peftlab.bases.data import data_path
 from peftlab.experiments.sweep_soft import SEEDS, TABLE, TUNING_SEED, best, write
 from peftlab.methods import Method, PTuningV2
 from peftlab.methods.soft import Flat, initial_prompt, put
+from peftlab.sites import Site, Source
 from peftlab.training import train
 from peftlab.tuned import attach
 
@@ -62,21 +62,34 @@ class GrowingPrompts(Method, listed=False):
     def reach(self, base, attachment, generator):
         count, layers = self.num_virtual_tokens, base.anatomy.shape.layers
         drawn = [initial_prompt(base, "vocabulary", None, count, generator) for _ in range(layers)]
-        read = put(base, attachment, self.name, Flat({"prompt": torch.stack(drawn)}))
-        attachment.stack.enter_context(growing(base, lambda: read()["prompt"]))
-        attachment.sites.append(self.name)
+        read = put(attachment, Flat({"prompt": torch.stack(drawn)}))
+        attachment.enter(Growing(base.anatomy, read))
 
     def parameters(self, shape):
         """P · L · d_model."""
         return self.num_virtual_tokens * shape.layers * shape.d_model
 
 
-@contextmanager
-def growing(base: Base, read) -> Iterator[None]:
-    """Inside, each layer's output gets `read()[layer]` (P, d_model) in front."""
-    ((_, blocks),) = base.anatomy.layers.items()
+class Growing(Site):
+    """Behind each layer, `read()["prompt"][layer]` (P, d_model) in front of its output."""
 
-    def widen(block, args, kwargs):
+    def __init__(self, anatomy: Anatomy, read: Source):
+        super().__init__("growing")
+        self.anatomy, self.read = anatomy, read
+
+    def __enter__(self):
+        ((_, blocks),) = self.anatomy.layers.items()
+        self.hooks = [self.anatomy.backbone.register_forward_hook(self._cut)]
+        for layer, block in enumerate(blocks):
+            self.hooks.append(block.register_forward_pre_hook(self._widen, with_kwargs=True))
+            self.hooks.append(block.register_forward_hook(partial(self._grow, layer)))
+        return self
+
+    def __exit__(self, *_):
+        for hook in self.hooks:
+            hook.remove()
+
+    def _widen(self, block, args, kwargs):
         hidden, mask, *rest = args
         if mask is not None:  # an encoder's rows are alike: which keys are padding
             missing = hidden.shape[1] - mask.shape[-1]
@@ -84,25 +97,14 @@ def growing(base: Base, read) -> Iterator[None]:
             mask = F.pad(mask[:, :, :1], (missing, 0), value=seen)
         return (hidden, mask, *rest), kwargs
 
-    def grow(layer):
-        def hook(block, args, hidden):
-            prompt = read()[layer].to(hidden.dtype)
-            return torch.cat([prompt.expand(len(hidden), -1, -1), hidden], dim=1)
+    def _grow(self, layer, block, args, hidden):
+        prompt = self.read()["prompt"][layer].to(hidden.dtype)
+        return torch.cat([prompt.expand(len(hidden), -1, -1), hidden], dim=1)
 
-        return hook
-
-    def cut(stack, args, output):
-        output.last_hidden_state = output.last_hidden_state[:, sum(map(len, read())) :]
+    def _cut(self, stack, args, output):
+        added = sum(map(len, self.read()["prompt"]))
+        output.last_hidden_state = output.last_hidden_state[:, added:]
         return output
-
-    hooks = [block.register_forward_pre_hook(widen, with_kwargs=True) for block in blocks]
-    hooks += [block.register_forward_hook(grow(layer)) for layer, block in enumerate(blocks)]
-    hooks.append(base.anatomy.backbone.register_forward_hook(cut))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @dataclass(frozen=True)

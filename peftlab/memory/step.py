@@ -154,8 +154,6 @@ def followed(
             for _ in _step(tuned, batch, optimizer, how):
                 pass
             optimizer.zero_grad(set_to_none=True)
-            for source in tuned.sources.values():
-                source.forget()
             place = _places_of(tuned)
             parts = _standing(tuned, batch, optimizer, how, place)
             standing = {at: what for part in parts.values() for at, what in part.items()}

@@ -17,8 +17,8 @@ class PTuningV2(PrefixTuning):
 
     Without `prefix_projection` and at full depth these are prefix tuning's own tensors: what the
     paper adds is where they are used (tagging and classification by a small head that starts at
-    random, see `peftlab.methods.heads`), a length for each task, no reparameterisation by default, and
-    several tasks on one base. The input is not touched.
+    random, see `heads`), a length for each task, no reparameterisation by default, and several
+    tasks on one base. The input is not touched.
 
     `depth` counts layers from the last one down; of T5, in each stack.
 
@@ -35,9 +35,9 @@ class PTuningV2(PrefixTuning):
         if self.depth is not None:
             require("depth", self.depth, 1)
 
-    def reaches(self, layer, layers):
+    def reaches(self, site, layers):
         """The upper `depth` of them."""
-        return self.depth is None or layer >= layers - self.depth
+        return self.depth is None or site.layer >= layers - self.depth
 
     def sublayers(self, shape):
         """Attention sublayers in the upper `depth` layers."""

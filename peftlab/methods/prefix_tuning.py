@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 
+from peftlab.attention import AttentionSite
 from peftlab.bases import Shape
 from peftlab.methods.checks import check_init
 from peftlab.methods.method import Method
@@ -81,8 +82,8 @@ class PrefixTuning(Method):
         attachment.enter(KeysValues(base.anatomy, sites, read, self.shift_positions))
         attachment.virtual_tokens = count if self.shift_positions else 0
 
-    def reaches(self, layer: int, layers: int) -> bool:
-        """Whether this layer of a stack of `layers` gets a prefix: here all do."""
+    def reaches(self, site: AttentionSite, layers: int) -> bool:
+        """Whether this sublayer, in a stack of so many layers, gets a prefix: here all do."""
         return True
 
     def sublayers(self, shape: Shape) -> int:

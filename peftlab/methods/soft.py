@@ -195,16 +195,14 @@ def keys_values(
     return {name: tensor.to("cpu", dtype).clone() for name, tensor in made.items()}
 
 
-def attentions(base: Base, reaches: Callable[[int, int], bool]) -> list[AttentionSite]:
-    """The attention sublayers that get a prefix: where reaches(layer, layers of its stack).
+def attentions(base: Base, reaches: Callable[[AttentionSite, int], bool]) -> list[AttentionSite]:
+    """The attention sublayers that get a prefix: where reaches(sublayer, layers of its stack).
 
     Raises ValueError if the base has none.
     """
     shape = base.anatomy.shape
     layers = {"decoder": shape.decoder_layers}
-    sites = [
-        s for s in base.anatomy.attentions if reaches(s.layer, layers.get(s.stack, shape.layers))
-    ]
+    sites = [s for s in base.anatomy.attentions if reaches(s, layers.get(s.stack, shape.layers))]
     if not sites:
         raise ValueError(
             f"{base.name} computes attention in a way that no prefix reaches: "
@@ -225,7 +223,7 @@ def put(attachment: Attachment, module: nn.Module) -> Source:
     return source
 
 
-def blocks(base: Base, placement: tuple, count: int) -> list[tuple[int, str, int | None]]:
+def blocks(base: Base, placement: tuple | None, count: int) -> list[tuple[int, str, int | None]]:
     """A placement with token ids. Raises ValueError for a text that is not one token."""
     resolved = []
     for size, where in placement or [(count, "front")]:

@@ -34,8 +34,8 @@ class CodedWeight(Site):
 
     `linear` is all that the module computes, of GPT-2 q, k and v together. Codes are made of
     (d_out, d_in), row by row, however the module stores it. The original is kept aside, on the CPU,
-    and put back on leaving. In its place is a view of a single NaN, which takes no memory: code that
-    bypasses the codes reads NaN.
+    and put back on leaving. In its place is a view of a single NaN, which takes no memory: code
+    that bypasses the codes reads NaN.
     """
 
     in_the_weight = True

@@ -13,8 +13,9 @@ from peftlab.sites.site import Site
 class Source(Site):
     """The module whose `forward()` gives a soft prompt's tensors by name, and what reads them.
 
-    Sites call it as often as they like: the module runs once a forward pass of the model. Hooks
-    on the model and on its stacks tell where a pass begins, for a stack may be called alone.
+    Sites call it as often as they like: the module runs once in a forward pass of the model, where
+    the pass begins. Hooks on the model and on its stacks tell where, for a stack may be called
+    alone. What was made stays until the next pass: gradient checkpointing reads it again.
     `instead` are other tensors in place of the module's. Inside `once()` nothing trains, and the
     module is run once for all passes.
     """
@@ -60,15 +61,11 @@ class Source(Site):
         finally:
             self._made, self._once = None, False
 
-    def forget(self) -> None:
-        """Drop the tensors of a pass that was interrupted."""
-        self._outermost = None
-        self._made = self._made if self._once else None
-
     def _begin(self, module, args):
-        if self._outermost is None or module is self.anatomy.model:
-            self.forget()
+        if self._outermost in (None, module) or module is self.anatomy.model:
             self._outermost = module
+            if self.instead is None and not self._once:
+                self._made = self.module()
 
     def _end(self, module, args, output):
         if module is self._outermost:

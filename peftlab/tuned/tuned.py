@@ -185,8 +185,6 @@ class Tuned(LanguageModel):
         self.model.train(mode)
         for module in self.modules.values():
             module.train(mode)
-        for source in self.sources.values():
-            source.forget()
 
     @torch.no_grad()
     def generate(self, prompts: list[str], max_new_tokens: int = 32) -> list[str]:

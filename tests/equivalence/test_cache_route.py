@@ -21,7 +21,7 @@ class OfDecoder(PrefixTuning, listed=False):
 
     name = "of_decoder"
 
-    def takes(self, site, shape):
+    def reaches(self, site, layers):
         return site.stack != "encoder" and not site.cross
 
     def sublayers(self, shape):

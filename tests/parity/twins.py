@@ -61,7 +61,7 @@ class CachePrefix(PrefixTuning, listed=False):
     shift_positions: bool = True
     name = "cache_prefix"
 
-    def takes(self, site, shape):
+    def reaches(self, site, layers):
         return site.stack != "encoder" and not site.cross
 
     def sublayers(self, shape):
