@@ -86,6 +86,7 @@ class How:
     checkpointing: bool = False
     optimiser: str = "adamw"
     lr: float = 0.0
+    again: Callable = contextlib.nullcontext  # what a block is computed in for the second time
 
     def __post_init__(self):
         known = {"dtype": DTYPES, "optimiser": OPTIMISERS, "device": ("cpu", "cuda")}
@@ -150,7 +151,7 @@ def followed(
     optimizer = how.optimizer(list(tuned.trainable.values()))
     memory, kept = Memory(tuned.label, device), {}
     try:
-        with _running(tuned, how.checkpointing):
+        with _running(tuned, how):
             for _ in _step(tuned, batch, optimizer, how):
                 pass
             optimizer.zero_grad(set_to_none=True)
@@ -174,7 +175,9 @@ def followed(
                         kept = {at: what for at, what in kept.items() if what.alive}
                         parts["activations"] = kept.copy()
             parts["gradients"] = _storages(
-                (place(name, p), p.grad) for name, p in tuned.trainable.items() if p.grad is not None
+                (place(name, p), p.grad)
+                for name, p in tuned.trainable.items()
+                if p.grad is not None
             )
             held = _storages((place(n), t) for n, t in _held(tuned, how))
             other = standing.keys() | parts["activations"].keys()
@@ -214,15 +217,19 @@ def _step(
 
 
 @contextlib.contextmanager
-def _running(tuned: Tuned, checkpointing: bool) -> Iterator[None]:
-    """Inside, dropout is off; with `checkpointing` the blocks, and they alone, are in training, for
+def _running(tuned: Tuned, how: How) -> Iterator[None]:
+    """Inside, dropout is off; with checkpointing the blocks, and they alone, are in training, for
     only there are they computed again."""
     model, before = tuned.model, {}
     with tuned._evaluating():
         try:
-            if checkpointing:
-                switch = getattr(model, "activation_checkpointing_enable", None)  # 5.20 and later
-                (switch or model.gradient_checkpointing_enable)({"use_reentrant": False})
+            if how.checkpointing:
+                switch = getattr(model, "activation_checkpointing_enable", None)  # from 5.20 on
+                options = {
+                    "use_reentrant": False,
+                    "context_fn": lambda: (contextlib.nullcontext(), how.again()),
+                }
+                (switch or model.gradient_checkpointing_enable)(options)
                 blocks = [block for stack in tuned.anatomy.layers.values() for block in stack]
                 before = {block: block.training for block in blocks}
                 for block in blocks:
@@ -231,7 +238,7 @@ def _running(tuned: Tuned, checkpointing: bool) -> Iterator[None]:
         finally:
             for block, training in before.items():
                 block.training = training
-            if checkpointing:
+            if how.checkpointing:
                 switch = getattr(model, "activation_checkpointing_disable", None)
                 (switch or model.gradient_checkpointing_disable)()
 
