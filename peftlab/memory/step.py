@@ -119,7 +119,7 @@ def measure(
     how = How(device.type, dtype, checkpointing, optimiser, lr)
     batch = {key: tensor.to(device) for key, tensor in batch.items()}
     counter = Counter() if device.type == "cpu" else Allocator(device)
-    return follow(tuned, batch, how, counter, str(device))
+    return followed(tuned, batch, how, counter, str(device))
 
 
 class Counting(Protocol):

@@ -268,7 +268,7 @@ def _attention(
         return plain(query, key, value, attn_mask, dropout_p, is_causal, **options)[0]
     if attn_mask is not None:
         columns = attn_mask.shape[-1]
-        attn_mask = F.pad(attn_mask, (0, -columns % 16))[..., :columns]
+        attn_mask = F.pad(attn_mask, (0, -columns % 8))[..., :columns]
         attn_mask = attn_mask.expand(*query.shape[:3], columns)
     efficient = torch.ops.aten._scaled_dot_product_efficient_attention
     return efficient(query, key, value, attn_mask, True, dropout_p, is_causal, **options)[0]
