@@ -14,12 +14,14 @@ import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from peftlab.bases.data import data_path
 from peftlab.tuned import Tuned
@@ -218,29 +220,27 @@ def _step(
 
 @contextlib.contextmanager
 def _running(tuned: Tuned, how: How) -> Iterator[None]:
-    """Inside, dropout is off; with checkpointing the blocks, and they alone, are in training, for
-    only there are they computed again."""
-    model, before = tuned.model, {}
+    """Inside, dropout is off. With checkpointing the blocks are told so, and they alone are in
+    training, for only there are they computed again; the model's own switch leaves a hook behind.
+    """
+    blocks = [block for stack in tuned.anatomy.layers.values() for block in stack]
+    options = dict(use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), how.again()))
+    told = {
+        "training": True,
+        "gradient_checkpointing": True,
+        "_gradient_checkpointing_func": partial(checkpoint, **options),
+    }
     with tuned._evaluating():
+        before = {block: vars(block).copy() for block in blocks}
         try:
-            if how.checkpointing:
-                switch = getattr(model, "activation_checkpointing_enable", None)  # from 5.20 on
-                options = {
-                    "use_reentrant": False,
-                    "context_fn": lambda: (contextlib.nullcontext(), how.again()),
-                }
-                (switch or model.gradient_checkpointing_enable)(options)
-                blocks = [block for stack in tuned.anatomy.layers.values() for block in stack]
-                before = {block: block.training for block in blocks}
-                for block in blocks:
-                    block.training = True
+            for block in blocks if how.checkpointing else ():
+                vars(block).update(told)
             yield
         finally:
-            for block, training in before.items():
-                block.training = training
-            if how.checkpointing:
-                switch = getattr(model, "activation_checkpointing_disable", None)
-                (switch or model.gradient_checkpointing_disable)()
+            for block, values in before.items():
+                for name in told:
+                    vars(block).pop(name, None)
+                vars(block).update({name: values[name] for name in told if name in values})
 
 
 # --- parts -----------------------------------------------------------------------------------
