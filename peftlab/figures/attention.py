@@ -6,12 +6,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from peftlab.figures.style import AXIS, (
-    BLUE,
-    COLOURS,
-    GREY,
-    figure,
-)
+from peftlab.figures.style import AXIS, BLUE, COLOURS, GREY, figure
 
 
 def attention_pair(

@@ -4,14 +4,7 @@ from collections.abc import Iterable
 
 import plotly.graph_objects as go
 
-from peftlab.figures.style import (
-    BLACK,
-    BLUE,
-    GREEN,
-    ORANGE,
-    PURPLE,
-    figure,
-)
+from peftlab.figures.style import BLACK, BLUE, GREEN, ORANGE, PURPLE, figure
 
 SITES = {
     "input_embeddings": (ORANGE, "input embeddings", "prompt tuning, P-tuning"),

@@ -5,16 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import plotly.graph_objects as go
 
-from peftlab.figures.style import (
-    BLACK,
-    COLOURS,
-    GREY,
-    MARKERS,
-    PURPLE,
-    SKY,
-    VERMILLION,
-    figure,
-)
+from peftlab.figures.style import BLACK, COLOURS, GREY, MARKERS, PURPLE, SKY, VERMILLION, figure
 
 CODE_TYPES = {  # data types of four bits
     "nf4": (SKY, "triangle-up-open"),
