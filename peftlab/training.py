@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -273,16 +274,10 @@ class _Clock:
     def seconds(self) -> float:
         return time.perf_counter() - self.start - self.paused
 
+    @contextmanager
     def stopped(self):
-        return _Pause(self)
-
-
-class _Pause:
-    def __init__(self, clock: _Clock):
-        self.clock = clock
-
-    def __enter__(self):
-        self.at = time.perf_counter()
-
-    def __exit__(self, *_):
-        self.clock.paused += time.perf_counter() - self.at
+        at = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.paused += time.perf_counter() - at

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 from peftlab.methods import scores
+from peftlab.sites import masked
 
 TEXTS = ("abc>de", "a", "the longest text of all of them", "zz>")
 
@@ -60,9 +61,9 @@ def test_magnitude_is_torchs_own_pruning(sparsity):
     """torch.nn.utils.prune, one matrix by itself and several together; no two entries are equal."""
     layers = [nn.Linear(13, 7), nn.Linear(7, 29)]
     weights = [layer.weight.detach().clone() for layer in layers]
-    scores = [scores.magnitude(W) for W in weights]
-    alone = scores.choose(scores, sparsity, "layer")
-    together = scores.choose(scores, sparsity, "global")
+    found = [scores.magnitude(W) for W in weights]
+    alone = scores.choose(found, sparsity, "layer")
+    together = scores.choose(found, sparsity, "global")
     for layer, mask in zip(layers, alone, strict=True):
         torch_prune.l1_unstructured(layer, "weight", amount=sparsity)
         assert torch.equal(layer.weight_mask.bool(), mask)
@@ -96,10 +97,10 @@ def test_two_of_every_four_neighbours_stay(levels):
 @given(rows=st.integers(1, 9), columns=st.integers(1, 40), seed=st.integers(0, 99))
 def test_bits_are_numpys(rows, columns, seed):
     mask = scores_like(rows, columns, seed) < 0.5
-    packed = scores.pack(torch.from_numpy(mask))
+    packed = masked.pack(torch.from_numpy(mask))
     assert packed.dtype == torch.uint8 and len(packed) == -(-rows * columns // 8)
     assert (packed.numpy() == np.packbits(mask, bitorder="little")).all()
-    assert (scores.unpack(packed, rows, columns).numpy() == mask).all()
+    assert (masked.unpack(packed, rows, columns).numpy() == mask).all()
 
 
 def test_the_cubic_schedule():

@@ -10,16 +10,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import linear as times
 
-from peftlab.methods.checks import check_rank, require
+from peftlab.methods.checks import require
 from peftlab.methods.deltas import DeltaMethod
 
 
 class TripletDelta(nn.Module):
     r"""The formula:  $\Delta W = s P \Lambda Q = s \sum_i \lambda_i p_i q_i^\top$.
 
-    p_i are the columns of P (d_out, r), q_i the rows of Q (r, d_in), both orthonormal at the
-    start, and Λ = diag(λ) starts at zero. A triplet with λ_i = 0 is switched off: it has no part
-    in the output and its vectors have no gradient, but λ_i itself has one.
+    The columns p_i of P (d_out, r) and the rows q_i of Q (r, d_in) start orthonormal, Λ = diag(λ)
+    at zero. Where λ_i = 0 the triplet is off: it adds nothing, and λ_i alone has a gradient.
     """
 
     def __init__(self, d_in: int, d_out: int, r: int, alpha: int | float, dropout=0.0):
@@ -27,8 +26,7 @@ class TripletDelta(nn.Module):
         self.P = nn.Parameter(torch.empty(d_out, r))
         self.L = nn.Parameter(torch.zeros(r))  # λ
         self.Q = nn.Parameter(torch.empty(r, d_in))
-        self.scale = alpha / r
-        self.dropout = nn.Dropout(dropout)
+        self.scale, self.dropout = alpha / r, nn.Dropout(dropout)
         self.register_buffer("importance", torch.zeros(r), persistent=False)
 
     @torch.no_grad()
@@ -59,21 +57,17 @@ class AdaLoRA(DeltaMethod):
         h = W x + s P Λ Q x      W (d_out, d_in) frozen,  P (d_out, init_r),  Λ = diag(λ),
                                  Q (init_r, d_in),  s = α / init_r
 
-    Trained and stored: P, λ and Q, init_r·(d_in + d_out + 1) numbers for each target matrix, those
-    of triplets that are off among them. After every step each triplet is scored by how much the
-    loss would change without it, to first order, smoothed over steps:
+    Trained and stored: P, λ and Q, init_r·(d_in + d_out + 1) numbers for each target matrix. After
+    every step a triplet is scored by how much the loss would change without it, to first order:
 
         I_i ← β I_i + (1 − β) |λ_i ∂loss/∂λ_i|
 
     and of all triplets of all weights the b with the highest I stay; the λ of the others become 0.
-    With t the share of the run that is done, b falls from N·init_r at `start` to N·target_r at
-    `end` along a cubic, N the number of weights: N (target_r + (init_r − target_r) (1 − u)³), with
-    u = (t − start) / (end − start). Before `start` nothing is switched off. A λ that was set to 0
-    still has a gradient and may come back at any step before `end`; then the choice is fixed.
+    `budget` is that b: for N weights it falls from N·init_r to N·target_r, between the shares
+    `start` and `end` of the run. A λ set to 0 has a gradient still, and may come back before `end`.
 
-    Zhang et al. 2023, arXiv:2303.10512, equations 3, 5 and 12; β is β₁ there. Left out: the
-    penalty that keeps P and Q orthogonal (they only start so), the scores of the entries of P and
-    Q, which the paper adds to those of λ, and the factor for their uncertainty (equations 8 to 11).
+    Zhang et al. 2023, arXiv:2303.10512, equations 3, 5 and 12; β is β₁ there. Left out: the penalty
+    that keeps P and Q orthonormal, the scores of their entries, uncertainty (equations 8 to 11).
     """
 
     init_r: int = 12
@@ -85,12 +79,12 @@ class AdaLoRA(DeltaMethod):
     start: int | float = 0.1
     end: int | float = 0.7
 
+    rank: ClassVar[str] = "init_r"
     name: ClassVar[str] = "adalora"
     title: ClassVar[str] = "AdaLoRA"
     learning_rate: ClassVar[float] = 1e-2
-    limits: ClassVar[dict] = {"init_r": (1,), "alpha": (0.0,)} | dict.fromkeys(
-        ("dropout", "beta1", "start"), (0.0, 1.0)
-    )
+    limits: ClassVar[dict] = {"init_r": (1,), "alpha": (0.0,)}
+    limits |= dict.fromkeys(("dropout", "beta1", "start"), (0.0, 1.0))
 
     def __post_init__(self):
         super().__post_init__()
@@ -98,34 +92,29 @@ class AdaLoRA(DeltaMethod):
         require("end", self.end, float(self.start), 1.0)
 
     def delta(self, linear, attachment, generator):
-        check_rank("init_r", self.init_r, linear.d_in, linear.d_out, linear.name)
         delta = TripletDelta(linear.d_in, linear.d_out, self.init_r, self.alpha, self.dropout)
         delta.initialise(generator)
         return delta
 
-    def size(self, d_in, d_out, where=""):
-        check_rank("init_r", self.init_r, d_in, d_out, where)
+    def size(self, d_in, d_out):
         return self.init_r * (d_in + d_out + 1)
 
     def budget(self, done: float, weights: int) -> int:
-        """How many triplets may stay when this share of the run is done."""
-        if done < self.start:
-            return weights * self.init_r
+        """How many triplets may stay: weights · (target_r + (init_r − target_r) (1 − u)³)."""
         u = 1.0 if done >= self.end else (done - self.start) / (self.end - self.start)
-        extra = (self.init_r - self.target_r) * (1 - u) ** 3
+        extra = (self.init_r - self.target_r) * (1 - max(u, 0.0)) ** 3
         return round(weights * (self.target_r + extra))
 
     @torch.no_grad()
     def after_step(self, attachment, step, steps):
         deltas, done = [site.delta for site in attachment.sites], step / steps
         for delta in deltas:
-            new = (delta.L * delta.L.grad).abs()
             if step == 1:
                 delta.importance.zero_()
             if done < self.end or step == 1:  # afterwards the choice is fixed
-                delta.importance.lerp_(new, 1 - self.beta1)
+                delta.importance.lerp_((delta.L * delta.L.grad).abs(), 1 - self.beta1)
         scores = torch.cat([delta.importance for delta in deltas])
-        stay = torch.zeros_like(scores, dtype=torch.bool)
-        stay[scores.topk(self.budget(done, len(deltas))).indices] = True
+        best = scores.topk(self.budget(done, len(deltas))).indices
+        stay = torch.zeros_like(scores).index_fill(0, best, 1.0)
         for delta, kept in zip(deltas, stay.split(self.init_r), strict=True):
             delta.L.mul_(kept)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import nn
 
 from peftlab.bases import Base, Linear, Shape
-from peftlab.methods.checks import checked_targets
+from peftlab.methods.checks import check_rank, checked_targets
 from peftlab.methods.method import Attachment, Method
 from peftlab.sites import LinearWeight
 
@@ -45,8 +47,12 @@ class Targeted(Method, listed=False):
 class DeltaMethod(Targeted, listed=False):
     """A method that puts a delta beside every target weight.
 
-    Subclasses make the delta (`delta`) and say how many numbers it trains (`size`).
+    Subclasses make the delta (`delta`) and say how many numbers it trains (`size`). `rank` names
+    the field with the delta's rank, which no target matrix may be too small for; None if any rank
+    goes on any matrix.
     """
+
+    rank: ClassVar[str | None] = "r"
 
     def delta(
         self, linear: Linear, attachment: Attachment, generator: torch.Generator
@@ -54,22 +60,29 @@ class DeltaMethod(Targeted, listed=False):
         """The delta for this weight as it starts."""
         raise NotImplementedError
 
-    def size(self, d_in: int, d_out: int, where: str = "") -> int:
-        """How many numbers train beside a weight of this size, named `where` in an error."""
+    def size(self, d_in: int, d_out: int) -> int:
+        """How many numbers train beside a weight of this size."""
         raise NotImplementedError
+
+    def check(self, d_in: int, d_out: int, where: str) -> None:
+        """Raise ValueError if this weight is too small for the rank."""
+        if self.rank is not None:
+            check_rank(self.rank, getattr(self, self.rank), d_in, d_out, where)
 
     def reach(self, base, attachment, generator):
         for linear in self.places(base):
+            self.check(linear.d_in, linear.d_out, linear.name)
             site = LinearWeight(linear, self.delta(linear, attachment, generator))
             attachment.enter(site, site.delta)
 
     def parameters(self, shape: Shape) -> int:
         """Σ size(d_in, d_out) over the target matrices."""
-        return sum(
-            copies * self.size(d_in, d_out, target)
-            for target in self.targets(shape.targets)
-            for copies, d_in, d_out in shape.matrices(target)
-        )
+        total = 0
+        for target in self.targets(shape.targets):
+            for copies, d_in, d_out in shape.matrices(target):
+                self.check(d_in, d_out, target)
+                total += copies * self.size(d_in, d_out)
+        return total
 
 
 def sharing(targets: tuple[str, ...], shape: Shape) -> list[str]:

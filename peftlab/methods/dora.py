@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from peftlab.methods.checks import check_rank
 from peftlab.methods.deltas import DeltaMethod
 from peftlab.methods.lora import LowRankDelta
 
@@ -93,7 +92,6 @@ class DoRA(DeltaMethod):
     limits: ClassVar[dict] = {"r": (1,), "alpha": (0.0,), "dropout": (0.0, 1.0)}
 
     def delta(self, linear, attachment, generator):
-        check_rank("r", self.r, linear.d_in, linear.d_out, linear.name)
         delta = MagnitudeDelta(lambda: linear.weight, self.r, self.alpha, self.dropout)
         delta.initialise(generator)
         return delta
@@ -103,6 +101,5 @@ class DoRA(DeltaMethod):
         for site in attachment.sites:
             site.delta.frozen = site.frozen  # W alone also while it is merged
 
-    def size(self, d_in, d_out, where=""):
-        check_rank("r", self.r, d_in, d_out, where)
+    def size(self, d_in, d_out):
         return self.r * (d_in + d_out) + d_out

@@ -11,7 +11,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from peftlab.bases import Shape, fused
-from peftlab.methods.checks import check_rank
 from peftlab.methods.deltas import DeltaMethod, sharing
 
 
@@ -38,13 +37,12 @@ class LowRankDelta(nn.Module):
         self.scale = alpha / (math.sqrt(r) if use_rslora else r)
         self.dropout = nn.Dropout(dropout)
 
+    @torch.no_grad()
     def initialise(self, generator: torch.Generator | None = None) -> None:
         """Draw A anew, on the CPU, so that a seed means the same anywhere; set B to zero."""
         bound = 1 / math.sqrt(self.A.shape[1])
-        drawn = torch.empty(self.A.shape).uniform_(-bound, bound, generator=generator)
-        with torch.no_grad():
-            self.A.copy_(drawn)
-        nn.init.zeros_(self.B)
+        self.A.copy_(torch.empty(self.A.shape).uniform_(-bound, bound, generator=generator))
+        self.B.zero_()
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         if not torch.is_autocast_enabled(x.device.type):  # which chooses the precision itself
@@ -103,27 +101,20 @@ class LoRA(DeltaMethod):
 
     def places(self, base):
         linears, shape = super().places(base), base.anatomy.shape
-        return (
-            fused(linears)
-            if self.fused and sharing(self.targets(shape.targets), shape)
-            else linears
-        )
+        shared = self.fused and sharing(self.targets(shape.targets), shape)
+        return fused(linears) if shared else linears
 
     def delta(self, linear, attachment, generator):
-        check_rank("r", self.r, linear.d_in, linear.d_out, linear.name)
         size = (linear.d_in, linear.d_out)
         delta = LowRankDelta(*size, self.r, self.alpha, self.dropout, self.use_rslora)
         delta.initialise(generator)
         return delta
 
-    def size(self, d_in, d_out, where=""):
-        check_rank("r", self.r, d_in, d_out, where)
+    def size(self, d_in, d_out):
         return self.r * (d_in + d_out)
 
     def parameters(self, shape: Shape) -> int:
         """Σ r (d_in + d_out) over the target matrices, less r d_in for every A that is shared."""
-        shared = sharing(self.targets(shape.targets), shape) if self.fused else []
-        saved = sum(
-            copies * self.r * d_in for t in shared[1:] for copies, d_in, _ in shape.matrices(t)
-        )
-        return super().parameters(shape) - saved
+        shared = sharing(self.targets(shape.targets), shape)[1:] if self.fused else []
+        less = [n * self.r * d_in for t in shared for n, d_in, _ in shape.matrices(t)]
+        return super().parameters(shape) - sum(less)

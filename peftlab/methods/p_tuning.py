@@ -6,18 +6,9 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from peftlab.bases import Shape
+from peftlab.methods import soft
 from peftlab.methods.checks import check_context, check_init, checked_placement, require
 from peftlab.methods.method import Method
-from peftlab.methods.soft import (
-    PROMPT_INITS,
-    Flat,
-    PromptEncoder,
-    blocks,
-    initial_prompt,
-    mlp_widths,
-    put,
-    seeded,
-)
 from peftlab.sites import InputEmbeddings
 
 ENCODERS = ("lstm", "mlp", "attention", "embedding")
@@ -70,7 +61,7 @@ class PTuning(Method):
             raise ValueError('encoder_hidden_size is an option of sizes="peft"')
         if self.sizes == "peft" and self.encoder == "attention":
             raise ValueError('sizes="peft" has no attention encoder: use lstm or mlp')
-        check_init(self.init, self.init_text, PROMPT_INITS)
+        check_init(self.init, self.init_text, soft.PROMPT_INITS)
         placement = checked_placement(self.placement, self.num_virtual_tokens)
         object.__setattr__(self, "placement", placement)
 
@@ -90,15 +81,15 @@ class PTuning(Method):
     def reach(self, base, attachment, generator):
         check_context(self.num_virtual_tokens, base.anatomy.shape)
         count, d = self.num_virtual_tokens, base.anatomy.shape.d_model
-        table = initial_prompt(base, self.init, self.init_text, count, generator)
+        table = soft.initial_prompt(base, self.init, self.init_text, count, generator)
         if self.encoder == "embedding":
-            module = Flat({"prompt": table})
+            module = soft.Flat({"prompt": table})
         else:
-            with seeded(generator):
-                module = PromptEncoder(
+            with soft.seeded(generator):
+                module = soft.PromptEncoder(
                     table, self.encoder, self.sizes, self.hidden(d), self.encoder_num_layers
                 )
-        read, places = put(attachment, module), blocks(base, self.placement, count)
+        read, places = soft.put(attachment, module), soft.blocks(base, self.placement, count)
         attachment.enter(InputEmbeddings(base.anatomy, read, places))
         attachment.virtual_tokens = count
 
@@ -115,7 +106,7 @@ class PTuning(Method):
             total += sum(2 * (4 * h * (w + h) + 8 * h) for w in wide)
         if self.encoder == "attention":
             total += 4 * d * d + 4 * d
-        widths = mlp_widths(self.encoder, self.sizes, h, d)
+        widths = soft.mlp_widths(self.encoder, self.sizes, h, d)
         return total + sum((i + 1) * o for i, o in zip(widths, widths[1:], strict=False))
 
     def folded(self) -> Method:

@@ -10,7 +10,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import linear as times
 
-from peftlab.methods.checks import check_rank
 from peftlab.methods.deltas import DeltaMethod
 
 
@@ -97,9 +96,7 @@ class PiSSA(DeltaMethod):
             )
 
     def delta(self, linear, attachment, generator):
-        check_rank("r", self.r, linear.d_in, linear.d_out, linear.name)
         return PrincipalDelta(linear.weight, self.r, self.alpha)
 
-    def size(self, d_in, d_out, where=""):
-        check_rank("r", self.r, d_in, d_out, where)
+    def size(self, d_in, d_out):
         return self.r * (d_in + d_out)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from peftlab.bases import Shape
 from peftlab.methods.checks import check_texts
@@ -64,8 +63,7 @@ class Prune(Targeted):
 
     def __post_init__(self):
         super().__post_init__()
-        texts = check_texts(self.calibration, self.score, "wanda")
-        object.__setattr__(self, "calibration", texts)
+        object.__setattr__(self, "calibration", check_texts(self.calibration, self.score, "wanda"))
         if self.pattern and (self.sparsity != 0.5 or self.scope):
             raise ValueError(
                 f"pattern={self.pattern!r} is sparsity=0.5 of every four, and no scope"
@@ -93,7 +91,7 @@ class Prune(Targeted):
                 scores[site] = magnitude(site.original)
         self.hold(scores, self.sparsity if now else 0.0)
 
-    def hold(self, scores: dict[MaskedWeight, Tensor], sparsity: int | float) -> None:
+    def hold(self, scores: dict[MaskedWeight, torch.Tensor], sparsity: int | float) -> None:
         """Choose the masks of all weights by their scores."""
         scope = self.scope or ("row" if self.score == "wanda" else "layer")
         groups = self.pattern if self.pattern and sparsity else scope

@@ -82,6 +82,7 @@ class VeRA(DeltaMethod):
     d_initial: int | float = 0.1
     dropout: int | float = 0.0
 
+    rank: ClassVar[None] = None
     name: ClassVar[str] = "vera"
     title: ClassVar[str] = "VeRA"
     learning_rate: ClassVar[float] = 2e-2
@@ -110,5 +111,5 @@ class VeRA(DeltaMethod):
         shared = attachment.modules[f"{self.name}.projections"]
         return VectorDelta(shared, linear.d_in, linear.d_out, self.d_initial, self.dropout)
 
-    def size(self, d_in, d_out, where=""):
+    def size(self, d_in, d_out):
         return self.r + d_out

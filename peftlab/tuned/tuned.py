@@ -220,7 +220,7 @@ class Tuned(LanguageModel):
 
         Raises ValueError if one of them cannot be merged.
         """
-        sites = [site for site in self._sites if not site.in_the_weight]
+        sites = [site for site in self._sites if site.names and not site.in_the_weight]
         for site in sites:
             if not site.can_merge:
                 raise ValueError(f"{site.name} cannot be merged: it has no ΔW")
@@ -235,8 +235,8 @@ class Tuned(LanguageModel):
         """
         self._check_attached()
         sites = self.mergeable()
-        if not sites and self._sites:
-            raise ValueError(f"{self._sites[0].name} cannot be merged: it has no ΔW")
+        if not sites and self.sites:
+            raise ValueError(f"{self.sites[0]} cannot be merged: it has no ΔW")
         for site in sites:
             if site.linear.code is not None and not requantise:
                 raise ValueError(

@@ -1,0 +1,76 @@
+"""Data in, Plotly figure out. Each method keeps one colour and one marker in the whole course.
+
+No figure loads a script from anywhere.
+"""
+
+from peftlab.figures.attention import attention_pair, attention_parts, token_bars
+from peftlab.figures.curves import (
+    bars_by_method,
+    counts_figure,
+    heat_map,
+    learning_curves,
+    small_multiples,
+    spectrum,
+    strengths,
+)
+from peftlab.figures.memory import PARTS, by_layer, memory_bars, memory_traces
+from peftlab.figures.sites import SITES, five_sites
+from peftlab.figures.style import (
+    BLACK,
+    BLUE,
+    COLOURS,
+    DASHES,
+    GREEN,
+    GREY,
+    MARKERS,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILLION,
+    method_key,
+    use_template,
+)
+from peftlab.figures.weights import (
+    CODE_TYPES,
+    code_errors,
+    code_levels,
+    pruning_curve,
+    pruning_parts,
+)
+
+__all__ = [
+    "BLACK",
+    "BLUE",
+    "CODE_TYPES",
+    "COLOURS",
+    "DASHES",
+    "GREEN",
+    "GREY",
+    "MARKERS",
+    "ORANGE",
+    "PARTS",
+    "PURPLE",
+    "SITES",
+    "SKY",
+    "VERMILLION",
+    "attention_pair",
+    "attention_parts",
+    "bars_by_method",
+    "by_layer",
+    "code_errors",
+    "code_levels",
+    "counts_figure",
+    "five_sites",
+    "heat_map",
+    "learning_curves",
+    "memory_bars",
+    "memory_traces",
+    "method_key",
+    "pruning_curve",
+    "pruning_parts",
+    "small_multiples",
+    "spectrum",
+    "strengths",
+    "token_bars",
+    "use_template",
+]

@@ -1,0 +1,63 @@
+"""Where the memory of a training step goes."""
+
+from collections.abc import Mapping
+
+import plotly.graph_objects as go
+
+from peftlab.figures.style import GREY, PURPLE, SKY, VERMILLION, figure, styles
+
+PARTS = {  # of the memory of a training step
+    "weights": GREY,
+    "Adam's moments": PURPLE,
+    "gradients": VERMILLION,
+    "activations": SKY,
+    "around the loss": "#F0E442",
+}
+
+
+def memory_bars(
+    moments: Mapping[str, Mapping[str, Mapping[str, int | float]]], title: str
+) -> go.Figure:
+    """What a training step holds: for each label its moments, for each moment bytes by part."""
+    traces = memory_traces(moments)
+    fig = figure(title, "", "bytes", barmode="stack", height=430)
+    for (part, colour), trace in zip(PARTS.items(), traces, strict=True):
+        fig.add_bar(**trace, name=part, marker_color=colour)
+    fig.update_yaxes(tickformat="~s", ticksuffix="B").update_xaxes(tickangle=0, tickfont_size=11)
+    return fig.update_layout(margin=dict(b=70), legend=dict(traceorder="reversed"))
+
+
+def memory_traces(moments: Mapping[str, Mapping[str, Mapping[str, int | float]]]) -> list[dict]:
+    """What differs between two of those figures: a stack of bars for each part."""
+    pairs = [(label, moment) for label, held in moments.items() for moment in held]
+    x = [[label for label, _ in pairs], [moment for _, moment in pairs]]
+    return [dict(x=x, y=[moments[a][b].get(part, 0) for a, b in pairs]) for part in PARTS]
+
+
+def by_layer(
+    tables: Mapping[str, Mapping[str, int | float]],
+    title: str,
+    y_title: str,
+    x_title: str = "layer",
+) -> go.Figure:
+    """One number a layer for each label, in the order of the layers; a missing one is zero."""
+    places = list(dict.fromkeys(place for table in tables.values() for place in table))
+    places.sort(key=_depth)
+    fig = figure(title, x_title, y_title)
+    for label, style in styles(tables).items():
+        fig.add_scatter(
+            x=[place.removeprefix("layers.") for place in places],
+            y=[tables[label].get(place, 0) for place in places],
+            mode="lines+markers",
+            line=dict(color=style["colour"], dash=style["dash"]),
+            marker=dict(symbol=style["marker"], size=9),
+            name=label,
+        )
+    return fig.update_xaxes(type="category").update_yaxes(rangemode="tozero", tickformat="~s")
+
+
+def _depth(place: str) -> tuple:
+    """Encoder before decoder, input before layers, output behind them."""
+    last = place.rsplit(".", 1)[-1]
+    inside = {"input": -1, "output": 10**6}.get(last, int(last) if last.isdigit() else 10**6)
+    return place.startswith(("decoder", "output")), inside

@@ -1,0 +1,59 @@
+"""What a method has put on a base."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from peftlab.bases import Base
+from peftlab.sites import Site, Source
+
+if TYPE_CHECKING:
+    from peftlab.methods.method import Method
+
+
+@dataclass
+class Attachment:
+    """What a method put on a base: the sites that it reached and the parameters that train.
+
+    `modules` holds what makes the changes, by place, and `sources` what soft prompts are read from.
+    `headless` says that a head stands in place of the language model's own. `chosen` is the method
+    with what it chose on this base said by name.
+    """
+
+    method: Method
+    base: Base
+    headless: bool = False
+    sites: list[Site] = field(default_factory=list)
+    trainable: dict[str, nn.Parameter] = field(default_factory=dict)
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    sources: dict[str, Source] = field(default_factory=dict)
+    virtual_tokens: int = 0
+    chosen: Method | None = None
+
+    def enter(self, site: Site, module: nn.Module | None = None) -> Site:
+        """Enter a site. What trains there, `module` or the model's own parameters, is listed."""
+        if module is not None:
+            self.hold(module, site.name)
+            for key, parameter in module.named_parameters():
+                self.trainable[f"{self.method.name}.{site.name}.{key}"] = parameter
+        site.__enter__()
+        self.sites.append(site)
+        self.trainable |= site.parameters
+        return site
+
+    def hold(self, module: nn.Module, place: str) -> None:
+        """Move a module to the base's device, in 32 bits at least, and keep it by its place."""
+        weight = self.base.anatomy.embedding.weight
+        module.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+        self.modules[place] = module
+
+    def leave(self) -> None:
+        """Leave every site, the last first."""
+        with ExitStack() as stack:
+            for site in self.sites:
+                stack.push(site)
