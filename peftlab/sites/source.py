@@ -1,4 +1,4 @@
-"""What makes a soft prompt, run once a forward."""
+"""The module that makes a soft prompt, run once a forward pass."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from peftlab.sites.site import Site
 
 
 class Source(Site):
-    """The module whose `forward()` gives a soft prompt's tensors by name, and what reads them.
+    """A module whose `forward()` returns a soft prompt's tensors by name, and its cached result.
 
-    Sites call it as often as they like: the module runs once in a forward pass of the model, where
-    the pass begins. Hooks on the model and on its stacks tell where, for a stack may be called
+    Sites may call it any number of times: the module runs once in a forward pass of the model, at
+    the beginning. Hooks on the model and on its stacks find it, because a stack may be called
     alone. What was made stays until the next pass: gradient checkpointing reads it again.
     `instead` are other tensors in place of the module's. Inside `held()` nothing trains, and the
     module is run once for all passes.
@@ -49,7 +49,7 @@ class Source(Site):
         return self._made
 
     def now(self) -> dict[str, Tensor]:
-        """The tensors as they are now, whatever a forward pass has read."""
+        """The current tensors, whatever tensors the last forward pass has read."""
         return self.module() if self.instead is None else self.instead
 
     @contextlib.contextmanager
