@@ -23,7 +23,7 @@ def check_choice(name: str, value, allowed: tuple) -> None:
 
 
 def check_texts(texts, score: str, needed: str) -> tuple[str, ...]:
-    """The calibration texts. Raises ValueError unless they are texts and `score` is `needed`."""
+    """The calibration texts. Raises ValueError unless they are texts, and only `needed` has any."""
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"calibration={texts!r}: a list of texts is needed")
     if (score == needed) != bool(texts):
