@@ -67,7 +67,7 @@ def checked_targets(targets) -> tuple[str, ...] | str:
 
 
 def checked_placement(placement, total: int) -> tuple[tuple[int, str], ...] | None:
-    """The blocks of a placement as (count, where) pairs; None if there is no placement.
+    """The blocks of a placement as (count, place) pairs; None if there is no placement.
 
     Raises ValueError unless they are pairs with known places and `total` virtual tokens together.
     """

@@ -31,7 +31,7 @@ class PTuning(Method):
     direction, MLP 2 d → d → d) or PEFT's (h = `encoder_hidden_size`, by default d_model; MLP
     2 h → 2 h → d after the LSTM, d → h → h → d alone).
 
-    `placement` lists the blocks of virtual tokens in the template as (count, where) pairs: where
+    `placement` lists the blocks of virtual tokens in the template as (count, place) pairs: place
     is "front", "back" (not on decoders), or "before X" or "after X" for the first token X. The
     paper's (3, 3, 3) around a cloze is [(3, "front"), (3, "before [MASK]"), (3, "after [MASK]")].
 

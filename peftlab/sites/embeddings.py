@@ -22,7 +22,7 @@ class InputEmbeddings(Site):
         x = [P; E(tokens)]        positions 0 … P−1 for the virtual tokens, P … for the real ones
 
     `read()["prompt"]` is P (P, d_model), or (batch, P, d_model) with one prompt for each row.
-    `placement` lists blocks as (count, where, token): where is "front", "back", or "before" or
+    `placement` lists blocks as (count, place, token): place is "front", "back", or "before" or
     "after" the first token with the id `token`. A hook before the stack's forward inserts the
     virtual tokens, and a hook after it removes their hidden states, so that heads, losses and
     callers see only the real tokens. T5's decoder is the exception: it attends to the states of
