@@ -48,6 +48,7 @@ from peftlab.bases import CLASSES, Base, LanguageModel
 from peftlab.bases import FAMILIES as KNOWN
 from peftlab.methods import Method
 from peftlab.methods.heads import Classification, Head, Spans, Tagging
+from peftlab.sites import MaskedWeight
 from peftlab.tasks import Example, Task
 
 FAMILIES = ("gpt2", "llama", "bert", "t5")
@@ -392,7 +393,7 @@ def stir(tuned: Tuned, seed: int = 0, size: float = 0.2) -> Tuned:
     for parameter in tuned.trainable.values():
         parameter += size * torch.randn(parameter.shape, generator=generator)
     for site in tuned._sites:  # what a mask holds at zero stays there
-        if hasattr(site, "apply"):
+        if isinstance(site, MaskedWeight):
             site.apply()
     return tuned
 

@@ -23,6 +23,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 from peftlab.attention import cache_name
 from peftlab.bases.anatomy import FAMILIES, TARGETS, Anatomy, Linear, Sublayer, fused
 from peftlab.bases.data import data_path
+from peftlab.bases.plain import has_numbers
 from peftlab.bases.real import GGUF, REAL, Place, find, read_gguf, unpacked
 from peftlab.bases.shapes import Shape
 
@@ -234,6 +235,8 @@ class Base(LanguageModel):
 
     def _digest(self) -> str:
         """A short mark of these weights, from 1,000 rows of the embedding: adapters carry it."""
+        if not has_numbers(self.anatomy.embedding.weight):
+            return ""
         rows = self.anatomy.embedding.weight[:1000].detach().float().cpu().contiguous()
         return hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16]
 

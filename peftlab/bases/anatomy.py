@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from peftlab.attention import AttentionSite, observe
+from peftlab.bases.plain import plain
 from peftlab.bases.shapes import Shape
 
 TARGETS = ("q", "k", "v", "o", "up", "down", "gate")
@@ -321,13 +322,15 @@ class Fused(Linear):
     """
 
     def __init__(self, parts: list[Linear]):
-        first, every = parts[0], torch.arange(max(parts[0].module.weight.shape))
+        first = parts[0]
         self._parts, self.layer, self.module = parts, first.layer, first.module
         self.target = "".join(part.target for part in parts)
         self.name = first.name.removesuffix(first.target) + self.target
         self.transposed = first.transposed
-        rows, self.order = torch.cat([every[part.index] for part in parts]).sort()
-        start, stop = rows[0].item(), rows[-1].item() + 1
+        with plain():
+            every = torch.arange(max(first.module.weight.shape))
+            rows, self.order = torch.cat([every[part.index] for part in parts]).sort()
+            start, stop = rows[0].item(), rows[-1].item() + 1
         self.rows = (start, stop) if stop - start == len(rows) else rows
 
     @property
@@ -390,11 +393,13 @@ class Anatomy:
     def _linear(self, site: str, layer: int, block: nn.Module, part: Part) -> Linear:
         module = block.get_submodule(part.path)
         transposed = not isinstance(module, nn.Linear)
-        every = torch.arange(module.weight.shape[1 if transposed else 0])
+        every = module.weight.shape[1 if transposed else 0]
         if part.by_head:
-            rows = every.view(self.shape.heads, part.of, -1)[:, part.part].flatten()
+            with plain():
+                numbers = torch.arange(every).view(self.shape.heads, part.of, -1)
+                rows = numbers[:, part.part].flatten()
         else:
-            size = len(every) // part.of
+            size = every // part.of
             rows = (part.part * size, (part.part + 1) * size)
         return Linear(site, site.rsplit(".", 1)[-1], layer, module, rows, transposed)
 

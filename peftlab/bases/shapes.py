@@ -62,10 +62,7 @@ class Shape:
     @classmethod
     def named(cls, name: str) -> "Shape":
         """The shape of one of the models in `names()`."""
-        path = _files().get(name)
-        if path is None:
-            raise ValueError(f"unknown model {name!r}; known: {', '.join(names())}")
-        return cls.from_config(json.loads(path.read_text(encoding="utf-8")), name)
+        return cls.from_config(named_config(name), name)
 
     @classmethod
     def from_config(cls, config: Any, name: str | None = None) -> "Shape":
@@ -351,6 +348,14 @@ def _files() -> dict:
 def names() -> list[str]:
     """The names of all models whose shape is known."""
     return sorted(_files())
+
+
+def named_config(name: str) -> dict:
+    """The config of one of the models in `names()`, as transformers writes it."""
+    path = _files().get(name)
+    if path is None:
+        raise ValueError(f"unknown model {name!r}; known: {', '.join(names())}")
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def as_shape(model: Any) -> Shape:

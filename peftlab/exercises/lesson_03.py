@@ -523,7 +523,7 @@ def predict_runs():
     encoder, runs = _encoder("lstm"), []
     encoder.register_forward_hook(lambda *_: runs.append(1))
     source = Source("prompt", load("tiny-gpt").anatomy, encoder)
-    with torch.no_grad(), source.held():
+    with torch.no_grad(), source.once():
         made = [source()["prompt"] for _ in range(50)]
     same = all(torch.equal(made[0], other) for other in made)
     right = "b" if same and len(runs) == 1 else "a"

@@ -1,16 +1,17 @@
 """Where the memory of one training step goes, for every method: `python -m
 peftlab.experiments.memory_table --device cuda`.
 
-A GPT-2 of 101 million parameters with random weights, in float32; predicted in closed form and
-measured on the device, into `data/results/memory_table_cuda.json` (or `_cpu`). On a CPU the batch
-is small, so that the table takes two minutes.
+A GPT-2 of 101 million parameters with random weights: what is predicted, and what was measured on
+the device, each row in a process of its own, into `data/results/memory_table_cuda.json` (or
+`_cpu`). `--dtype bfloat16` and `--checkpointing` write files of their own, and `--all` writes all
+three. Rows are written as they come. On a CPU the batch is small, so that the table takes minutes.
 """
 
 import argparse
-import gc
 import json
+import multiprocessing
 import time
-from dataclasses import asdict
+from concurrent.futures import ProcessPoolExecutor
 from datetime import date
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import transformers
 from peftlab import accounting
 from peftlab.bases import Base, load
 from peftlab.bases.data import data_path
-from peftlab.memory import measure
+from peftlab.memory import Memory, measure, predict
 from peftlab.methods import (
     IA3,
     METHODS,
@@ -68,11 +69,12 @@ MORE = (  # beside every method as it comes
 )
 
 
-def model() -> Base:
+def model(dtype: torch.dtype = torch.float32) -> Base:
     """The model with the tokenizer of `tiny-gpt`; what a tensor holds changes no size."""
     torch.manual_seed(0)
     config = transformers.GPT2Config(**CONFIG, bos_token_id=0, eos_token_id=0, pad_token_id=0)
-    return Base("gpt-101m", transformers.GPT2LMHeadModel(config), load("tiny-gpt").tokenizer)
+    network = transformers.GPT2LMHeadModel(config).to(dtype)
+    return Base("gpt-101m", network, load("tiny-gpt").tokenizer)
 
 
 def listed() -> list[list[Method]]:
@@ -86,68 +88,103 @@ def listed() -> list[list[Method]]:
     return plain + [more if isinstance(more, list) else [more] for more in MORE]
 
 
-def row(base: Base, methods: list[Method], device: str, batch: int, length: int) -> dict:
-    """One method: what the closed form says, and what was measured."""
-    try:
-        step = accounting.step_bytes(methods, base, batch, length, device=device)
-        kept = accounting.saved_activations(methods, base, batch, length)
-        closed = asdict(step) | {"peak": step.peak, "by layer": kept}
-    except ValueError as error:
-        closed = {"unknown": str(error)}
+def numbers(memory: Memory) -> dict:
+    """What a row says of a step."""
+    parts = {part: memory.bytes(part) for part in memory.parts}
+    facts = {"total": memory.total, "most": memory.most, "peak": memory.peak}
+    return parts | facts | {"elsewhere": memory.elsewhere, "by layer": memory.parts["activations"]}
+
+
+def row(which: int, device: str, dtype: str, checkpointing: bool) -> dict | str:
+    """One of `listed()`: predicted, then measured in this process. A string says why not."""
+    torch.set_num_threads(1)
+    methods, (batch, length) = listed()[which], BATCHES[device]
+    options = dict(dtype=dtype, checkpointing=checkpointing)
+    # What trains is in float32, and so is the whole of a model whose own parameters train.
+    width = "float32" if any(method.in_place for method in methods) else dtype
+    base = model(getattr(torch, width)).to(device)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1, 2000, (batch, length), generator=generator)
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
-    with attach(base, methods) as tuned:
-        if not tuned.trainable:
-            return {}
-        move(tuned, device)
-        memory = measure(tuned, given)
-        trained = tuned.count().parameters
+    try:
+        with attach(base, methods) as tuned:
+            if not tuned.trainable:
+                return f"{tuned.label} trains nothing"
+            move(tuned, device)
+            memory = measure(tuned, given, **options)
+            trained = tuned.count().parameters
+    except ValueError as error:  # a method that this base or device does not take
+        return f"{methods[0].title} is left out: {error}"
+    config = {"model_type": "gpt2"} | CONFIG
+    try:
+        said = numbers(predict(methods, config, batch, length, device=device, **options))
+    except Exception as error:  # what was measured counts, whatever this version of torch lacks
+        said = {"unknown": f"{type(error).__name__}: {error}"}
     return {
         "label": memory.method,
         "methods": [method.to_dict() for method in methods],
         "trained": trained,
-        "predicted": closed,
-        "measured": {part: memory.bytes(part) for part in memory.parts}
-        | {"total": memory.total, "peak": memory.peak, "elsewhere": memory.elsewhere}
-        | {"by layer": memory.parts["activations"]},
+        "predicted": said,
+        "measured": numbers(memory),
     }
+
+
+def record(device: str, dtype: str, checkpointing: bool, workers: int, out: Path | None) -> None:
+    """All rows of one setting into a file, which is whole after each of them."""
+    flags = f" --dtype {dtype}" * (dtype != "float32") + " --checkpointing" * checkpointing
+    name = f"memory_table_{device}" + f"_{dtype}" * (dtype != "float32")
+    out = out or data_path("results", name + "_checkpointing" * checkpointing + ".json")
+    batch, length = BATCHES[device]
+    report = {
+        "command": f"python -m peftlab.experiments.memory_table --device {device}{flags}",
+        "date": date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "1 CPU core",
+        "seconds": 0,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "parameters": accounting.base_parameters({"model_type": "gpt2"} | CONFIG),
+        "config": CONFIG,
+        "batch": batch,
+        "length": length,
+        "dtype": dtype,
+        "checkpointing": checkpointing,
+        "rows": [],
+    }
+    start = time.perf_counter()
+    fresh = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=fresh, max_tasks_per_child=1) as pool:
+        settings = (device, dtype, checkpointing)
+        tasks = [pool.submit(row, which, *settings) for which in range(len(listed()))]
+        for task in tasks:
+            found = task.result()
+            if isinstance(found, str):
+                print(found, flush=True)
+                continue
+            report["rows"].append(found)
+            report["seconds"] = round(time.perf_counter() - start)
+            out.write_text(json.dumps(report, indent=1) + "\n")
+            peak, said = found["measured"]["peak"], found["predicted"].get("peak")
+            apart = "unknown" if said is None else f"{said / peak - 1:+.2%}"
+            print(f"{found['label']:32} peak {peak:>14,}  predicted {apart}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--all", action="store_true", help="float32, bfloat16, both of the latter")
+    parser.add_argument("--workers", type=int, default=1, help="rows at a time")
+    parser.add_argument("--out", type=Path, help="a file, or with --all a folder")
     options = parser.parse_args()
-    device, (batch, length) = options.device, BATCHES[options.device]
-    out = options.out or data_path("results", f"memory_table_{device}.json")
-    base, rows, start = model(), [], time.perf_counter()
-    base.to(device)
-    for methods in listed():
-        try:
-            rows.append(row(base, methods, device, batch, length))
-        except ValueError as error:  # a method that this base or device does not take
-            print(f"{methods[0].title}: left out, {error}")
-        finally:
-            base.detach()
-            gc.collect()
-        if rows and rows[-1]:
-            measured, said = rows[-1]["measured"], rows[-1]["predicted"].get("peak")
-            print(f"{rows[-1]['label']:24} peak {measured['peak']:>14,}  said {said}", flush=True)
-    name = torch.cuda.get_device_name() if device == "cuda" else "1 CPU core"
-    report = {
-        "command": f"python -m peftlab.experiments.memory_table --device {device}",
-        "date": date.today().isoformat(),
-        "device": name,
-        "seconds": round(time.perf_counter() - start),
-        "torch": torch.__version__,
-        "parameters": accounting.base_parameters(base),
-        "config": CONFIG,
-        "batch": batch,
-        "length": length,
-        "rows": [found for found in rows if found],
-    }
-    out.write_text(json.dumps(report, indent=1) + "\n")
+    settings = [(options.dtype, options.checkpointing)]
+    if options.all:
+        settings = [("float32", False), ("bfloat16", False), ("bfloat16", True)]
+    for dtype, checkpointing in settings:
+        out = options.out
+        if options.all and out is not None:
+            out = out / f"{dtype}{'_checkpointing' * checkpointing}.json"
+        record(options.device, dtype, checkpointing, options.workers, out)
 
 
 if __name__ == "__main__":

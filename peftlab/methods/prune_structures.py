@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from peftlab.bases import Shape
+from peftlab.bases.plain import has_numbers, plain
 from peftlab.methods.checks import check_texts, require
 from peftlab.methods.method import Method
 from peftlab.methods.scores import first_of, importance, lowest_structures, sensitivity
@@ -84,7 +85,10 @@ class PruneStructures(Method):
                 return felt[kind, name].cpu()
             return importance(base.anatomy, kind, name).view(-1)
 
-        removed = self.removed(base.anatomy.shape, score)
+        # Without numbers the first go: as many, so that what is left is as large.
+        known = has_numbers(base.anatomy.embedding.weight)
+        with plain():
+            removed = self.removed(base.anatomy.shape, score if known else first_of)
         attachment.enter(SmallerModel(base.anatomy, removed))
         named = {kind: getattr(removed, kind) for kind in (*KINDS, "layers")}
         attachment.chosen = PruneStructures(**named)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from peftlab import attention
 from peftlab.attention import AttentionSite
 from peftlab.bases import Base
+from peftlab.bases.plain import plain
 from peftlab.methods.method import Attachment
 from peftlab.sites import Source
 
@@ -115,7 +116,8 @@ def mlp_widths(encoder: str, sizes: str, hidden: int, d: int) -> tuple[int, ...]
 def seeded(generator: torch.Generator):
     """Inside, torch's own generator continues `generator`; afterwards it is as it was."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
+        with plain():
+            torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
         yield
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -62,6 +64,10 @@ class CodedWeight(Site):
         self.module.__dict__.pop("forward", None)
         vars(self.module).pop(CODES, None)
         self.module.weight.data = self.original.to(self.module.weight.device)
+
+    def held(self) -> Iterator[Tensor]:
+        """The original, on the CPU."""
+        yield self.original
 
     def _leave_a_view(self, device: torch.device | str) -> None:
         nothing = self.original.new_full((), torch.nan, device=device)

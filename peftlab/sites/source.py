@@ -16,7 +16,7 @@ class Source(Site):
     Sites may call it any number of times: the module runs once in a forward pass of the model, at
     the beginning. Hooks on the model and on its stacks find it, because a stack may be called
     alone. What was made stays until the next pass: gradient checkpointing reads it again.
-    `instead` are other tensors in place of the module's. Inside `held()` nothing trains, and the
+    `instead` are other tensors in place of the module's. Inside `once()` nothing trains, and the
     module is run once for all passes.
     """
 
@@ -25,7 +25,7 @@ class Source(Site):
         self.anatomy, self.module = anatomy, module
         self.instead: dict[str, Tensor] | None = None
         self._made: dict[str, Tensor] | None = None
-        self._held = False
+        self._once = False
         self._outermost: nn.Module | None = None
 
     def __enter__(self):
@@ -53,18 +53,18 @@ class Source(Site):
         return self.module() if self.instead is None else self.instead
 
     @contextlib.contextmanager
-    def held(self):
+    def once(self):
         """Inside, what the module makes now is what every forward pass reads."""
-        self._made, self._held = self.module(), True
+        self._made, self._once = self.module(), True
         try:
             yield
         finally:
-            self._made, self._held = None, False
+            self._made, self._once = None, False
 
     def _begin(self, module, args):
         if self._outermost in (None, module) or module is self.anatomy.model:
             self._outermost = module
-            if self.instead is None and not self._held:
+            if self.instead is None and not self._once:
                 self._made = self.module()
 
     def _end(self, module, args, output):
@@ -73,4 +73,4 @@ class Source(Site):
 
     def __getstate__(self):
         """A copy makes its own tensors: those of a pass belong to that pass's gradients."""
-        return {**vars(self), "_made": None, "_outermost": None, "_held": False}
+        return {**vars(self), "_made": None, "_outermost": None, "_once": False}

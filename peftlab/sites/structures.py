@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from peftlab.attention import cache_in
 from peftlab.bases import FAMILIES, Anatomy, Linear, Shape
+from peftlab.bases.plain import plain
 from peftlab.bases.shapes import ATTENTION
 from peftlab.sites.site import Site
 
@@ -220,18 +221,14 @@ class SmallerModel(Site):
         rows: dict[Linear, Tensor] = {}
         columns: dict[nn.Module, Tensor] = {}
         for name in dict.fromkeys((*removed.heads, *removed.queries)):
-            queries = torch.tensor(removed.kept(shape, name))
-            gone = removed.heads.get(name, ())
-            keys = torch.tensor([i for i in range(shape.kv_heads) if i not in gone])
-            inner = torch.arange(shape.head_dim)
-            q, kv = (
-                (heads[:, None] * shape.head_dim + inner).flatten() for heads in (queries, keys)
-            )
+            queries, gone = removed.kept(shape, name), removed.heads.get(name, ())
+            keys = [i for i in range(shape.kv_heads) if i not in gone]
+            q, kv = (_rows_of(heads, shape.head_dim) for heads in (queries, keys))
             rows |= {linears[f"{name}.q"]: q, linears[f"{name}.k"]: kv, linears[f"{name}.v"]: kv}
             columns[linears[f"{name}.o"].module] = q
             self._tell_attention(linears[f"{name}.q"].module, len(queries), len(keys))
         for name, gone in removed.neurons.items():
-            stay = torch.tensor([i for i in range(shape.d_ff) if i not in set(gone)])
+            stay = _rows_of([i for i in range(shape.d_ff) if i not in set(gone)])
             ins = [linears.get(f"{name}.{target}") for target in ("up", "gate")]
             rows |= {linear: stay for linear in ins if linear is not None}
             columns[linears[f"{name}.down"].module] = stay
@@ -249,23 +246,25 @@ class SmallerModel(Site):
         """Leave one module only these rows of its roles and these columns."""
         transposed = roles[0].transposed
         W = module.weight.T if transposed else module.weight
-        every, keep = torch.arange(len(W)), torch.zeros(len(W), dtype=torch.bool)
-        mine = {x: every[x.index][rows[x]] if x in rows else every[x.index] for x in roles}
-        for kept in mine.values():
-            keep[kept] = True
-        W = W[keep.to(W.device)]
+        with plain():
+            every, keep = torch.arange(len(W)), torch.zeros(len(W), dtype=torch.bool)
+            mine = {x: every[x.index][rows[x]] if x in rows else every[x.index] for x in roles}
+            for kept in mine.values():
+                keep[kept] = True
+            numbers, stay = keep.cumsum(dim=0) - 1, every[keep]
+            for linear, kept in mine.items():
+                new = numbers[kept]
+                start, stop = new[0].item(), new[-1].item() + 1
+                self._set("rows", (start, stop) if stop - start == len(new) else new, linear)
+        less = len(stay) < len(W)
+        W = W[stay.to(W.device)]
         W = W if columns is None else W[:, columns.to(W.device)]
         self._replace(module, "weight", W.T if transposed else W)
-        if module.bias is not None and not keep.all():
-            self._replace(module, "bias", module.bias[keep.to(W.device)])
+        if module.bias is not None and less:
+            self._replace(module, "bias", module.bias[stay.to(W.device)])
         sizes = ("nf", "nx") if transposed else ("out_features", "in_features")
         for size, value in zip(sizes, W.shape, strict=True):
             self._set(size, value, module)
-        numbers = keep.cumsum(dim=0) - 1
-        for linear, kept in mine.items():
-            new = numbers[kept]
-            start, stop = new[0].item(), new[-1].item() + 1
-            self._set("rows", (start, stop) if stop - start == len(new) else new, linear)
 
     def _replace(self, module: nn.Module, name: str, values: Tensor) -> None:
         self.aside.append(getattr(module, name))
@@ -291,11 +290,17 @@ class SmallerModel(Site):
             if name.endswith(".cross"):
                 self.hooks.append(owner.register_forward_pre_hook(_one_column, with_kwargs=True))
             else:
-                columns = _Columns(torch.tensor(self.removed.kept(shape, name)))
+                columns = _Columns(_rows_of(self.removed.kept(shape, name)))
                 self.hooks += [
                     owner.register_forward_pre_hook(columns.take, with_kwargs=True),
                     owner.register_forward_hook(columns.give_back),
                 ]
+
+
+def _rows_of(structures: list[int], width: int = 1) -> Tensor:
+    """The rows that these structures are, `width` each."""
+    with plain():
+        return (torch.tensor(structures)[:, None] * width + torch.arange(width)).flatten()
 
 
 def _one_column(module, args, kwargs):

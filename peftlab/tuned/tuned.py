@@ -191,7 +191,7 @@ class Tuned(LanguageModel):
         """Generate as a base does; a network that makes a soft prompt runs once for the batch."""
         with ExitStack() as stack, self._evaluating():
             for source in self.sources.values():
-                stack.enter_context(source.held())
+                stack.enter_context(source.once())
             return super().generate(prompts, max_new_tokens)
 
     def _head_logits(self, hidden: Tensor, mask: Tensor) -> Tensor:
