@@ -234,7 +234,7 @@ class Base(LanguageModel):
         self.digest = self._digest()
 
     def _digest(self) -> str:
-        """A short mark of these weights, from 1,000 rows of the embedding: adapters carry it."""
+        """A short hash of 1,000 rows of the embedding, which saved adapters store."""
         if not has_numbers(self.anatomy.embedding.weight):
             return ""
         rows = self.anatomy.embedding.weight[:1000].detach().float().cpu().contiguous()

@@ -85,7 +85,7 @@ class PruneStructures(Method):
                 return felt[kind, name].cpu()
             return importance(base.anatomy, kind, name).view(-1)
 
-        # Without numbers the first go: as many, so that what is left is as large.
+        # Without numbers the first structures go: the same count, so the rest has the same size.
         known = has_numbers(base.anatomy.embedding.weight)
         with plain():
             removed = self.removed(base.anatomy.shape, score if known else first_of)

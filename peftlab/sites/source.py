@@ -15,9 +15,9 @@ class Source(Site):
 
     Sites may call it any number of times: the module runs once in a forward pass of the model, at
     the beginning. Hooks on the model and on its stacks find it, because a stack may be called
-    alone. What was made stays until the next pass: gradient checkpointing reads it again.
-    `instead` are other tensors in place of the module's. Inside `once()` nothing trains, and the
-    module is run once for all passes.
+    alone. The tensors stay until the next pass: gradient checkpointing reads them again. Other
+    tensors in `instead` replace the module's. Inside `once()` nothing trains, and the module runs
+    once for all passes.
     """
 
     def __init__(self, name: str, anatomy: Anatomy, module: nn.Module):
@@ -54,7 +54,7 @@ class Source(Site):
 
     @contextlib.contextmanager
     def once(self):
-        """Inside, what the module makes now is what every forward pass reads."""
+        """Inside, every forward pass reads the tensors that the module makes now."""
         self._made, self._once = self.module(), True
         try:
             yield
@@ -72,5 +72,5 @@ class Source(Site):
             self._outermost = None
 
     def __getstate__(self):
-        """A copy makes its own tensors: those of a pass belong to that pass's gradients."""
+        """A copy makes its own tensors: the cached ones belong to the gradients of their pass."""
         return {**vars(self), "_made": None, "_outermost": None, "_once": False}

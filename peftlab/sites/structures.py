@@ -298,7 +298,7 @@ class SmallerModel(Site):
 
 
 def _rows_of(structures: list[int], width: int = 1) -> Tensor:
-    """The rows that these structures are, `width` each."""
+    """The rows of these structures, `width` for each."""
     with plain():
         return (torch.tensor(structures)[:, None] * width + torch.arange(width)).flatten()
 
