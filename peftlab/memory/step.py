@@ -121,7 +121,7 @@ def measure(
     how = How(device.type, dtype, checkpointing, optimiser, lr)
     batch = {key: tensor.to(device) for key, tensor in batch.items()}
     counter = Counter() if device.type == "cpu" else Allocator(device)
-    return followed(tuned, batch, how, counter, str(device))
+    return followed(tuned, batch, how, counter)
 
 
 class Counting(Protocol):
@@ -147,16 +147,18 @@ class Counting(Protocol):
 
 
 def followed(
-    tuned: Tuned, batch: dict[str, Tensor], how: How, counter: Counting, device: str
+    tuned: Tuned,
+    batch: dict[str, Tensor],
+    how: How,
+    counter: Counting,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> Memory:
-    """Two steps, the second of them seen by the counter. Nothing stays of them."""
-    optimizer = how.optimizer(list(tuned.trainable.values()))
-    memory, kept = Memory(tuned.label, device), {}
+    """Two steps, the second of them seen by the counter; the first is left out if the optimiser
+    has its states. Nothing stays of them."""
+    memory, kept = Memory(tuned.label, how.device), {}
     try:
         with _running(tuned, how):
-            for _ in _step(tuned, batch, optimizer, how):
-                pass
-            optimizer.zero_grad(set_to_none=True)
+            optimizer = optimizer or warm(tuned, batch, how)
             place = _places_of(tuned)
             parts = _standing(tuned, batch, optimizer, how, place)
             standing = {at: what for part in parts.values() for at, what in part.items()}
@@ -189,6 +191,16 @@ def followed(
             parameter.grad = None
     memory.parts = {part: _summed(found.values()) for part, found in parts.items()}
     return memory
+
+
+def warm(tuned: Tuned, batch: dict[str, Tensor], how: How) -> torch.optim.Optimizer:
+    """An optimiser that has taken a step, and so has its states."""
+    optimizer = how.optimizer(list(tuned.trainable.values()))
+    with _running(tuned, how):
+        for _ in _step(tuned, batch, optimizer, how):
+            pass
+    optimizer.zero_grad(set_to_none=True)
+    return optimizer
 
 
 def _step(

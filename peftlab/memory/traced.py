@@ -81,21 +81,43 @@ def predict(
     Raises ValueError for a setting out of range, for rows that do not fit the context, for a family
     that peftlab does not know, and for an encoder without a head of its own and none given.
     """
-    for name, value in (("batch", batch), ("length", length), ("targets", targets)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value}: allowed is at least 1")
     again = _Gpu if device == "cuda" else contextlib.nullcontext
     how = How(device, dtype, checkpointing, optimiser, again=again)
+    with blank(methods, model, how, head) as tuned:
+        counter = Counter() if device == "cpu" else _Blocks()
+        return followed(tuned, rows(tuned, batch, length, targets), how, counter)
+
+
+@contextlib.contextmanager
+def blank(
+    methods: Method | list[Method], model: Any, how: How, head: Head | None = None
+) -> Iterator[Tuned]:
+    """Inside, the methods are attached to a model without numbers, and steps can be taken."""
     methods = list(methods) if isinstance(methods, list | tuple) else [methods]
-    blank = _blank(_facts_of(model, dtype, methods))
-    counter = Counter() if device == "cpu" else _Blocks()
+    made = _blank(_facts_of(model, how.dtype, methods))
     try:
-        with blank.numberless(how), attach(blank.base, methods, head=head) as tuned:
-            rows = _rows(tuned, batch, length, targets)
-            return followed(tuned, rows, how, counter, device)
+        with made.numberless(how), attach(made.base, methods, head=head) as tuned:
+            yield tuned
     except BaseException:
         _blank.cache_clear()  # whatever the error left behind
         raise
+
+
+def rows(tuned: Tuned, batch: int, length: int, targets: int | None = None) -> dict[str, Tensor]:
+    """A batch of full rows, with the labels that its head reads."""
+    for name, value in (("batch", batch), ("length", length), ("targets", targets)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value}: allowed is at least 1")
+    ids = torch.zeros(batch, length, dtype=torch.long)
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+    if tuned.kind == "encoder-decoder":
+        written = torch.zeros(batch, targets or length, dtype=torch.long)
+        given |= {"decoder_input_ids": written, "labels": written.clone()}
+    if isinstance(tuned.head, Classification):
+        given["labels"] = ids.new_zeros(batch)
+    elif isinstance(tuned.head, Spans):
+        given["labels"] = ids.new_zeros(batch, 2)
+    return given
 
 
 # --- a base without numbers ------------------------------------------------------------------
@@ -192,20 +214,6 @@ class _Answers(TorchDispatchMode):
                 if asked.is_floating_point():
                     return 1.0
         return function(*args, **(kwargs or {}))
-
-
-def _rows(tuned: Tuned, batch: int, length: int, targets: int | None) -> dict[str, Tensor]:
-    """A batch of full rows, with the labels that its head reads."""
-    ids = torch.zeros(batch, length, dtype=torch.long)
-    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
-    if tuned.kind == "encoder-decoder":
-        written = torch.zeros(batch, targets or length, dtype=torch.long)
-        given |= {"decoder_input_ids": written, "labels": written.clone()}
-    if isinstance(tuned.head, Classification):
-        given["labels"] = ids.new_zeros(batch)
-    elif isinstance(tuned.head, Spans):
-        given["labels"] = ids.new_zeros(batch, 2)
-    return given
 
 
 # --- what a GPU does otherwise ---------------------------------------------------------------

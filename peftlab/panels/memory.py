@@ -1,13 +1,18 @@
 """The memory explorer: the bytes of a training step, for every method."""
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 
 import ipywidgets as widgets
 import plotly.graph_objects as go
 
 from peftlab import accounting, figures
+from peftlab.bases.data import data_path
 from peftlab.bases.shapes import Shape, as_shape, names
+from peftlab.memory import MOMENTS
 from peftlab.methods import (
     FullFineTuning,
     LoRA,
@@ -18,26 +23,49 @@ from peftlab.panels.panel import Panel, replace_parts
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 TOKENS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+VIRTUAL = 20
 BESIDE_FULL = {  # what full fine-tuning is compared with; the last name is the legend's
     "Full fine-tuning": FullFineTuning(),
     "LoRA, q and v": LoRA(r=8),
     "LoRA, all linear": LoRA(r=8, target_modules="all-linear"),
-    "Prompt tuning": PromptTuning(20),
-    "Prefix tuning": PrefixTuning(20),
+    "Prompt tuning": PromptTuning(VIRTUAL),
+    "Prefix tuning": PrefixTuning(VIRTUAL),
 }
 
 
 @dataclass(frozen=True)
-class MemoryView:
-    """What the memory explorer shows: the bytes of a step for every method, in float32.
+class Step:
+    """Bytes of one training step in float32 on a CPU, part by part.
 
-    `steps` are `accounting.Step`s; what is kept aside to undo full fine-tuning is not shown.
+    `aside` is what waits to be put back: the originals under full fine-tuning. `at_loss` is the
+    most at any time of the forward and the backward pass, `at_update` of the update.
+    """
+
+    weights: int
+    aside: int
+    optimiser: int
+    gradients: int
+    activations: int
+    at_loss: int
+    at_update: int
+
+    @property
+    def peak(self) -> int:
+        """The most at any time."""
+        return max(self.at_loss, self.at_update)
+
+
+@dataclass(frozen=True)
+class MemoryView:
+    """What the memory explorer shows: the bytes of a step for every method.
+
+    What is kept aside to undo full fine-tuning is not shown.
     """
 
     model: str
     batch: int
     length: int
-    steps: dict[str, accounting.Step]
+    steps: dict[str, Step]
 
     def peak(self, label: str) -> int:
         """The most bytes at any time of the step, without what is kept aside."""
@@ -62,10 +90,11 @@ class MemoryView:
         """Bytes by part at the two moments that can be the peak."""
         shown = {}
         for label, step in self.steps.items():
-            standing = {"weights": step.weights, "Adam's moments": step.adam}
-            loss = {"activations": step.activations, "around the loss": step.around_it}
+            standing = {"weights": step.weights, "Adam's moments": step.optimiser}
+            loss = standing | {"activations": step.activations}
+            around = step.at_loss - step.aside - sum(loss.values())
             shown[label] = {
-                "loss": standing | loss,
+                "loss": loss | {"around the loss": around},
                 "update": standing | {"gradients": step.gradients},
             }
         return shown
@@ -75,28 +104,55 @@ class MemoryView:
 
 
 def memory_models() -> tuple[str, ...]:
-    """Models whose training steps the closed form knows and that have a head of their own."""
+    """Models that have a head of their own."""
     known = [name for name in names() if Shape.named(name).head == "lm"]
     return tuple(sorted(known, key=accounting.base_parameters))
 
 
 def memory_lengths(model: str | Shape) -> tuple[int, ...]:
     """Tokens that fit beside the virtual ones."""
-    most = as_shape(model).context - 20
+    most = as_shape(model).context - VIRTUAL
     return tuple(length for length in TOKENS if length <= most)
+
+
+def value(coefficients: Sequence[int | Fraction], batch: int, length: int) -> int | Fraction:
+    """A polynomial: the coefficients of B^i T^j, i = 0 and 1, j = 0 to 2."""
+    one, two = (a + length * (b + length * c) for a, b, c in (coefficients[:3], coefficients[3:]))
+    return one + batch * two
+
+
+@lru_cache(maxsize=1)
+def _traces() -> dict:
+    """What `experiments.trace_memory` found, by model and method."""
+    return json.loads(data_path("results", "memory_traces.json").read_text())["models"]
 
 
 @lru_cache(maxsize=256)
 def memory_view(model: str | Shape, batch: int, length: int) -> MemoryView:
     """The bytes of one training step on `batch` rows of `length` tokens, for `BESIDE_FULL`.
 
-    Raises ValueError for a model without a walk or a batch that does not fit.
+    They are those of `memory.predict`, to the byte, from stored traces. Raises ValueError for a
+    model without one or a batch that does not fit.
     """
     shape = as_shape(model)
-    steps = {
-        label: accounting.step_bytes(method, shape, batch, length)
-        for label, method in BESIDE_FULL.items()
-    }
+    if shape.name not in _traces():
+        raise ValueError(f"no trace of {shape.name}; there are: {', '.join(_traces())}")
+    for name, given in (("batch", batch), ("length", length)):
+        if given < 1:
+            raise ValueError(f"{name}={given}: allowed is at least 1")
+    if length + VIRTUAL > shape.context:
+        raise ValueError(f"{length} tokens and {VIRTUAL} virtual ones: {shape.context} fit")
+    steps = {}
+    for label, told in _traces()[shape.name].items():
+        most = {
+            moment: max(value(line, batch, length) for line in told[moment]) for moment in MOMENTS
+        }
+        parts = ("weights", "aside", "optimiser", "gradients", "activations")
+        steps[label] = Step(
+            **{part: value(told[part], batch, length) for part in parts},
+            at_loss=max(most["forward"], most["backward"]),
+            at_update=most["step"],
+        )
     return MemoryView(shape.name, batch, length, steps)
 
 
