@@ -6,16 +6,29 @@ import json
 import pkgutil
 
 import pytest
+import torch
 
 from peftlab import exercises, tasks
 from peftlab.bases import load
-from peftlab.exercises import Exercise, Question, Verdict, collect, exercise, expect, question
+from peftlab.exercises import (
+    Exercise,
+    Question,
+    Verdict,
+    after,
+    collect,
+    exercise,
+    expect,
+    question,
+    same,
+)
+from peftlab.exercises.clinic import Ward
 from peftlab.experiments.sweep_v2 import GrowingPrompts
 from peftlab.methods import DeepPromptTuning, PromptAndPrefix, PTuningV2
 
 MODULES = [
     importlib.import_module(f"peftlab.exercises.{info.name}")
     for info in pkgutil.iter_modules(exercises.__path__)
+    if info.name.startswith("lesson_")
 ]
 LESSON = {module.__name__.rsplit("_", 1)[1]: module for module in MODULES}
 ITEMS = [(number, item) for number, module in LESSON.items() for item in collect(module)]
@@ -30,10 +43,10 @@ QUESTIONS = [
     if isinstance(item, Question)
 ]
 MISTAKES = [
-    pytest.param(item, wrong, words, id=f"{number}-{item.name}-{n}")
+    pytest.param(item, row, id=f"{number}-{item.name}-{n}")
     for number, item in ITEMS
     if isinstance(item, Exercise)
-    for n, (wrong, words) in enumerate(item.mistakes, 1)
+    for n, row in enumerate(item.mistakes, 1)
 ]
 
 
@@ -59,9 +72,15 @@ def test_an_untouched_stub_is_not_attempted_yet(item):
         assert "not attempted yet" in verdict.message
 
 
-@pytest.mark.parametrize("item, wrong, words", MISTAKES)
-def test_a_mistake_is_told_its_name(item, wrong, words):
-    verdict = item(wrong)
+def diagnosis(item, row) -> str:
+    """The words of a row of an exercise's table: those that quote numbers are computed."""
+    wrong, words, *_ = row
+    return words(item.trial(wrong), item.wanted()) if callable(words) else words
+
+
+@pytest.mark.parametrize("item, row", MISTAKES)
+def test_a_mistake_is_told_its_name(item, row):
+    verdict, words = item(row[0]), diagnosis(item, row)
     assert verdict.status == "wrong", verdict
     assert words in verdict.message
     assert "your code stopped" not in verdict.message or "your code stopped" in words
@@ -69,11 +88,11 @@ def test_a_mistake_is_told_its_name(item, wrong, words):
 
 @pytest.mark.parametrize("item", EXERCISES)
 def test_at_least_three_mistakes_each_with_a_diagnosis_of_its_own(item):
-    diagnoses = [item(wrong).message for wrong, _ in item.mistakes]
+    diagnoses = [item(wrong).message for wrong, *_ in item.mistakes]
     assert len(diagnoses) >= 3
     assert len(set(diagnoses)) == len(diagnoses)
-    for i, (_, words) in enumerate(item.mistakes):
-        others = diagnoses[:i] + diagnoses[i + 1 :]
+    for i, row in enumerate(item.mistakes):
+        words, others = diagnosis(item, row), diagnoses[:i] + diagnoses[i + 1 :]
         assert not any(words in other for other in others), words
 
 
@@ -192,6 +211,121 @@ def test_an_exercise_is_built_from_its_check():
     assert double(lambda x: 2 * x) == Verdict("passed", "Double it: correct")
     assert repr(double(lambda x: x**2)) == "✗ Double it: 3 doubled is 6, yours is 9"
     assert "ZeroDivisionError" in double(lambda x: x / 0).message
+
+
+@exercise(
+    "Square it",
+    solution=lambda x: x * x,
+    mistakes=(
+        (lambda x: 2 * x, lambda given, right: f"{given} is the double"),
+        (lambda x: -x * x, "it is negative", lambda given, right: given < 0),
+        (lambda x: x @ x, "a number has no @"),
+        (lambda x: str(x * x), "give a number"),
+    ),
+    praise=lambda given, right: f"{right} it is",
+    otherwise=lambda given, right: f"{given} for {right}",
+)
+def square(answer):
+    given = answer(3)
+    expect(not isinstance(given, str), f"give a number, not {given!r}")
+    return given
+
+
+@pytest.mark.parametrize(
+    "answer, words",
+    [
+        (lambda x: 9.0, "9 it is"),
+        (lambda x: torch.tensor(9), "9 it is"),
+        (lambda x: x + 3, "6 is the double"),
+        (lambda x: -1, "it is negative"),
+        (lambda x: x[0], "a number has no @"),
+        (lambda x: "9", "give a number, not '9'"),
+        (lambda x: 7, "7 for 9"),
+        (lambda x: 1 / 0, "your code stopped with ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_trial_is_compared_with_the_solution_and_then_with_each_mistake(answer, words):
+    assert square(answer).message == f"Square it: {words}"
+    assert square(answer).passed == ("it is" in words and words[0] == "9")
+
+
+def test_what_a_mistake_gives_is_computed_when_an_answer_is_wrong_and_no_further_than_needed():
+    tried = []
+
+    @exercise(
+        "One",
+        solution=1,
+        mistakes=((2, "two"), (3, "three"), (4, "four")),
+        praise="one",
+    )
+    def one(answer):
+        tried.append(answer)
+        return answer
+
+    assert one(1).passed and tried == [1, 1]
+    tried.clear()
+    assert one(3).message == "One: three" and tried == [3, 1, 2, 3]
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    "a, b, equal",
+    [
+        (1, 1, True),
+        (1, 1.0, True),
+        (10**18, 10**18 + 1, False),
+        (0.1 + 0.2, 0.3, True),
+        (NAN, NAN, True),
+        (NAN, 0.0, False),
+        (torch.tensor([1.0, NAN]), torch.tensor([1.0, NAN], dtype=torch.float64), True),
+        (torch.ones(2), torch.ones(2, 1), False),
+        (torch.ones(2), torch.ones(2) + 1e-3, False),
+        (torch.ones(1), "1", False),
+        (torch.tensor(2), 2, True),
+        ("a", "b", False),
+        ({"x"}, {"x"}, True),
+        ({"x": 1.0}, {"x": 1}, True),
+        ({"x": 1}, {"y": 1}, False),
+        ([1, (2, torch.ones(1))], (1, [2.0, torch.ones(1)]), True),
+        ([1], [1, 2], False),
+        (None, 0, False),
+        (ValueError("a"), ValueError("b"), True),
+        (ValueError("a"), TypeError("a"), False),
+    ],
+)
+def test_what_is_the_same_answer(a, b, equal):
+    assert same(a, b) == same(b, a) == equal
+
+
+def test_an_answer_that_goes_wrong_at_its_end():
+    assert after(lambda x: 2 * x, lambda made: made + 1)(3) == 7
+    assert after(lambda x: (x, 2 * x), lambda one, two: two - one)(3) == 3
+
+
+def test_a_ward_is_written_once():
+    table = {
+        "late": ("B", "it comes too late", "Look at the clock."),
+        "cold": ("A", "it is too cold", "Touch it."),
+        "small": ("D", "it is too small", "Measure it."),
+        "empty": ("C", "there is nothing in it", "Open it."),
+    }
+    ward = Ward(table, where="box ")
+    assert list(ward.faults) == ["late", "cold", "small", "empty"]
+    assert ward.right == {"A": "cold", "B": "late", "C": "empty", "D": "small"}
+    seen = ward.examine(lambda fault: [{"step": 1, "cold": fault == "cold"}], name="box ")
+    assert seen["patient"].tolist() == ["sound", "box A", "box B", "box C", "box D"]
+    assert seen["cold"].tolist() == [False, True, False, False, False]
+    find = ward.exercise("find", "Find it", confused=("AC", "CD"), unknown="large")
+    assert find.name == "find" and len(find.mistakes) == 5
+    assert find(ward.right).message.startswith("Find it: A: it is too cold; B: it comes too late")
+    assert find({letter: ... for letter in "ABCD"}).status == "open"
+    for wrong, words, *_ in find.mistakes:
+        assert words in find(wrong).message
+    assert (
+        find(ward.swapped("B", "D")).message == "Find it: Look again at box B. Look at the clock."
+    )
 
 
 def test_a_question_computes_its_answer():

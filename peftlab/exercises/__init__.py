@@ -2,26 +2,30 @@
 
 A lesson's module defines its exercises with `@exercise` and its predict-first questions with
 `@question`. In the notebook the learner hands over a function (or a letter) and sees a `Verdict`:
-passed, not attempted yet, or a diagnosis of the probable mistake. A check never raises into the
+passed, not attempted yet, or a diagnosis of the probable mistake. Nothing raises into the
 notebook, so Run All goes on.
 
-An exercise carries its own solution and a set of wrong answers with the words that their diagnosis
-must contain; the tests run all of them.
+An exercise tries the answer, and compares what comes out with what comes out of its own solution
+and of its table of wrong answers, each with its diagnosis; the tests run all of them.
 """
 
 from __future__ import annotations
 
 import html
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from numbers import Number
 from typing import Any
+
+import torch
 
 MARKS = {"passed": "✓", "wrong": "✗", "open": "…"}
 
 
 class Wrong(Exception):
-    """Raised inside a check, with the diagnosis for the learner."""
+    """Raised inside a trial, with the diagnosis for the learner."""
 
 
 def expect(condition: Any, diagnosis: str) -> None:
@@ -45,20 +49,66 @@ class Verdict:
         return self.status == "passed"
 
 
+def same(a: Any, b: Any, atol: float = 1e-6) -> bool:
+    """Whether two answers are equal: numbers up to rounding, and everything else exactly.
+
+    Tensors by shape and values, whatever their dtype; lists, tuples and dictionaries item by item;
+    exceptions by type. NaN equals NaN.
+    """
+    if isinstance(a, Exception) or isinstance(b, Exception):
+        return type(a) is type(b)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y, atol) for x, y in zip(a, b, strict=True))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key], atol) for key in a)
+    if not all(isinstance(x, (torch.Tensor, Number)) for x in (a, b)):
+        return type(a) is type(b) and bool(a == b)
+    if all(isinstance(x, int) for x in (a, b)):
+        return a == b
+    if all(isinstance(x, Number) for x in (a, b)):
+        return math.isclose(a, b, abs_tol=atol) or (a != a and b != b)
+    a, b = (torch.as_tensor(x).detach().cpu().double() for x in (a, b))
+    return a.shape == b.shape and torch.allclose(a, b, atol=atol, equal_nan=True)
+
+
+def after(function: Callable, change: Callable) -> Callable:
+    """A function with its result changed: a wrong answer that differs from the solution at its end.
+
+    `change` gets the result, or its items if it is a tuple.
+    """
+
+    def changed(*args):
+        made = function(*args)
+        return change(*made) if isinstance(made, tuple) else change(made)
+
+    return changed
+
+
 @dataclass(frozen=True, repr=False)
 class Exercise:
-    """A check of the learner's answer; call it with the answer.
+    """A trial of the learner's answer; call it with the answer.
 
-    `check(answer)` raises `Wrong` with a diagnosis, or returns words of confirmation. `solution`
-    passes; each of `mistakes` is an answer learners write, and words its diagnosis contains.
+    `trial(answer)` runs the answer and returns what it gives, or raises `Wrong` if that has the
+    wrong form. What the solution gives passes. Each of `mistakes` is (wrong answer, diagnosis) or
+    (wrong answer, diagnosis, recogniser): the first row whose wrong answer gives the same, or whose
+    recogniser says yes to (given, right), has the diagnosis; `otherwise` is said if none does.
+    A wrong answer whose form is wrong has words of what the trial says to it for its diagnosis.
+
+    Diagnoses, `otherwise` and `praise` are words or functions of (given, right); without `praise`
+    the trial says all that is wrong, and returns the praise. `right()` is computed in place of what
+    the solution gives, if there is an independent way to it. `atol` is the tolerance of `same`.
     Difficulty and importance go from 1 to 5.
     """
 
     name: str
     title: str
-    check: Callable[[Any], str | None]
+    trial: Callable[[Any], Any]
     solution: Any
-    mistakes: tuple[tuple[Any, str], ...] = ()
+    mistakes: tuple[tuple, ...] = ()
+    praise: str | Callable | None = None
+    otherwise: str | Callable = "the result is another, and none of the usual mistakes gives it"
+    right: Callable[[], Any] | None = None
+    atol: float = 1e-6
     difficulty: int = 2
     importance: int = 3
     minutes: int = 5
@@ -68,14 +118,36 @@ class Exercise:
         if answer is None or answer is ...:
             return Verdict("open", f"{self.title}: not attempted yet")
         try:
-            praise = self.check(answer)
+            given = self.trial(answer)
         except Wrong as wrong:
             return Verdict("wrong", f"{self.title}: {wrong}")
         except NotImplementedError:
             return Verdict("open", f"{self.title}: not attempted yet")
         except Exception as error:  # the learner's code may fail in any way: say how, go on
-            return Verdict("wrong", f"{self.title}: your code stopped with {describe(error)}")
-        return Verdict("passed", f"{self.title}: {praise or 'correct'}")
+            given = error
+        status, words = self.judge(given)
+        return Verdict(status, f"{self.title}: {words}")
+
+    def wanted(self) -> Any:
+        """What the trial of a right answer gives."""
+        return self.right() if self.right else self.trial(self.solution)
+
+    def judge(self, given: Any) -> tuple[str, str]:
+        """Status and words for what the trial of an answer gave, or for what it was stopped by."""
+        stopped = isinstance(given, Exception)
+        if self.praise is None:
+            return ("wrong", _stopped(given)) if stopped else ("passed", given or "correct")
+        right = self.wanted()
+        if same(given, right, self.atol):
+            return "passed", _words(self.praise, given, right)
+        for wrong, diagnosis, *recogniser in self.mistakes:
+            if recogniser and not stopped:
+                found = recogniser[0](given, right)
+            else:
+                found = same(given, _outcome(self.trial, wrong), self.atol)
+            if found:
+                return "wrong", _words(diagnosis, given, right)
+        return "wrong", _stopped(given) if stopped else _words(self.otherwise, given, right)
 
     def __repr__(self) -> str:
         return f"Exercise: {self.title}"  # the solution stays folded
@@ -100,6 +172,22 @@ class Exercise:
         )
 
 
+def _outcome(trial: Callable, answer: Any) -> Any:
+    """What the trial of an answer gives, or the exception that stops it."""
+    try:
+        return trial(answer)
+    except Exception as error:
+        return error
+
+
+def _stopped(error: Exception) -> str:
+    return f"your code stopped with {describe(error)}"
+
+
+def _words(words: str | Callable, given: Any, right: Any) -> str:
+    return words(given, right) if callable(words) else words
+
+
 def describe(error: Exception) -> str:
     """An exception in one line, for a learner."""
     text = str(error).strip().splitlines()
@@ -107,10 +195,10 @@ def describe(error: Exception) -> str:
 
 
 def exercise(title: str, solution: Any, **options) -> Callable[[Callable], Exercise]:
-    """Turn a check function into an `Exercise` named after it."""
+    """Turn a trial into an `Exercise` named after it."""
 
-    def wrap(check: Callable) -> Exercise:
-        return Exercise(check.__name__, title, check, solution, **options)
+    def wrap(trial: Callable) -> Exercise:
+        return Exercise(trial.__name__, title, trial, solution, **options)
 
     return wrap
 
