@@ -118,36 +118,38 @@ class Exercise:
         if answer is None or answer is ...:
             return Verdict("open", f"{self.title}: not attempted yet")
         try:
-            given = self.trial(answer)
+            status, words = "passed", self.judge(answer)
         except Wrong as wrong:
-            return Verdict("wrong", f"{self.title}: {wrong}")
+            status, words = "wrong", str(wrong)
         except NotImplementedError:
-            return Verdict("open", f"{self.title}: not attempted yet")
+            status, words = "open", "not attempted yet"
         except Exception as error:  # the learner's code may fail in any way: say how, go on
-            given = error
-        status, words = self.judge(given)
+            status, words = "wrong", f"your code stopped with {describe(error)}"
         return Verdict(status, f"{self.title}: {words}")
 
     def wanted(self) -> Any:
         """What the trial of a right answer gives."""
         return self.right() if self.right else self.trial(self.solution)
 
-    def judge(self, given: Any) -> tuple[str, str]:
-        """Status and words for what the trial of an answer gave, or for what it was stopped by."""
+    def judge(self, answer: Any) -> str:
+        """The praise for a right answer. Raises `Wrong` with the diagnosis, or what stops it."""
+        given = _outcome(self.trial, answer)
         stopped = isinstance(given, Exception)
+        if stopped and (self.praise is None or isinstance(given, (Wrong, NotImplementedError))):
+            raise given
         if self.praise is None:
-            return ("wrong", _stopped(given)) if stopped else ("passed", given or "correct")
+            return given or "correct"
         right = self.wanted()
         if same(given, right, self.atol):
-            return "passed", _words(self.praise, given, right)
+            return _words(self.praise, given, right)
         for wrong, diagnosis, *recogniser in self.mistakes:
             if recogniser and not stopped:
                 found = recogniser[0](given, right)
             else:
                 found = same(given, _outcome(self.trial, wrong), self.atol)
             if found:
-                return "wrong", _words(diagnosis, given, right)
-        return "wrong", _stopped(given) if stopped else _words(self.otherwise, given, right)
+                raise Wrong(_words(diagnosis, given, right))
+        raise given if stopped else Wrong(_words(self.otherwise, given, right))
 
     def __repr__(self) -> str:
         return f"Exercise: {self.title}"  # the solution stays folded
@@ -178,10 +180,6 @@ def _outcome(trial: Callable, answer: Any) -> Any:
         return trial(answer)
     except Exception as error:
         return error
-
-
-def _stopped(error: Exception) -> str:
-    return f"your code stopped with {describe(error)}"
 
 
 def _words(words: str | Callable, given: Any, right: Any) -> str:
