@@ -18,6 +18,7 @@ from peftlab.exercises import (
     collect,
     exercise,
     expect,
+    fill,
     question,
     same,
 )
@@ -75,7 +76,8 @@ def test_an_untouched_stub_is_not_attempted_yet(item):
 def diagnosis(item, row) -> str:
     """The words of a row of an exercise's table: those that quote numbers are computed."""
     wrong, words, *_ = row
-    return words(item.trial(wrong), item.wanted()) if callable(words) else words
+    quotes = callable(words) or "{" in words
+    return fill(words, item.trial(wrong), item.wanted()) if quotes else words
 
 
 @pytest.mark.parametrize("item, row", MISTAKES)
@@ -217,12 +219,13 @@ def test_an_exercise_is_built_from_its_check():
     "Square it",
     solution=lambda x: x * x,
     mistakes=(
-        (lambda x: 2 * x, lambda given, right: f"{given} is the double"),
+        (lambda x: 2 * x, "{given} is the double"),
+        (lambda x: x / 2, lambda given, right: f"the half of it is {given:.1f}"),
         (lambda x: -x * x, "it is negative", lambda given, right: given < 0),
         (lambda x: x @ x, "a number has no @"),
         (lambda x: str(x * x), "give a number"),
     ),
-    praise=lambda given, right: f"{right} it is",
+    praise="{right} it is",
     otherwise=lambda given, right: f"{given} for {right}",
 )
 def square(answer):
@@ -237,6 +240,7 @@ def square(answer):
         (lambda x: 9.0, "9 it is"),
         (lambda x: torch.tensor(9), "9 it is"),
         (lambda x: x + 3, "6 is the double"),
+        (lambda x: 1.5, "the half of it is 1.5"),
         (lambda x: -1, "it is negative"),
         (lambda x: x[0], "a number has no @"),
         (lambda x: "9", "give a number, not '9'"),

@@ -94,8 +94,9 @@ class Exercise:
     recogniser says yes to (given, right), has the diagnosis; `otherwise` is said if none does.
     A wrong answer whose form is wrong has words of what the trial says to it for its diagnosis.
 
-    Diagnoses, `otherwise` and `praise` are words or functions of (given, right); without `praise`
-    the trial says all that is wrong, and returns the praise. `right()` is computed in place of what
+    Diagnoses, `otherwise` and `praise` are words, with {given} and {right} where the two are to be
+    quoted, or functions of (given, right) that return words. Without `praise` the trial says all
+    that is wrong, and returns the praise. `right()` is computed in place of what
     the solution gives, if there is an independent way to it. `atol` is the tolerance of `same`.
     Difficulty and importance go from 1 to 5.
     """
@@ -141,15 +142,15 @@ class Exercise:
             return given or "correct"
         right = self.wanted()
         if same(given, right, self.atol):
-            return _words(self.praise, given, right)
+            return fill(self.praise, given, right)
         for wrong, diagnosis, *recogniser in self.mistakes:
             if recogniser and not stopped:
                 found = recogniser[0](given, right)
             else:
                 found = same(given, _outcome(self.trial, wrong), self.atol)
             if found:
-                raise Wrong(_words(diagnosis, given, right))
-        raise given if stopped else Wrong(_words(self.otherwise, given, right))
+                raise Wrong(fill(diagnosis, given, right))
+        raise given if stopped else Wrong(fill(self.otherwise, given, right))
 
     def __repr__(self) -> str:
         return f"Exercise: {self.title}"  # the solution stays folded
@@ -182,8 +183,11 @@ def _outcome(trial: Callable, answer: Any) -> Any:
         return error
 
 
-def _words(words: str | Callable, given: Any, right: Any) -> str:
-    return words(given, right) if callable(words) else words
+def fill(words: str | Callable, given: Any, right: Any) -> str:
+    """Words with what was given and what is right in the places of {given} and {right}."""
+    if callable(words):
+        return words(given, right)
+    return words.format(given=given, right=right)
 
 
 def describe(error: Exception) -> str:
