@@ -271,6 +271,13 @@ def test_what_a_mistake_gives_is_computed_when_an_answer_is_wrong_and_no_further
     assert one(3).message == "One: three" and tried == [3, 1, 2, 3]
 
 
+def test_words_quote_the_first_case_that_is_wrong():
+    words = "{case} squared is {right}, not {given}"
+    assert fill(words, {1: 1, 2: 5, 3: 6}, {1: 1, 2: 4, 3: 9}) == "2 squared is 4, not 5"
+    assert fill("{right[2]:.1f}, all of them", {2: 4}, {2: 4}) == "4.0, all of them"
+    assert fill("{given[0]} for {right[0]}", [1], [2]) == "1 for 2"
+
+
 NAN = float("nan")
 
 

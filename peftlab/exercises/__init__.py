@@ -184,10 +184,19 @@ def _outcome(trial: Callable, answer: Any) -> Any:
 
 
 def fill(words: str | Callable, given: Any, right: Any) -> str:
-    """Words with what was given and what is right in the places of {given} and {right}."""
+    """Words with what was given and what is right in the places of {given} and {right}.
+
+    If a trial gives a dictionary of cases, both are those of the first case that is wrong, which
+    is {case}.
+    """
     if callable(words):
         return words(given, right)
-    return words.format(given=given, right=right)
+    case = None
+    if isinstance(given, dict) and isinstance(right, dict):
+        case = next((case for case in right if not same(given.get(case), right[case])), None)
+    if case is not None:
+        given, right = given.get(case), right[case]
+    return words.format(given=given, right=right, case=case)
 
 
 def describe(error: Exception) -> str:
