@@ -35,9 +35,7 @@ def _of_frozen(model):
 @exercise(
     "How much of a model trains?",
     solution=trainable_percent,
-    difficulty=1,
-    importance=4,
-    minutes=3,
+    difficulty=1, importance=4, minutes=3,
     hints=(
         "`model.parameters()` gives tensors; `p.numel()` is how many numbers one holds.",
         "A parameter trains if `p.requires_grad` is true.",
@@ -96,9 +94,7 @@ def _wrong_first_at(change):
 @exercise(
     "Is it still the same model?",
     solution=changed_tensors,
-    difficulty=2,
-    importance=5,
-    minutes=5,
+    difficulty=2, importance=5, minutes=5,
     hints=(
         "`model.state_dict()` names every tensor of a model, buffers included.",
         "`torch.equal(a, b)` is true only if every single number is the same.",
@@ -146,9 +142,7 @@ def attention_shape(batch, heads, seq, virtual):
 @exercise(
     "Read the shape of attention",
     solution=attention_shape,
-    difficulty=1,
-    importance=3,
-    minutes=3,
+    difficulty=1, importance=3, minutes=3,
     hints=(
         "One attention map has a row for each token that looks and a column for each token that "
         "is looked at.",

@@ -107,9 +107,7 @@ def adam_bytes_solution(total, trained):
     ),
     otherwise="of {case[0]:,} with {case[1]:,} trained: {right:,} bytes, yours {given:,}",
     praise="4 bytes each, and 12 more for each that trains: 16 if all do",
-    difficulty=1,
-    importance=5,
-    minutes=3,
+    difficulty=1, importance=5, minutes=3,
     hints=(
         "Every weight of the model takes 4 bytes, whether it trains or not.",
         "A weight that trains has three more numbers: its gradient, and Adam's two moments.",
@@ -131,17 +129,9 @@ def adam_step_solution(w, g, m, v, t, lr):
     return w - lr * mean / (square.sqrt() + 1e-8), m, v
 
 
-def _uncorrected(w, g, m, v, t, lr):
-    return adam_step_solution(w, g, m, v, math.inf, lr)  # so late that nothing is corrected
-
-
 def _rootless(w, g, m, v, t, lr):
     _, m, v = adam_step_solution(w, g, m, v, t, lr)
     return w - lr * m / (1 - 0.9**t) / (v / (1 - 0.999**t) + 1e-8), m, v
-
-
-def _uphill(w, g, m, v, t, lr):
-    return adam_step_solution(w, g, m, v, t, -lr)
 
 
 def _unsquared(w, g, m, v, t, lr):
@@ -149,28 +139,21 @@ def _unsquared(w, g, m, v, t, lr):
     return w - lr * m / (1 - 0.9**t) / ((v / (1 - 0.999**t)).sqrt() + 1e-8), m, v
 
 
-def _forgetful(w, g, m, v, t, lr):
-    return adam_step_solution(w, g, m, v, t, lr)[0], m, v
+def _drawn():
+    """A weight and three gradients."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(4, 5, generator=generator, dtype=torch.float64).unbind()
 
 
-def _plain(w, g, m, v, t, lr):
-    return w - lr * g, *adam_step_solution(w, g, m, v, t, lr)[1:]
-
-
-class _TorchAdam:
-    """torch's own, as a step function."""
-
-    def __init__(self):
-        self.optimizer = None
-
-    def __call__(self, w, g, m, v, t, lr):
-        if self.optimizer is None:
-            self.w = nn.Parameter(w.clone())
-            self.optimizer = torch.optim.Adam([self.w], lr=lr)
-        self.w.grad = g.clone()
-        self.optimizer.step()
-        state = self.optimizer.state[self.w]
-        return tuple(t.detach().clone() for t in (self.w, state["exp_avg"], state["exp_avg_sq"]))
+def _torch_adam():
+    """w, m and v after three steps of torch's own."""
+    w, *gradients = _drawn()
+    w = nn.Parameter(w)
+    optimizer = torch.optim.Adam([w], lr=0.1)
+    for g in gradients:
+        w.grad = g
+        optimizer.step()
+    return w.detach(), optimizer.state[w]["exp_avg"], optimizer.state[w]["exp_avg_sq"]
 
 
 def _other_step(given, right):
@@ -184,21 +167,22 @@ def _other_step(given, right):
     "One step of Adam",
     solution=adam_step_solution,
     mistakes=(
-        (_uncorrected,
+        (lambda w, g, m, v, t, lr: adam_step_solution(w, g, m, v, math.inf, lr),
+         # at t = ∞ nothing is left to correct
          "correct the bias: both means start at zero, so divide by 1 − 0.9^t, 1 − 0.999^t"),
         (_rootless, "divide by the root of the mean square, not by the mean square"),
-        (_uphill, "your step goes uphill: subtract it"),
+        (lambda w, g, m, v, t, lr: adam_step_solution(w, g, m, v, t, -lr),
+         "your step goes uphill: subtract it"),
         (_unsquared, "v is the mean of the gradient's squares, and you took its size"),
-        (_forgetful,
+        (lambda w, g, m, v, t, lr: (adam_step_solution(w, g, m, v, t, lr)[0], m, v),
          "return the new m and v: yours never change, so every step is the first"),
-        (_plain, "that is gradient descent: the step is the corrected m over the root of v"),
+        (lambda w, g, m, v, t, lr: (w - lr * g, *adam_step_solution(w, g, m, v, t, lr)[1:]),
+         "that is gradient descent: the step is the corrected m over the root of v"),
     ),
     otherwise=_other_step,
     praise="three steps, and torch.optim.Adam is at the same place",
-    right=lambda: adam_step.trial(_TorchAdam()),
-    difficulty=3,
-    importance=4,
-    minutes=8,
+    right=_torch_adam,
+    difficulty=3, importance=4, minutes=8,
     hints=(
         "m is a running mean of the gradients, with 0.9 of the old one; v of their squares, 0.999.",
         "After one step m is a tenth of the gradient. Divide by 1 − 0.9^t to make up for the start "
@@ -208,8 +192,7 @@ def _other_step(given, right):
 )  # fmt: skip
 def adam_step(answer):
     """w, m and v after three steps on three gradients."""
-    generator = torch.Generator().manual_seed(1)
-    w, *gradients = torch.randn(4, 5, generator=generator, dtype=torch.float64).unbind()
+    w, *gradients = _drawn()
     m = v = torch.zeros_like(w)
     for t, g in enumerate(gradients, 1):
         w, m, v = answer(w, g, m, v, t, 0.1)
@@ -263,9 +246,7 @@ def _autograd_keeps(x_has_gradient: bool, W_trains: bool) -> set[str]:
     otherwise="for x_has_gradient, W_trains = {case} it is {right}, yours {given}",
     praise="checked against autograd in all four cases: a frozen W does not need its input",
     right=lambda: linear_keeps.trial(_autograd_keeps),
-    difficulty=2,
-    importance=5,
-    minutes=5,
+    difficulty=2, importance=5, minutes=5,
     hints=(
         "y = x Wᵀ, and g is the gradient of y. Then dL/dW = gᵀ x and dL/dx = g W.",
         "Which of the two derivatives is asked for, and what stands in it beside g?",
@@ -322,9 +303,7 @@ def _numbers_kept(d: int, heads: int, trains: bool) -> int:
               "{given}",
     praise="16 d + 4 + heads numbers a token if it trains, 10 d + 4 + heads if it is frozen",
     right=lambda: block_numbers.trial(_numbers_kept),
-    difficulty=4,
-    importance=3,
-    minutes=12,
+    difficulty=4, importance=3, minutes=12,
     hints=(
         "Go through the block in order: norm, c_attn, attention, c_proj, norm, c_fc, GELU, c_proj. "
         "A linear layer keeps its input if it trains.",
@@ -403,11 +382,9 @@ find_the_leak = LEAKS.exercise(
     "Find the leak",
     confused=("AD", "BC", "CD"),
     unknown="too large",
-    difficulty=3,
-    importance=5,
-    minutes=8,
+    difficulty=3, importance=5, minutes=8,
     hints=(
         "Compare the first steps with the sound training, then the later ones.",
         "Does it grow from step to step, or is it larger once and stays so? At which moment?",
     ),
-)
+)  # fmt: skip
