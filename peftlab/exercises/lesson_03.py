@@ -443,18 +443,13 @@ def _encoder(kind: str) -> PromptEncoder:
     "The prompt is made by an MLP, each virtual token alone: row i of P from row i of E. A step of "
     "gradient descent is taken to change row 1 of P, and no other. Which rows of P change?",
     {
-        "a": (
-            "row 1 alone",
-            "Row 1 of the table is its own. The network is not: every row goes through the same "
-            "weights, and they moved.",
-        ),
+        "a": ("row 1 alone", "Row 1 of the table is its own. The network is not: every row goes "
+              "through the same weights, and they moved."),
         "b": ("all of them", "They share the network's weights, and those moved."),
-        "c": (
-            "row 1 and its neighbours",
-            "An MLP knows no neighbours; what they share is the weights, and all rows share them.",
-        ),
+        "c": ("row 1 and its neighbours", "An MLP knows no neighbours; what they share is the "
+              "weights, and all rows share them."),
     },
-)
+)  # fmt: skip
 def predict_rows():
     encoder = _encoder("mlp")
     before = encoder()["prompt"]
@@ -475,21 +470,15 @@ def predict_rows():
     "P-tuning with 20 virtual tokens on GPT-2, with the LSTM encoder as a library builds it. How "
     "many numbers train, and how many are stored?",
     {
-        "a": (
-            "15,360 train, 15,360 are stored",
-            "That is prompt tuning. The encoder's weights train as well.",
-        ),
-        "b": (
-            "27,174,144 train, 27,174,144 are stored",
-            "Nobody needs the encoder after training: its output is always the same.",
-        ),
+        "a": ("15,360 train, 15,360 are stored", "That is prompt tuning. The encoder's weights "
+              "train as well."),
+        "b": ("27,174,144 train, 27,174,144 are stored", "Nobody needs the encoder after training: "
+              "its output is always the same."),
         "c": ("27,174,144 train, 15,360 are stored", "The encoder is thrown away."),
-        "d": (
-            "15,360 train, 27,174,144 are stored",
-            "Turn it round: what is large here is what trains.",
-        ),
+        "d": ("15,360 train, 27,174,144 are stored", "Turn it round: what is large here is what "
+              "trains."),
     },
-)
+)  # fmt: skip
 def predict_count():
     method = PTuning(20, sizes="peft")
     number = {"trained": count(method, "gpt2"), "stored": stored(method, "gpt2")}
@@ -504,18 +493,13 @@ def predict_count():
     "You generate 50 tokens for one text, right after training, with the encoder still attached. "
     "How often must the encoder run?",
     {
-        "a": (
-            "50 times, once a token",
-            "Its input is a table that no longer changes. What it makes is the same for every "
-            "token, so once is enough.",
-        ),
+        "a": ("50 times, once a token", "Its input is a table that no longer changes. What it "
+              "makes is the same for every token, so once is enough."),
         "b": ("once", "What it makes is the same for every token and every text."),
-        "c": (
-            "once for every layer and token",
-            "The prompt enters at the input. No layer above asks for it again.",
-        ),
+        "c": ("once for every layer and token", "The prompt enters at the input. No layer above "
+              "asks for it again."),
     },
-)
+)  # fmt: skip
 def predict_runs():
     from peftlab.soft import Source
 

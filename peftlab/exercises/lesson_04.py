@@ -505,22 +505,16 @@ def _small(layers: int = 2) -> GPT2LMHeadModel:
     "All keys and values of a prefix are zero, and nothing is trained. "
     "What happens to the output of the text?",
     {
-        "a": (
-            "nothing: the values add zero",
-            "The values add zero, but the keys take a share all the same: a score of 0 is a weight "
-            "of e⁰ = 1 before the softmax divides. What the text adds becomes smaller.",
-        ),
-        "b": (
-            "it changes: the text loses a share of the attention to keys of zero",
-            "A key of zeros has a score of 0, and the softmax gives a score of 0 a weight.",
-        ),
-        "c": (
-            "nothing: a zero key has the lowest score of all, so the softmax leaves it out",
-            "Zero is not the lowest score: scores are negative as often as not, and no score but "
-            "−∞ is left out by a softmax.",
-        ),
+        "a": ("nothing: the values add zero", "The values add zero, but the keys take a share all "
+              "the same: a score of 0 is a weight of e⁰ = 1 before the softmax divides. What the "
+              "text adds becomes smaller."),
+        "b": ("it changes: the text loses a share of the attention to keys of zero",
+              "A key of zeros has a score of 0, and the softmax gives a score of 0 a weight."),
+        "c": ("nothing: a zero key has the lowest score of all, so the softmax leaves it out",
+              "Zero is not the lowest score: scores are negative as often as not, and no score but "
+              "−∞ is left out by a softmax."),
     },
-)
+)  # fmt: skip
 def predict_zero_prefix():
     model, ids = _small(), torch.arange(10)[None]
     shape = (1, 4, 5, 16)
@@ -545,22 +539,17 @@ def predict_zero_prefix():
     "A causal GPT reads two different texts behind the same prefix. "
     "Do the prefix's keys in its last layer differ between the two?",
     {
-        "a": (
-            "yes: by the last layer the prefix has read the text",
-            "A prefix has no queries and passes through no layer. What stands in the last layer is "
-            "what was trained for the last layer.",
-        ),
-        "b": (
-            "no, and those of a soft prompt in front of the text would not differ either",
-            "A causal model reads from left to right, so what stands in front never sees the text.",
-        ),
-        "c": (
-            "no, but those of a soft prompt in front of the text would: it goes through the layers",
-            "It does go through the layers, but in a causal model it stands in front and sees only "
-            "what is further to the left. In an encoder you would be right.",
-        ),
+        "a": ("yes: by the last layer the prefix has read the text", "A prefix has no queries and "
+              "passes through no layer. What stands in the last layer is what was trained for the "
+              "last layer."),
+        "b": ("no, and those of a soft prompt in front of the text would not differ either",
+              "A causal model reads from left to right, so what stands in front never sees the "
+              "text."),
+        "c": ("no, but those of a soft prompt in front of the text would: it goes through the "
+              "layers", "It does go through the layers, but in a causal model it stands in front "
+              "and sees only what is further to the left. In an encoder you would be right."),
     },
-)
+)  # fmt: skip
 def predict_who_reads():
     draw = torch.Generator().manual_seed(0)
     prompt = torch.randn(1, 3, 64, generator=draw)
@@ -595,21 +584,15 @@ def predict_who_reads():
     "more numbers: a prefix of 20, a key and a value in each layer; or 20 vectors as wide as the "
     "model at each layer's input?",
     {
-        "a": (
-            "the prefix, twice as many: a key and a value against one vector",
-            "That holds where each head has its own keys. Here four heads share one, so a key and "
-            "a value together are half as wide as one vector of the model.",
-        ),
-        "b": (
-            "they are equal: both stand in every layer",
-            "The layers are the same, the widths are not: 2 · 1,024 against 4,096.",
-        ),
-        "c": (
-            "the vectors at the input of each layer, twice as many",
-            "2 · d_kv is 2,048, half of d_model.",
-        ),
+        "a": ("the prefix, twice as many: a key and a value against one vector",
+              "That holds where each head has its own keys. Here four heads share one, so a key "
+              "and a value together are half as wide as one vector of the model."),
+        "b": ("they are equal: both stand in every layer", "The layers are the same, the widths "
+              "are not: 2 · 1,024 against 4,096."),
+        "c": ("the vectors at the input of each layer, twice as many",
+              "2 · d_kv is 2,048, half of d_model."),
     },
-)
+)  # fmt: skip
 def predict_larger():
     shape = Shape.named("llama-3-8b")
     prefix, vectors = count(PrefixTuning(20), shape), count(DeepPromptTuning(20), shape)

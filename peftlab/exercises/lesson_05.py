@@ -369,20 +369,13 @@ def _small(layers: int = 3) -> Base:
     "Prefix tuning without its MLP, and P-tuning v2 at full depth: the same length, the same seed. "
     "How far apart are the two outputs?",
     {
-        "a": (
-            "0, exactly",
-            "They hold the same tensors, and put them in the same places.",
-        ),
-        "b": (
-            "a little: P-tuning v2 puts tokens at the input as well",
-            "A source says so. The paper and its code leave the input alone.",
-        ),
-        "c": (
-            "a lot: the approach is completely different",
-            "A source says so. Both put trained keys and values into every attention.",
-        ),
+        "a": ("0, exactly", "They hold the same tensors, and put them in the same places."),
+        "b": ("a little: P-tuning v2 puts tokens at the input as well",
+              "A source says so. The paper and its code leave the input alone."),
+        "c": ("a lot: the approach is completely different", "A source says so. Both put trained "
+              "keys and values into every attention."),
     },
-)
+)  # fmt: skip
 def predict_difference():
     base, ids, outputs = _small(), torch.arange(5, 15)[None], []
     for method in (PrefixTuning(6, init="random"), PTuningV2(6, init="random")):
@@ -428,12 +421,10 @@ def predict_count():
     {
         "a": ("40: the first token's", "Nothing takes the vectors out again."),
         "b": ("60: a virtual token's", "Each layer adds 20 more to what the one before added."),
-        "c": (
-            "280: a vector of the last layer's prompt, the same for every text",
-            "Each of the 12 layers adds 20, and no layer comes after the last 20.",
-        ),
+        "c": ("280: a vector of the last layer's prompt, the same for every text",
+              "Each of the 12 layers adds 20, and no layer comes after the last 20."),
     },
-)
+)  # fmt: skip
 def predict_growth():
     layers, P, T = Shape.named("bert-base").layers, 20, 40
     base = _small(layers)
