@@ -189,7 +189,7 @@ def _other_step(given, right):
 def adam_step(answer):
     """w, m and v after three steps on three gradients."""
     w, *gradients = _drawn()
-    m = v = torch.zeros_like(w)
+    m, v = torch.zeros_like(w), torch.zeros_like(w)
     for t, g in enumerate(gradients, 1):
         w, m, v = answer(w, g, m, v, t, 0.1)
     return w, m, v
