@@ -14,6 +14,8 @@ from peftlab.exercises import (
     Exercise,
     Question,
     Verdict,
+    Wrong,
+    a_tensor,
     after,
     collect,
     exercise,
@@ -326,6 +328,22 @@ def test_a_ward_is_written_once():
     assert (
         find(ward.swapped("B", "D")).message == "Find it: Look again at box B. Look at the clock."
     )
+    assert 'such as {"A": "late", ...}' in find("late").message  # which is not A's
+
+
+def test_a_ward_that_tells_the_sign_of_what_was_said():
+    table = {"vwxyz"[i]: ("ABCDE"[i], "", f"It is {'vwxyz'[i]}.") for i in range(5)}
+    ward = Ward(table, where="", again="{letter} is not {said!r}. {sign_of_said}")
+    find = ward.exercise("find", "Find", confused=("AC",), unknown="u", praise="found")
+    assert find(ward.right).message == "Find: found"
+    assert find(ward.swapped("B", "D")).message == "Find: B is not 'y'. It is y."
+    assert "'u' is none of the five faults" in find(ward.right | {"C": "u"}).message
+
+
+def test_a_tensor_is_demanded():
+    assert a_tensor(made := torch.ones(2)) is made
+    with pytest.raises(Wrong, match="return a tensor; yours is list"):
+        a_tensor([1.0, 1.0])
 
 
 def test_a_question_computes_its_answer():

@@ -71,6 +71,12 @@ def same(a: Any, b: Any, atol: float = 1e-6) -> bool:
     return a.shape == b.shape and torch.allclose(a, b, atol=atol, equal_nan=True)
 
 
+def a_tensor(made: Any) -> torch.Tensor:
+    """What an answer returned, if it is a tensor; else the learner is told what it is."""
+    expect(isinstance(made, torch.Tensor), f"return a tensor; yours is {type(made).__name__}")
+    return made
+
+
 def after(function: Callable, change: Callable) -> Callable:
     """A function with its result changed: a wrong answer that differs from the solution at its end.
 
