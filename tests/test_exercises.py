@@ -15,6 +15,7 @@ from peftlab.exercises import (
     Question,
     Verdict,
     Wrong,
+    a_number,
     a_tensor,
     after,
     collect,
@@ -340,8 +341,23 @@ def test_a_ward_that_tells_the_sign_of_what_was_said():
     assert "'u' is none of the five faults" in find(ward.right | {"C": "u"}).message
 
 
-def test_a_tensor_is_demanded():
+def test_what_cannot_be_compared_is_reported_and_never_raised():
+    class Odd:
+        def __eq__(self, other):
+            raise ValueError("compare me with nobody")
+
+    @exercise("Odd", solution=lambda: Odd(), praise="odd")
+    def odd(answer):
+        return answer()
+
+    assert odd(lambda: Odd()).message.endswith("be judged: ValueError: compare me with nobody")
+
+
+def test_a_tensor_or_a_number_is_demanded():
     assert a_tensor(made := torch.ones(2)) is made
+    assert a_number(3) == 3 and a_number(torch.tensor(3)) == 3
+    with pytest.raises(Wrong, match="return a number; yours is Tensor"):
+        a_number(made)
     with pytest.raises(Wrong, match="return a tensor; yours is list"):
         a_tensor([1.0, 1.0])
 

@@ -77,6 +77,13 @@ def a_tensor(made: Any) -> torch.Tensor:
     return made
 
 
+def a_number(made: Any) -> Number | torch.Tensor:
+    """What an answer returned, if it is a number or a tensor of one; else the learner is told."""
+    one = isinstance(made, torch.Tensor) and made.numel() == 1
+    expect(one or isinstance(made, Number), f"return a number; yours is {type(made).__name__}")
+    return made
+
+
 def after(function: Callable, change: Callable) -> Callable:
     """A function with its result changed: a wrong answer that differs from the solution at its end.
 
@@ -131,7 +138,10 @@ class Exercise:
             return Verdict("open", f"{self.title}: not attempted yet")
         except Exception as error:  # the learner's code may fail in any way: say how, go on
             given = error
-        status, words = self.judge(given)
+        try:
+            status, words = self.judge(given)
+        except Exception as error:  # an answer may give anything, also what refuses to be compared
+            status, words = "wrong", f"what your code gives cannot be judged: {describe(error)}"
         return Verdict(status, f"{self.title}: {words}")
 
     def wanted(self) -> Any:

@@ -56,7 +56,7 @@ class Ward:
         return pd.concat(found, ignore_index=True)
 
     def exercise(
-        self, name: str, title: str, confused: tuple[str, ...], unknown: str, **options
+        self, name: str, title: str, confused: tuple, unknown: str, **options
     ) -> Exercise:
         """To give each letter its fault. `confused` are pairs of letters that learners exchange.
 
