@@ -21,6 +21,7 @@ from peftlab.exercises import (
     collect,
     exercise,
     expect,
+    fill,
     question,
     same,
 )
@@ -78,7 +79,8 @@ def test_an_untouched_stub_is_not_attempted_yet(item):
 def diagnosis(item, row) -> str:
     """The words of a row of an exercise's table: those that quote numbers are computed."""
     wrong, words, *_ = row
-    return words(item.trial(wrong), item.wanted()) if callable(words) else words
+    quotes = callable(words) or "{" in words
+    return fill(words, item.trial(wrong), item.wanted()) if quotes else words
 
 
 @pytest.mark.parametrize("item, row", MISTAKES)
@@ -220,12 +222,13 @@ def test_an_exercise_is_built_from_its_check():
     "Square it",
     solution=lambda x: x * x,
     mistakes=(
-        (lambda x: 2 * x, lambda given, right: f"{given} is the double"),
+        (lambda x: 2 * x, "{given} is the double"),
+        (lambda x: x / 2, lambda given, right: f"the half of it is {given:.1f}"),
         (lambda x: -x * x, "it is negative", lambda given, right: given < 0),
         (lambda x: x @ x, "a number has no @"),
         (lambda x: str(x * x), "give a number"),
     ),
-    praise=lambda given, right: f"{right} it is",
+    praise="{right} it is",
     otherwise=lambda given, right: f"{given} for {right}",
 )
 def square(answer):
@@ -240,6 +243,7 @@ def square(answer):
         (lambda x: 9.0, "9 it is"),
         (lambda x: torch.tensor(9), "9 it is"),
         (lambda x: x + 3, "6 is the double"),
+        (lambda x: 1.5, "the half of it is 1.5"),
         (lambda x: -1, "it is negative"),
         (lambda x: x[0], "a number has no @"),
         (lambda x: "9", "give a number, not '9'"),
@@ -268,6 +272,13 @@ def test_what_a_mistake_gives_is_computed_when_an_answer_is_wrong_and_no_further
     assert one(1).passed and tried == [1, 1]
     tried.clear()
     assert one(3).message == "One: three" and tried == [3, 1, 2, 3]
+
+
+def test_words_quote_the_first_case_that_is_wrong():
+    words = "{case} squared is {right}, not {given}"
+    assert fill(words, {1: 1, 2: 5, 3: 6}, {1: 1, 2: 4, 3: 9}) == "2 squared is 4, not 5"
+    assert fill("{right[2]:.1f}, all of them", {2: 4}, {2: 4}) == "4.0, all of them"
+    assert fill("{given[0]} for {right[0]}", [1], [2]) == "1 for 2"
 
 
 NAN = float("nan")
@@ -350,7 +361,7 @@ def test_what_cannot_be_compared_is_reported_and_never_raised():
     def odd(answer):
         return answer()
 
-    assert odd(lambda: Odd()).message.endswith("be judged: ValueError: compare me with nobody")
+    assert odd(lambda: Odd()).message.endswith("with ValueError: compare me with nobody")
 
 
 def test_a_tensor_or_a_number_is_demanded():

@@ -107,8 +107,9 @@ class Exercise:
     recogniser says yes to (given, right), has the diagnosis; `otherwise` is said if none does.
     A wrong answer whose form is wrong has words of what the trial says to it for its diagnosis.
 
-    Diagnoses, `otherwise` and `praise` are words or functions of (given, right); without `praise`
-    the trial says all that is wrong, and returns the praise. `right()` is computed in place of what
+    Diagnoses, `otherwise` and `praise` are words, with {given} and {right} where the two are to be
+    quoted, or functions of (given, right) that return words. Without `praise` the trial says all
+    that is wrong, and returns the praise. `right()` is computed in place of what
     the solution gives, if there is an independent way to it. `atol` is the tolerance of `same`.
     Difficulty and importance go from 1 to 5.
     """
@@ -131,39 +132,38 @@ class Exercise:
         if answer is None or answer is ...:
             return Verdict("open", f"{self.title}: not attempted yet")
         try:
-            given = self.trial(answer)
+            status, words = "passed", self.judge(answer)
         except Wrong as wrong:
-            return Verdict("wrong", f"{self.title}: {wrong}")
+            status, words = "wrong", str(wrong)
         except NotImplementedError:
-            return Verdict("open", f"{self.title}: not attempted yet")
+            status, words = "open", "not attempted yet"
         except Exception as error:  # the learner's code may fail in any way: say how, go on
-            given = error
-        try:
-            status, words = self.judge(given)
-        except Exception as error:  # an answer may give anything, also what refuses to be compared
-            status, words = "wrong", f"what your code gives cannot be judged: {describe(error)}"
+            status, words = "wrong", f"your code stopped with {describe(error)}"
         return Verdict(status, f"{self.title}: {words}")
 
     def wanted(self) -> Any:
         """What the trial of a right answer gives."""
         return self.right() if self.right else self.trial(self.solution)
 
-    def judge(self, given: Any) -> tuple[str, str]:
-        """Status and words for what the trial of an answer gave, or for what it was stopped by."""
+    def judge(self, answer: Any) -> str:
+        """The praise for a right answer. Raises `Wrong` with the diagnosis, or what stops it."""
+        given = _outcome(self.trial, answer)
         stopped = isinstance(given, Exception)
+        if stopped and (self.praise is None or isinstance(given, (Wrong, NotImplementedError))):
+            raise given
         if self.praise is None:
-            return ("wrong", _stopped(given)) if stopped else ("passed", given or "correct")
+            return given or "correct"
         right = self.wanted()
         if same(given, right, self.atol):
-            return "passed", _words(self.praise, given, right)
+            return fill(self.praise, given, right)
         for wrong, diagnosis, *recogniser in self.mistakes:
             if recogniser and not stopped:
                 found = recogniser[0](given, right)
             else:
                 found = same(given, _outcome(self.trial, wrong), self.atol)
             if found:
-                return "wrong", _words(diagnosis, given, right)
-        return "wrong", _stopped(given) if stopped else _words(self.otherwise, given, right)
+                raise Wrong(fill(diagnosis, given, right))
+        raise given if stopped else Wrong(fill(self.otherwise, given, right))
 
     def __repr__(self) -> str:
         return f"Exercise: {self.title}"  # the solution stays folded
@@ -196,12 +196,20 @@ def _outcome(trial: Callable, answer: Any) -> Any:
         return error
 
 
-def _stopped(error: Exception) -> str:
-    return f"your code stopped with {describe(error)}"
+def fill(words: str | Callable, given: Any, right: Any) -> str:
+    """Words with what was given and what is right in the places of {given} and {right}.
 
-
-def _words(words: str | Callable, given: Any, right: Any) -> str:
-    return words(given, right) if callable(words) else words
+    If a trial gives a dictionary of cases, both are those of the first case that is wrong, which
+    is {case}.
+    """
+    if callable(words):
+        return words(given, right)
+    case = None
+    if isinstance(given, dict) and isinstance(right, dict):
+        case = next((case for case in right if not same(given.get(case), right[case])), None)
+    if case is not None:
+        given, right = given.get(case), right[case]
+    return words.format(given=given, right=right, case=case)
 
 
 def describe(error: Exception) -> str:

@@ -55,9 +55,7 @@ class Ward:
             found.append(rows)
         return pd.concat(found, ignore_index=True)
 
-    def exercise(
-        self, name: str, title: str, confused: tuple, unknown: str, **options
-    ) -> Exercise:
+    def exercise(self, name: str, title: str, confused: tuple, unknown: str, **options) -> Exercise:
         """To give each letter its fault. `confused` are pairs of letters that learners exchange.
 
         `unknown` is a name of a fault that is on no list.
