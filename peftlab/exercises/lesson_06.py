@@ -46,12 +46,10 @@ def how_many():
         "a": ("both", "The gradient of A passes through B, and B is zero."),
         "b": ("only A", "It is the other way round: A's gradient is Bᵀ times something."),
         "c": ("only B", "B's gradient is something times the inner activation A x."),
-        "d": (
-            "neither",
-            "That happens if both start at zero. Here A x is not zero, and B sees it.",
-        ),
+        "d": ("neither",
+              "That happens if both start at zero. Here A x is not zero, and B sees it."),
     },
-)
+)  # fmt: skip
 def first_gradient():
     generator = torch.Generator().manual_seed(0)
     A = torch.randn(2, 6, generator=generator, requires_grad=True)
@@ -112,28 +110,20 @@ def delta_weight_solution(A, B, alpha):
         (lambda A, B, a: a * B @ A, "did you divide alpha by r? Your scale is alpha itself"),
         (lambda A, B, a: a * len(A) * B @ A, "you multiplied alpha by r: the scale is alpha / r"),
         (lambda A, B, a: a / A.shape[1] * B @ A, "you divided alpha by d_in: r is A.shape[0]"),
-        (
-            lambda A, B, a: A @ B,
-            "the shapes do not fit. Perhaps A comes first in your product: with A (r, d_in) and "
-            "B (d_out, r) it is B @ A",
-        ),
-        (
-            after(delta_weight_solution, lambda delta: delta.T),
-            "yours is transposed: ΔW is (d_out, d_in), as W is",
-        ),
+        (lambda A, B, a: A @ B, "the shapes do not fit. Perhaps A comes first in your product: "
+         "with A (r, d_in) and B (d_out, r) it is B @ A"),
+        (after(delta_weight_solution, lambda delta: delta.T),
+         "yours is transposed: ΔW is (d_out, d_in), as W is"),
     ),
     praise="B A, scaled by alpha / r, in the shape of W",
-    otherwise=lambda given, right: (
-        f"ΔW should be {tuple(right.shape)} with other numbers; yours is {describe(given)}"
-    ),
-    difficulty=1,
-    importance=5,
-    minutes=3,
+    otherwise=lambda given, right: f"ΔW should be {tuple(right.shape)} with other numbers; yours "
+        f"is {describe(given)}",
+    difficulty=1, importance=5, minutes=3,
     hints=(
         "ΔW has the shape of W: (d_out, d_in). Which order of A (r, d_in) and B (d_out, r) has it?",
         "r is the number of rows of A. The scale is alpha divided by it.",
     ),
-)
+)  # fmt: skip
 def delta_weight(answer):
     return a_tensor(answer(*factors(), 6.0))
 
@@ -159,15 +149,13 @@ def initialise_solution(r, d_in, d_out):
         (lambda r, d_in, d_out: (torch.ones(r, d_in) / 9, torch.zeros(d_out, r)), "rows of A"),
         (lambda r, d_in, d_out: (torch.randn(r, d_in), torch.zeros(d_out, r)), "too large"),
     ),
-    difficulty=2,
-    importance=5,
-    minutes=4,
+    difficulty=2, importance=5, minutes=4,
     hints=(
         "Before the first step the adapted model must equal the base: ΔW = 0.",
         "If both are zero, both gradients are zero, and nothing ever moves. One of them is enough.",
         "A has d_in numbers a row. Entries of about 1/√d_in keep those of A x as large as x's.",
     ),
-)
+)  # fmt: skip
 def initialise(answer):
     r, d_in, d_out = 4, 81, 50
     A, B = answer(r, d_in, d_out)
@@ -218,45 +206,30 @@ THIN = 2 * 6 * (96 * 64 + 4 * (96 + 64))  # operations for 6 tokens, d_in 96, d_
     "Forward without a dense ΔW",
     solution=forward_solution,
     mistakes=(
-        (
-            lambda x, W, A, B, a: x @ (W + a / len(A) * B @ A).T,
-            "the output is right, but your code forms the dense ΔW",
-        ),
-        (
-            lambda x, W, A, B, a: a / len(A) * (x @ A.T) @ B.T,
-            "that is the delta alone: you left out W x",
-        ),
-        (
-            lambda x, W, A, B, a: x @ W.T + (x @ A.T) @ B.T,
-            "W x + B A x, without the scale alpha / r",
-        ),
-        (
-            lambda x, W, A, B, a: x @ W.T + a * (x @ A.T) @ B.T,
-            "did you divide alpha by r? The scale is alpha itself",
-        ),
-        (
-            lambda x, W, A, B, a: a / len(A) * (x @ W.T + x @ A.T @ B.T),
-            "you scaled the base too: only B A x is scaled",
-        ),
-        (
-            lambda x, W, A, B, a: W @ x + a / len(A) * B @ (A @ x),
-            "the shapes do not fit: x is (6, 96), tokens first and features last, so each product "
-            "is x @ (matrix).T",
-        ),
+        (lambda x, W, A, B, a: x @ (W + a / len(A) * B @ A).T,
+         "the output is right, but your code forms the dense ΔW"),
+        (lambda x, W, A, B, a: a / len(A) * (x @ A.T) @ B.T,
+         "that is the delta alone: you left out W x"),
+        (lambda x, W, A, B, a: x @ W.T + (x @ A.T) @ B.T,
+         "W x + B A x, without the scale alpha / r"),
+        (lambda x, W, A, B, a: x @ W.T + a * (x @ A.T) @ B.T,
+         "did you divide alpha by r? The scale is alpha itself"),
+        (lambda x, W, A, B, a: a / len(A) * (x @ W.T + x @ A.T @ B.T),
+         "you scaled the base too: only B A x is scaled"),
+        (lambda x, W, A, B, a: W @ x + a / len(A) * B @ (A @ x),
+         "the shapes do not fit: x is (6, 96), tokens first and features last, so each product is "
+         "x @ (matrix).T"),
     ),
     praise=f"{THIN:,} operations, and no (d_out, d_in) product in between",
-    otherwise=lambda given, right: (
-        f"the output should be {describe(right)}; yours is {describe(given)}"
-    ),
-    difficulty=2,
-    importance=4,
-    minutes=5,
+    otherwise=lambda given, right: f"the output should be {describe(right)}; yours is "
+        f"{describe(given)}",
+    difficulty=2, importance=4, minutes=5,
     hints=(
         "x comes as rows, features last: the formula W x is written x @ W.T in code.",
         "Go through the narrow middle: first x @ A.T, which has only r numbers a token.",
         "(x @ A.T) @ B.T and x @ (B @ A).T are equal on paper. Count the multiplications of each.",
     ),
-)
+)  # fmt: skip
 def forward(answer):
     generator = torch.Generator().manual_seed(7)
     x = torch.randn(6, 96, generator=generator, dtype=torch.float64)
@@ -293,45 +266,29 @@ def _of_factors(adapters, weights):
     "Two adapters as one",
     solution=combine_solution,
     mistakes=(
-        (
-            _of_factors,
-            "you weighed the factors: their product has B of one adapter times A of the other in "
-            "it, and each weight squared",
-        ),
-        (
-            lambda some, w: _of_factors(some, [1.0] * len(w)),
-            "you added the factors: their product has B of one adapter times A of the other in it",
-        ),
-        (
-            lambda some, w: combine_solution([(A, B, len(A)) for A, B, _ in some], w),
-            "the sum of the products B A, but you left out alpha / r of each",
-        ),
-        (
-            lambda some, w: combine_solution(some, [1.0] * len(w)),
-            "that is the sum of both deltas, without the weights",
-        ),
-        (
-            lambda some, w: combine_solution(some, [x / sum(w) for x in w]),
-            "you divided the weights by their sum: they are what was asked for, and need not sum "
-            "to 1",
-        ),
-        (
-            lambda some, w: combine_solution([(A, B, some[0][2]) for A, B, _ in some], w),
-            "you used alpha of the first adapter for both: each has its own",
-        ),
+        (_of_factors, "you weighed the factors: their product has B of one adapter times A of the "
+         "other in it, and each weight squared"),
+        (lambda some, w: _of_factors(some, [1.0] * len(w)),
+         "you added the factors: their product has B of one adapter times A of the other in it"),
+        (lambda some, w: combine_solution([(A, B, len(A)) for A, B, _ in some], w),
+         "the sum of the products B A, but you left out alpha / r of each"),
+        (lambda some, w: combine_solution(some, [1.0] * len(w)),
+         "that is the sum of both deltas, without the weights"),
+        (lambda some, w: combine_solution(some, [x / sum(w) for x in w]),
+         "you divided the weights by their sum: they are what was asked for, and need not sum to "
+         "1"),
+        (lambda some, w: combine_solution([(A, B, some[0][2]) for A, B, _ in some], w),
+         "you used alpha of the first adapter for both: each has its own"),
     ),
     praise="the deltas weighed, each at its own scale, and no products of strangers",
-    otherwise=lambda given, right: (
-        f"the sum should be {describe(right)}; yours is {describe(given)}"
-    ),
-    difficulty=3,
-    importance=3,
-    minutes=6,
+    otherwise=lambda given, right: f"the sum should be {describe(right)}; yours is "
+        f"{describe(given)}",
+    difficulty=3, importance=3, minutes=6,
     hints=(
         "What is weighed is the change of the weight: Σ w_i ΔW_i, and each ΔW has its own alpha.",
         "(B₁ + B₂)(A₁ + A₂) is B₁A₁ + B₂A₂ and two products more, which belong to neither.",
     ),
-)
+)  # fmt: skip
 def combine(answer):
     adapters = [(*factors(), 6.0), (*(2 * t.flip(0) for t in factors()), 3.0)]
     return a_tensor(answer(adapters, [0.75, 0.5]))
@@ -356,48 +313,32 @@ def _dora(length):
     "DoRA: a length for every row",
     solution=dora_solution,
     mistakes=(
-        (
-            _dora(lambda W, changed: W.norm(dim=1, keepdim=True)),
-            "you divided by the norms of W alone: as A and B train, the rows of W' would not be as "
-            "long as m says",
-        ),
+        (_dora(lambda W, changed: W.norm(dim=1, keepdim=True)),
+         "you divided by the norms of W alone: as A and B train, the rows of W' would not be as "
+         "long as m says"),
         (_dora(lambda W, changed: 1), "you never divided by the norms: m would be a scale"),
-        (
-            _dora(lambda W, changed: changed.norm(dim=0, keepdim=True)),
-            "those are the norms of the columns (dim=0). A row makes one output; the paper says "
-            "column, but there W is transposed",
-        ),
-        (
-            _dora(lambda W, changed: changed.norm()),
-            "that is one norm for the whole matrix: every row has its own",
-        ),
-        (
-            lambda W, A, B, a, m: dora_solution(W, A, B, len(A), m),
-            "direction and length are right, but you left out alpha / r",
-        ),
-        (
-            lambda W, A, B, a, m: W + m[:, None] * nn.functional.normalize(B @ A, dim=1),
-            "you normalised the delta: what has direction and length is W + ΔW",
-        ),
-        (
-            lambda W, A, B, a, m: m * (W + a / len(A) * B @ A),
-            "the shapes do not fit: m is (d_out), one number for each row. m[:, None] makes it a "
-            "column",
-        ),
+        (_dora(lambda W, changed: changed.norm(dim=0, keepdim=True)),
+         "those are the norms of the columns (dim=0). A row makes one output; the paper says "
+         "column, but there W is transposed"),
+        (_dora(lambda W, changed: changed.norm()),
+         "that is one norm for the whole matrix: every row has its own"),
+        (lambda W, A, B, a, m: dora_solution(W, A, B, len(A), m),
+         "direction and length are right, but you left out alpha / r"),
+        (lambda W, A, B, a, m: W + m[:, None] * nn.functional.normalize(B @ A, dim=1),
+         "you normalised the delta: what has direction and length is W + ΔW"),
+        (lambda W, A, B, a, m: m * (W + a / len(A) * B @ A),
+         "the shapes do not fit: m is (d_out), one number for each row. m[:, None] makes it a "
+         "column"),
     ),
-    praise=lambda given, right: (
-        f"the rows of W' have the lengths {', '.join(f'{x:.2f}' for x in given.norm(dim=1))}, "
-        "which is m"
-    ),
+    praise=lambda given, right: "the rows of W' have the lengths "
+        f"{', '.join(f'{x:.2f}' for x in given.norm(dim=1))}, which is m",
     otherwise=lambda given, right: f"W' should be {describe(right)}; yours is {describe(given)}",
-    difficulty=3,
-    importance=2,
-    minutes=8,
+    difficulty=3, importance=2, minutes=8,
     hints=(
         "First the weight that LoRA would make, W + (alpha / r) B A. DoRA changes its rows.",
         "Divide each row by its own norm, then give it the length in m: every row of W' has it.",
     ),
-)
+)  # fmt: skip
 def dora(answer):
     generator = torch.Generator().manual_seed(8)
     W = torch.randn(5, 7, generator=generator, dtype=torch.float64)
@@ -428,85 +369,51 @@ def _unlike(given, right):
     "Count under grouped heads",
     solution=count_lora_solution,
     mistakes=(
-        (
-            lambda r, L, d, d_kv, ts: L * len(ts) * r * 2 * d,
-            "k and v are not as wide as d_model here: under grouped heads they have d_kv outputs",
-        ),
-        (
-            lambda r, L, d, d_kv, ts: count_lora_solution(r, 1, d, d_kv, ts),
-            "that is one layer: multiply by their number",
-        ),
-        (
-            lambda r, L, d, d_kv, ts: L * len(ts) * r * d,
-            "that is only A, (r, d_in) numbers: B has r·d_out more",
-        ),
-        (
-            lambda r, L, d, d_kv, ts: L * sum(r * d * (d_kv if t in "kv" else d) for t in ts),
-            "you multiplied d_in by d_out: that is the size of a full ΔW, r times. A and B add up",
-        ),
-        (
-            lambda r, L, d, d_kv, ts: L * sum(r * (d_kv if t in "kv" else d) for t in ts),
-            "that is only B, (d_out, r) numbers: A has r·d_in more",
-        ),
-        (
-            lambda r, L, d, d_kv, ts: L * len(ts) * r * (d + d_kv),
-            "you gave every target d_kv outputs: q and o have d_model of them",
-        ),
+        (lambda r, L, d, d_kv, ts: L * len(ts) * r * 2 * d,
+         "k and v are not as wide as d_model here: under grouped heads they have d_kv outputs"),
+        (lambda r, L, d, d_kv, ts: count_lora_solution(r, 1, d, d_kv, ts),
+         "that is one layer: multiply by their number"),
+        (lambda r, L, d, d_kv, ts: L * len(ts) * r * d,
+         "that is only A, (r, d_in) numbers: B has r·d_out more"),
+        (lambda r, L, d, d_kv, ts: L * sum(r * d * (d_kv if t in "kv" else d) for t in ts),
+         "you multiplied d_in by d_out: that is the size of a full ΔW, r times. A and B add up"),
+        (lambda r, L, d, d_kv, ts: L * sum(r * (d_kv if t in "kv" else d) for t in ts),
+         "that is only B, (d_out, r) numbers: A has r·d_in more"),
+        (lambda r, L, d, d_kv, ts: L * len(ts) * r * (d + d_kv),
+         "you gave every target d_kv outputs: q and o have d_model of them"),
     ),
-    praise=lambda given, right: (
-        "Llama-3-8B with r = 8 on q and v: "
-        f"{count(LoRA(r=8, target_modules=['q', 'v']), 'llama-3-8b'):,}, checked against peftlab"
-    ),
+    praise=lambda given, right: "Llama-3-8B with r = 8 on q and v: "
+        f"{count(LoRA(r=8, target_modules=['q', 'v']), 'llama-3-8b'):,}, checked against peftlab",
     otherwise=_unlike,
     right=lambda: [count(LoRA(r=r, target_modules=t), "llama-3-8b") for r, t in ASKED],
-    difficulty=2,
-    importance=3,
-    minutes=5,
+    difficulty=2, importance=3, minutes=5,
     hints=(
         "Each matrix costs r·(d_in + d_out). Sum over the targets, then over the layers.",
         "With grouped heads, several query heads share one key head: k and v come out d_kv wide, "
         "smaller than d_model. All four take d_model numbers in.",
     ),
-)
+)  # fmt: skip
 def count_lora(answer):
     return [a_number(answer(r, 32, 4096, 1024, targets)) for r, targets in ASKED]  # Llama-3-8B
 
 
 # --- the clinic --------------------------------------------------------------------------------
 
-WARD = Ward(
-    {
-        "healthy": (
-            "ward 3",
-            "nothing is wrong",
-            "the loss falls smoothly, B has a gradient at once, A follows, ΔW grows: leave it",
-        ),
-        "both zero": (
-            "ward 4",
-            "A and B both started at zero",
-            "both gradients are exactly zero in every step, so no optimizer could move it",
-        ),
-        "alpha times r": (
-            "ward 2",
-            "the delta is scaled by alpha · r instead of alpha / r",
-            "ΔW jumps far beyond the size that is needed in the first steps, and the loss goes up "
-            "before it comes down",
-        ),
-        "not in the optimizer": (
-            "ward 1",
-            "the optimizer was given no parameter of the adapter",
-            "B has a gradient in every step, and yet ΔW stays exactly zero: somebody computes "
-            "gradients that nobody applies",
-        ),
-        "dropout left on": (
-            "ward 5",
-            "dropout still drops while the model is evaluated",
-            "the loss falls, but the same input gives two different losses",
-        ),
-    },
-    where="",
-    again="{letter} is not {said!r}. For that one you would see this: {sign_of_said}",
-)
+WARD = Ward({
+    "healthy": ("ward 3", "nothing is wrong",
+        "the loss falls smoothly, B has a gradient at once, A follows, ΔW grows: leave it"),
+    "both zero": ("ward 4", "A and B both started at zero",
+        "both gradients are exactly zero in every step, so no optimizer could move it"),
+    "alpha times r": ("ward 2", "the delta is scaled by alpha · r instead of alpha / r",
+        "ΔW jumps far beyond the size that is needed in the first steps, and the loss goes up "
+        "before it comes down"),
+    "not in the optimizer": ("ward 1", "the optimizer was given no parameter of the adapter",
+        "B has a gradient in every step, and yet ΔW stays exactly zero: somebody computes "
+        "gradients that nobody applies"),
+    "dropout left on": ("ward 5", "dropout still drops while the model is evaluated",
+        "the loss falls, but the same input gives two different losses"),
+}, where="",
+    again="{letter} is not {said!r}. For that one you would see this: {sign_of_said}")  # fmt: skip
 FAULTS = WARD.faults
 
 
@@ -566,12 +473,10 @@ debug = WARD.exercise(
     confused=(("ward 1", "ward 4"), ("ward 2", "ward 5"), ("ward 3", "ward 5")),
     unknown="bad luck",
     praise="all five. " + "; ".join(f"{fault}: {row[-1]}" for fault, row in WARD.table.items()),
-    difficulty=3,
-    importance=5,
-    minutes=10,
+    difficulty=3, importance=5, minutes=10,
     hints=(
         "Look at the gradients before the loss. Zero for both, or for none?",
         "A gradient without a movement: who should have applied it?",
         "The last column is the difference between two evaluations of one and the same batch.",
     ),
-)
+)  # fmt: skip

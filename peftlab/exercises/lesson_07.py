@@ -19,14 +19,12 @@ from peftlab.quantisation import NF4_OFFSET, blockwise, normal_levels, quantise,
     "bits does a weight take, all in all?",
     {
         "a": ("4", "Nobody can read the codes without their scales, and those take bits too."),
-        "b": (
-            "4.127",
-            "That is with scales in 8 bits, which is the next step: double quantisation.",
-        ),
+        "b": ("4.127",
+              "That is with scales in 8 bits, which is the next step: double quantisation."),
         "c": ("4.5", "One scale of 32 bits is shared by 64 weights."),
         "d": ("36", "Each block has one scale, not each weight."),
     },
-)
+)  # fmt: skip
 def how_many_bits():
     values = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
     held = quantise(values, 64, double_quant=False)
@@ -82,8 +80,9 @@ def which_way():
         "a": ("nearly all of it", "A code moves only when W + ΔW crosses a halfway point."),
         "b": ("about half of it", "Few codes move, but one that moves goes a whole level, which is "
               "far more than ΔW asked for."),
-        "c": ("none of it: what arrives is as far from ΔW as nothing would be", "The few codes "
-              "that move go by a whole level, and the scales of the blocks move too."),
+        "c": ("none of it: what arrives is as far from ΔW as nothing would be",
+              "The few codes that move go by a whole level, and the scales of the blocks move "
+              "too."),
     },
 )  # fmt: skip
 def how_much_arrives():
@@ -126,62 +125,39 @@ def _scaled(levels):
     "The sixteen levels",
     solution=levels_solution,
     mistakes=(
-        (
-            lambda q: _scaled(_sides(q, 7, 8, top=1.0)),
-            "a level is infinite or not a number: the quantile of probability 1 is infinite, so "
-            "stop at the offset",
-            lambda given, right: not given.isfinite().all(),
-        ),
-        (
-            lambda q: [i / 7.5 - 1 for i in range(16)],
-            "these lie at equal distances: no quantile was asked for",
-            lambda given, right: len(given) == 16 and given.diff().std() < 1e-6,
-        ),
-        (
-            lambda q: _scaled(_sides(q, 7, 7)),
-            "15 levels, the same on both sides: this table circulates, and a sixteenth code is "
-            "wasted",
-            lambda given, right: len(given) == 15,
-        ),
-        (
-            lambda q: _scaled(_sides(q, 8, 8, zero=False)),
-            "no level is zero: a weight of zero could not be written, and padding and pruned "
-            "weights would come back as something else",
-            lambda given, right: len(given) == 16 and 0 not in given,
-        ),
-        (
-            lambda q: _sides(q, 7, 8),
-            "they are right up to a factor: divide by the largest, so that a block's largest "
-            "weight has the level 1",
-            lambda given, right: len(given) == 16 and given.abs().max() > 1 + 1e-6,
-        ),
-        (
-            lambda q: _scaled(_sides(q, 8, 7)),
-            "the eighth level is on the wrong side: NF4 has eight above zero and seven below",
-        ),
-        (
-            lambda q: _scaled(_sides(q, 7, 8, top=1 - 1 / 32)),
-            lambda given, right: (
-                "sixteen levels with a zero, but of another offset: the probabilities go from ½ to "
-                f"{NF4_OFFSET:.4f}. Your second level is {given[1]:.4f}; it should be "
-                f"{right[1]:.4f}"
-            ),
-            lambda given, right: len(given) == 16,
-        ),
+        (lambda q: _scaled(_sides(q, 7, 8, top=1.0)), "a level is infinite or not a number: the "
+         "quantile of probability 1 is infinite, so stop at the offset",
+         lambda given, right: not given.isfinite().all()),
+        (lambda q: [i / 7.5 - 1 for i in range(16)],
+         "these lie at equal distances: no quantile was asked for",
+         lambda given, right: len(given) == 16 and given.diff().std() < 1e-6),
+        (lambda q: _scaled(_sides(q, 7, 7)),
+         "15 levels, the same on both sides: this table circulates, and a sixteenth code is wasted",
+         lambda given, right: len(given) == 15),
+        (lambda q: _scaled(_sides(q, 8, 8, zero=False)), "no level is zero: a weight of zero could "
+         "not be written, and padding and pruned weights would come back as something else",
+         lambda given, right: len(given) == 16 and 0 not in given),
+        (lambda q: _sides(q, 7, 8), "they are right up to a factor: divide by the largest, so that "
+         "a block's largest weight has the level 1",
+         lambda given, right: len(given) == 16 and given.abs().max() > 1 + 1e-6),
+        (lambda q: _scaled(_sides(q, 8, 7)),
+         "the eighth level is on the wrong side: NF4 has eight above zero and seven below"),
+        (lambda q: _scaled(_sides(q, 7, 8, top=1 - 1 / 32)),
+         lambda given, right: "sixteen levels with a zero, but of another offset: the "
+             f"probabilities go from ½ to {NF4_OFFSET:.4f}. Your second level is {given[1]:.4f}; "
+             f"it should be {right[1]:.4f}", lambda given, right: len(given) == 16),
     ),
     praise="the table of NF4, within 1e-6 of the one that is used everywhere",
     otherwise=lambda given, right: f"16 levels are needed; yours are {len(given)}",
     right=normal_levels,
-    difficulty=3,
-    importance=4,
-    minutes=8,
+    difficulty=3, importance=4, minutes=8,
     hints=(
         "Eight levels above zero, zero itself, seven below: sixteen.",
         "The probabilities go from ½ to the offset in equal steps: 8 above, 7 below, each side "
         "with steps of its own. The offset is the mean of 1 − 1/30 and 1 − 1/32.",
         "At last divide all of them by the largest, so that they lie in [−1, 1].",
     ),
-)
+)  # fmt: skip
 def levels(answer):
     def quantile(probability):
         if not 0 < probability < 1:
@@ -222,42 +198,27 @@ def _weights():
     "Codes, block by block",
     solution=encode_solution,
     mistakes=(
-        (
-            lambda w, t, b: (encode_solution(w, t, b)[0], torch.ones(len(w) // b)),
-            "the codes are right, but the scales are all 1: nobody could read them back",
-        ),
-        (
-            lambda w, t, b: _encode(w, t, b, lambda x: torch.ones(len(x))),
-            "the weights were never divided by a scale",
-            lambda given, right: (given[1] == 1).all() and (given[0] != right[0]).any(),
-        ),
-        (
-            lambda w, t, b: _encode(w, t, b, lambda x: x.abs().max().expand(len(x))),
-            "one scale for all blocks: a single large weight then decides about all of them",
-            lambda given, right: (given[1] == given[1][0]).all(),
-        ),
-        (
-            lambda w, t, b: _encode(w, t, b, lambda x: x.amax(dim=1)),
-            "the scale is the largest weight, with its sign: take the largest absolute value",
-        ),
-        (
-            lambda w, t, b: _encode(w, t, b, lambda x: x.std(dim=1)),
-            "the scale is the standard deviation: weights beyond it would have no level at all",
-        ),
-        (
-            lambda w, t, b: _encode(w, t, b, nearest=False),
-            "the level below is taken, not the nearest: the error is twice as large",
-            lambda given, right: (given[0] <= right[0]).all(),
-        ),
+        (lambda w, t, b: (encode_solution(w, t, b)[0], torch.ones(len(w) // b)),
+         "the codes are right, but the scales are all 1: nobody could read them back"),
+        (lambda w, t, b: _encode(w, t, b, lambda x: torch.ones(len(x))),
+         "the weights were never divided by a scale",
+         lambda given, right: (given[1] == 1).all() and (given[0] != right[0]).any()),
+        (lambda w, t, b: _encode(w, t, b, lambda x: x.abs().max().expand(len(x))),
+         "one scale for all blocks: a single large weight then decides about all of them",
+         lambda given, right: (given[1] == given[1][0]).all()),
+        (lambda w, t, b: _encode(w, t, b, lambda x: x.amax(dim=1)),
+         "the scale is the largest weight, with its sign: take the largest absolute value"),
+        (lambda w, t, b: _encode(w, t, b, lambda x: x.std(dim=1)),
+         "the scale is the standard deviation: weights beyond it would have no level at all"),
+        (lambda w, t, b: _encode(w, t, b, nearest=False),
+         "the level below is taken, not the nearest: the error is twice as large",
+         lambda given, right: (given[0] <= right[0]).all()),
     ),
     praise="512 codes and 8 scales, as the package has them",
-    otherwise=lambda given, right: (
-        f"{int((given[0] != right[0]).sum())} of 512 codes are not those of the nearest level"
-    ),
+    otherwise=lambda given, right: f"{int((given[0] != right[0]).sum())} of 512 codes are not "
+        "those of the nearest level",
     right=lambda: blockwise(_weights(), 64, table("nf4")),
-    difficulty=2,
-    importance=5,
-    minutes=6,
+    difficulty=2, importance=5, minutes=6,
     hints=(
         "weights.view(-1, block_size) has one block a row.",
         "The scale of a block is its largest absolute value, so that the scaled weights lie in "
@@ -265,7 +226,7 @@ def _weights():
         "(scaled[..., None] - levels).abs() is the distance to every level; argmin finds the "
         "nearest.",
     ),
-)
+)  # fmt: skip
 def encode(answer):
     made = answer(_weights(), table("nf4"), 64)
     codes, absmax = (torch.as_tensor(part).flatten() for part in made)
@@ -285,24 +246,14 @@ def pack_solution(codes):
     "Two codes in a byte",
     solution=pack_solution,
     mistakes=(
-        (
-            lambda c: c[::2] + c[1::2],
-            "the two codes lie on top of each other: 3 and 4 would read like 4 and 3",
-        ),
-        (
-            lambda c: c[::2] + 16 * c[1::2],
-            "the first code is in the low half: that would work too, but readers of this format "
-            "look for it in the high half",
-        ),
-        (
-            lambda c: c,
-            "still one code a byte: 40 bytes for 40 codes, where 20 do",
-            lambda given, right: len(given) == 40,
-        ),
-        (
-            lambda c: c[: len(c) // 2] * 16 + c[len(c) // 2 :],
-            "you pair the first half of all codes with the second: neighbours share a byte",
-        ),
+        (lambda c: c[::2] + c[1::2],
+         "the two codes lie on top of each other: 3 and 4 would read like 4 and 3"),
+        (lambda c: c[::2] + 16 * c[1::2], "the first code is in the low half: that would work too, "
+         "but readers of this format look for it in the high half"),
+        (lambda c: c, "still one code a byte: 40 bytes for 40 codes, where 20 do",
+         lambda given, right: len(given) == 40),
+        (lambda c: c[: len(c) // 2] * 16 + c[len(c) // 2 :],
+         "you pair the first half of all codes with the second: neighbours share a byte"),
         (lambda c: c[::2] * 10 + c[1::2], "you multiply by ten: four bits are sixteen values"),
     ),
     praise="20 bytes, and unpacking gives all 40 codes back",
@@ -311,14 +262,12 @@ def pack_solution(codes):
         if len(given) == 20
         else f"20 bytes are needed; yours are {len(given)}"
     ),
-    difficulty=1,
-    importance=3,
-    minutes=4,
+    difficulty=1, importance=3, minutes=4,
     hints=(
         "A byte has 8 bits, a code has 4. The first goes into the high four: times 16.",
         "codes[::2] are the first of every pair, codes[1::2] the second.",
     ),
-)
+)  # fmt: skip
 def pack(answer):
     codes = torch.randint(16, (40,), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
     return torch.as_tensor(answer(codes)).flatten()
@@ -335,44 +284,28 @@ def backward_solution(gradient, codes):
     "The gradient through the codes",
     solution=backward_solution,
     mistakes=(
-        (
-            lambda g, c: g @ c.dequantise().T,
-            "the shapes do not fit: ȳ is (tokens, d_out) and W̃ is (d_out, d_in), so no transpose "
-            "is needed",
-        ),
-        (
-            lambda g, c: g.T @ g,
-            lambda given, right: (
-                f"yours is {tuple(given.shape)}: that looks like the gradient of a weight, and W̃ "
-                "has none. x̄ has the shape of x, (5, 64)"
-            ),
-            lambda given, right: given.shape != right.shape,
-        ),
-        (
-            after(backward_solution, torch.zeros_like),
-            "no gradient at all: everything below this layer, with its A and B, would never train",
-        ),
-        (
-            lambda g, c: g @ table("nf4")[c.codes.int()],
-            "you left out the scales: levels times m of their block are the weights",
-        ),
-        (
-            lambda g, c: g @ c.codes.float(),
-            "the codes are only the numbers of the levels, not weights: decode them first",
-        ),
+        (lambda g, c: g @ c.dequantise().T, "the shapes do not fit: ȳ is (tokens, d_out) and W̃ is "
+         "(d_out, d_in), so no transpose is needed"),
+        (lambda g, c: g.T @ g, lambda given, right: f"yours is {tuple(given.shape)}: that looks "
+             "like the gradient of a weight, and W̃ has none. x̄ has the shape of x, (5, 64)",
+         lambda given, right: given.shape != right.shape),
+        (after(backward_solution, torch.zeros_like),
+         "no gradient at all: everything below this layer, with its A and B, would never train"),
+        (lambda g, c: g @ table("nf4")[c.codes.int()],
+         "you left out the scales: levels times m of their block are the weights"),
+        (lambda g, c: g @ c.codes.float(),
+         "the codes are only the numbers of the levels, not weights: decode them first"),
     ),
     praise="ȳ W̃, with W̃ decoded a second time: nothing dense was kept",
     otherwise="x̄ should be ȳ W̃, and its numbers are others",
     atol=1e-4,
-    difficulty=3,
-    importance=5,
-    minutes=6,
+    difficulty=3, importance=5, minutes=6,
     hints=(
         "Forward, row by row, it is y = x W̃ᵀ with W̃ (d_out, d_in). Which matrix turns ȳ into x̄?",
         "W̃ is frozen: no gradient of W̃ is asked for. But x came from somewhere that trains.",
         "codes.dequantise() is W̃. It is made again here, so that nothing dense is kept between.",
     ),
-)
+)  # fmt: skip
 def backward(answer):
     generator = torch.Generator().manual_seed(2)
     codes = quantise(torch.randn(48, 64, generator=generator), 64)
@@ -381,30 +314,16 @@ def backward(answer):
 
 # --- the clinic --------------------------------------------------------------------------------
 
-WARD = Ward(
-    {
-        "one block": (
-            "C",
-            "one scale for the whole matrix, where each block of 64 should have its own",
-            "Its largest weight is right and the error is not: most weights have become zero.",
-        ),
-        "swapped": (
-            "A",
-            "the two codes of each byte are read in the wrong order",
-            "Its error all but vanishes once neighbours are exchanged.",
-        ),
-        "no scale": (
-            "D",
-            "the levels are never multiplied by the scale of their block",
-            "Its largest weight is exactly 1, whatever the matrix was.",
-        ),
-        "no mean": (
-            "B",
-            "double quantisation, and the mean of the scales is not added back",
-            "It has about as many zeros as it should have, but all weights are far too small.",
-        ),
-    }
-)
+WARD = Ward({
+    "one block": ("C", "one scale for the whole matrix, where each block of 64 should have its own",
+        "Its largest weight is right and the error is not: most weights have become zero."),
+    "swapped": ("A", "the two codes of each byte are read in the wrong order",
+        "Its error all but vanishes once neighbours are exchanged."),
+    "no scale": ("D", "the levels are never multiplied by the scale of their block",
+        "Its largest weight is exactly 1, whatever the matrix was."),
+    "no mean": ("B", "double quantisation, and the mean of the scales is not added back",
+        "It has about as many zeros as it should have, but all weights are far too small."),
+})  # fmt: skip
 FAULTS = WARD.faults
 
 
@@ -449,12 +368,10 @@ debug = WARD.exercise(
     "Debug the broken readers",
     confused=("AB", "BC", "CD"),
     unknown="too few bits",
-    difficulty=3,
-    importance=4,
-    minutes=8,
+    difficulty=3, importance=4, minutes=8,
     hints=(
         "Which patient gets well when neighbours are exchanged?",
         "Levels without scales lie in [−1, 1], wherever the weights lay.",
         "A single large weight makes one scale for all large: what is then nearest to the others?",
     ),
-)
+)  # fmt: skip

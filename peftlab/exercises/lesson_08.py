@@ -105,41 +105,28 @@ def adapter_solution(y, W_down, b_down, W_up, b_up):
     "A sequential adapter",
     solution=adapter_solution,
     mistakes=(
-        (
-            lambda y, D, b, U, c: relu(y @ D.T + b) @ U.T + c,
-            "the bottleneck is right, but you forgot the way around it: y + f(y)",
-        ),
-        (
-            lambda y, D, b, U, c: y + (y @ D.T + b) @ U.T + c,
-            "nothing bends: without σ the adapter is one matrix, LoRA's",
-        ),
-        (
-            lambda y, D, b, U, c: y + relu((y @ D.T + b) @ U.T + c),
-            "the bend stands behind W_up; its place is in the middle",
-        ),
+        (lambda y, D, b, U, c: relu(y @ D.T + b) @ U.T + c,
+         "the bottleneck is right, but you forgot the way around it: y + f(y)"),
+        (lambda y, D, b, U, c: y + (y @ D.T + b) @ U.T + c,
+         "nothing bends: without σ the adapter is one matrix, LoRA's"),
+        (lambda y, D, b, U, c: y + relu((y @ D.T + b) @ U.T + c),
+         "the bend stands behind W_up; its place is in the middle"),
         (lambda y, D, b, U, c: y + relu(y @ D.T) @ U.T, "you left out the biases b_down and b_up"),
-        (
-            lambda y, D, b, U, c: y + relu(y @ D + b) @ U.T + c,
-            "the shapes do not fit: W_down is (m, d) and W_up is (d, m), so both are transposed "
-            "when they stand behind y",
-        ),
-        (
-            lambda y, D, b, U, c: relu(y + relu(y @ D.T + b) @ U.T + c),
-            "the sum goes through σ; only W_down y + b_down does",
-        ),
+        (lambda y, D, b, U, c: y + relu(y @ D + b) @ U.T + c,
+         "the shapes do not fit: W_down is (m, d) and W_up is (d, m), so both are transposed when "
+         "they stand behind y"),
+        (lambda y, D, b, U, c: relu(y + relu(y @ D.T + b) @ U.T + c),
+         "the sum goes through σ; only W_down y + b_down does"),
     ),
     praise="down, bend, up, and y around it all",
-    otherwise=lambda given, right: (
-        f"expected {tuple(right.shape)} with other numbers; yours is {tuple(given.shape)}"
-    ),
-    difficulty=1,
-    importance=5,
-    minutes=4,
+    otherwise=lambda given, right: f"expected {tuple(right.shape)} with other numbers; yours is "
+        f"{tuple(given.shape)}",
+    difficulty=1, importance=5, minutes=4,
     hints=(
         "Down, bend, up, and then add what you started from.",
         "W_down is (m, d) and y is (tokens, d): y @ W_down.T is (tokens, m).",
     ),
-)
+)  # fmt: skip
 def adapter(answer):
     return a_tensor(answer(*parts().values()))
 
@@ -163,14 +150,12 @@ def start_solution(d, m):
         (lambda d, m: (torch.randn(d, m), torch.zeros(m, d)), "W_down should be"),
         (lambda d, m: (torch.ones(m, d) / d, torch.zeros(d, m)), "all units of the bottleneck"),
     ),
-    difficulty=2,
-    importance=5,
-    minutes=5,
+    difficulty=2, importance=5, minutes=5,
     hints=(
         "y + f(y) = y for every y needs f = 0. Which matrix at zero is enough?",
         "The other one must let something through, or the first step has nothing to go by.",
     ),
-)
+)  # fmt: skip
 def start(answer):
     d, m = 6, 4
     with torch.random.fork_rng():
@@ -218,35 +203,28 @@ def count_adapters_solution(m, layers, d_model, a_block):
     "Count adapters",
     solution=count_adapters_solution,
     mistakes=(
-        (
-            lambda m, L, d, n: L * n * 2 * m * d,
-            "the matrices are right, but you left out the biases",
-        ),
+        (lambda m, L, d, n: L * n * 2 * m * d,
+         "the matrices are right, but you left out the biases"),
         (lambda m, L, d, n: L * n * (m * d + m + d), "you counted one of the two matrices"),
         (lambda m, L, d, n: L * (2 * m * d + m + d), "that is one adapter a block"),
-        (
-            lambda m, L, d, n: L * n * (2 * m * d + 2 * d),
-            "the bias of W_down has m numbers and not d_model",
-        ),
+        (lambda m, L, d, n: L * n * (2 * m * d + 2 * d),
+         "the bias of W_down has m numbers and not d_model"),
         (lambda m, L, d, n: n * (2 * m * d + m + d), "that is one block: you forgot the blocks"),
     ),
-    praise=lambda given, right: (
-        f"on BERT-base with m = 48, two a block: {count(HoulsbyAdapter(48), 'bert-base'):,}"
-    ),
+    praise=lambda given, right: "on BERT-base with m = 48, two a block: "
+        f"{count(HoulsbyAdapter(48), 'bert-base'):,}",
     otherwise="for m = {case[0]}, {case[1]} blocks, d_model = {case[2]}, {case[3]} a block: not "
-    "{given:,}",
+              "{given:,}",
     right=lambda: {
         (48, 12, 768, 2): count(HoulsbyAdapter(48), "bert-base"),
         (3, 6, 192, 1): count_adapters_solution(3, 6, 192, 1),
     },
-    difficulty=1,
-    importance=3,
-    minutes=4,
+    difficulty=1, importance=3, minutes=4,
     hints=(
         "W_down has m·d_model numbers, b_down has m. And W_up and b_up?",
         "Houlsby puts two adapters into a block, Pfeiffer one.",
     ),
-)
+)  # fmt: skip
 def count_adapters(answer):
     numbers = {case: answer(*case) for case in ((48, 12, 768, 2), (3, 6, 192, 1))}
     for number in numbers.values():
@@ -267,26 +245,16 @@ def merge_factors_solution(W, b, factors, of_input):
     "Merge (IA)³",
     solution=merge_factors_solution,
     mistakes=(
-        (
-            lambda W, b, f, i: (W * f if i else W * f[:, None], b),
-            "W is right, but the output was l ⊙ (W x + b): the bias as well",
-        ),
-        (
-            lambda W, b, f, i: (W * f, b * 2) if i else (W * f[:, None], b * f),
-            "W is right, but here the bias stays: x is scaled, not b",
-        ),
-        (
-            lambda W, b, f, i: (W * f, b * f),
-            "you scaled columns, that is inputs; outputs are rows, W * l[:, None]",
-        ),
-        (
-            lambda W, b, f, i: (W + f if i else W + f[:, None], b),
-            "you added the factors; (IA)³ multiplies",
-        ),
-        (
-            lambda W, b, f, i: (W / f, b) if i else (W / f[:, None], b / f),
-            "you divided: that is how one would unmerge",
-        ),
+        (lambda W, b, f, i: (W * f if i else W * f[:, None], b),
+         "W is right, but the output was l ⊙ (W x + b): the bias as well"),
+        (lambda W, b, f, i: (W * f, b * 2) if i else (W * f[:, None], b * f),
+         "W is right, but here the bias stays: x is scaled, not b"),
+        (lambda W, b, f, i: (W * f, b * f),
+         "you scaled columns, that is inputs; outputs are rows, W * l[:, None]"),
+        (lambda W, b, f, i: (W + f if i else W + f[:, None], b),
+         "you added the factors; (IA)³ multiplies"),
+        (lambda W, b, f, i: (W / f, b) if i else (W / f[:, None], b / f),
+         "you divided: that is how one would unmerge"),
     ),
     praise="rows and bias for outputs, columns alone for inputs",
     otherwise=lambda given, right: (
@@ -294,14 +262,12 @@ def merge_factors_solution(W, b, factors, of_input):
         if given[0]
         else "of outputs: each row of W belongs to one output, so W * l[:, None] and b * l"
     ),
-    difficulty=3,
-    importance=4,
-    minutes=8,
+    difficulty=3, importance=4, minutes=8,
     hints=(
         "l ⊙ (W x + b) = W' x + b' for every x. Which rows or columns of W belong to l?",
         "Output factors scale rows, l[:, None], and the bias. Input factors scale columns only.",
     ),
-)
+)  # fmt: skip
 def merge_factors(answer):
     """Whether inputs are scaled, and W and the bias there: of the first that goes wrong, if any.
 
@@ -329,30 +295,16 @@ def merge_factors(answer):
 
 # --- a clinic ----------------------------------------------------------------------------------
 
-WARD = Ward(
-    {
-        "healthy": (
-            "B",
-            "nothing is wrong",
-            "Its output starts at the base's, its W_down gets a gradient, the base is still.",
-        ),
-        "no way around": (
-            "D",
-            "y is not added to f(y)",
-            "At the start its output is gone entirely: moved by 100%.",
-        ),
-        "both zero": (
-            "A",
-            "W_down and W_up both started at zero",
-            "Its W_down gets no gradient, so only the bias of W_up can learn.",
-        ),
-        "base not frozen": (
-            "C",
-            "the base's weights were given to the optimizer too",
-            "Look at what the base moved by, and at how many numbers train.",
-        ),
-    }
-)
+WARD = Ward({
+    "healthy": ("B", "nothing is wrong",
+        "Its output starts at the base's, its W_down gets a gradient, the base is still."),
+    "no way around": ("D", "y is not added to f(y)",
+        "At the start its output is gone entirely: moved by 100%."),
+    "both zero": ("A", "W_down and W_up both started at zero",
+        "Its W_down gets no gradient, so only the bias of W_up can learn."),
+    "base not frozen": ("C", "the base's weights were given to the optimizer too",
+        "Look at what the base moved by, and at how many numbers train."),
+})  # fmt: skip
 FAULTS = WARD.faults
 
 
@@ -415,11 +367,9 @@ debug = WARD.exercise(
     "Debug the broken adapters",
     confused=("AB", "BC", "CD"),
     unknown="overfitting",
-    difficulty=3,
-    importance=5,
-    minutes=8,
+    difficulty=3, importance=5, minutes=8,
     hints=(
         "Begin with the column on the base: three of the four must not move it.",
         "An output moved by 1 at the start is an output that was replaced.",
     ),
-)
+)  # fmt: skip
