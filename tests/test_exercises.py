@@ -27,7 +27,9 @@ from peftlab.exercises import (
 )
 from peftlab.exercises.clinic import Ward
 from peftlab.experiments.sweep_v2 import GrowingPrompts
+from peftlab.masks import is_two_four
 from peftlab.methods import DeepPromptTuning, PromptAndPrefix, PTuningV2
+from peftlab.quantisation import unpack
 
 MODULES = [
     importlib.import_module(f"peftlab.exercises.{info.name}")
@@ -202,6 +204,29 @@ def test_lesson_05_shows_what_tells_its_patients_and_its_definitions_apart():
     text = signs.loc["C", "queries, layer 1"]  # the paper's: as many queries as tokens
     more = {letter: (row - text).tolist() for letter, row in signs.iterrows()}
     assert more == {"A": [4] * 4, "B": [0, 0, 20, 20], "C": [0, 4, 0, 4], "D": [4, 8, 4, 8]}
+
+
+def test_solutions_do_what_they_are_for():
+    """The solutions with which no other computation is compared."""
+    draw = torch.Generator().manual_seed(0)
+    codes = torch.randint(16, (40,), generator=draw).to(torch.uint8)
+    assert unpack(LESSON["07"].pack_solution(codes), 40).equal(codes)
+
+    W, b, x, factors = (torch.randn(*s, generator=draw) for s in ((4, 4), (4,), (6, 4), (4,)))
+    for_outputs, for_inputs = (
+        x @ W_.T + b_
+        for W_, b_ in (LESSON["08"].merge_factors_solution(W, b, factors, i) for i in (False, True))
+    )
+    assert same(for_outputs, factors * (x @ W.T + b))
+    assert same(for_inputs, (x * factors) @ W.T + b)
+
+    up, bias, down = (torch.randn(*size, generator=draw) for size in ((8, 5), (8,), (5, 8)))
+    rows = torch.randn(3, 5, generator=draw)
+    whole = torch.relu(rows @ up.T + bias)
+    whole[:, [1, 4, 6]] = 0
+    up_, bias_, down_ = LESSON["09"].cut_neurons_solution(up, bias, down, (1, 4, 6))
+    assert same(torch.relu(rows @ up_.T + bias_) @ down_.T, whole @ down.T)
+    assert is_two_four(LESSON["09"].two_four_solution(torch.rand(8, 12, generator=draw)))
 
 
 # --- the machinery -----------------------------------------------------------------------------

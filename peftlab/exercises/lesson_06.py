@@ -275,8 +275,8 @@ def _of_factors(adapters, weights):
         (lambda some, w: combine_solution(some, [1.0] * len(w)),
          "that is the sum of both deltas, without the weights"),
         (lambda some, w: combine_solution(some, [x / sum(w) for x in w]),
-         "you divided the weights by their sum: they are what was asked for, and need not sum to "
-         "1"),
+         "you divided the weights by their sum: they are what was asked for, and need not sum "
+         "to 1"),
         (lambda some, w: combine_solution([(A, B, some[0][2]) for A, B, _ in some], w),
          "you used alpha of the first adapter for both: each has its own"),
     ),
@@ -354,15 +354,10 @@ def count_lora_solution(r, layers, d_model, d_kv, targets):
     return layers * sum(r * (d_model + d_out[target]) for target in targets)
 
 
-ASKED = ((8, ("q",)), (8, ("v",)), (16, ("q", "k", "v", "o")))
-
-
-def _unlike(given, right):
-    """What to say of the first number that is wrong."""
-    (r, targets), mine, number = next(
-        case for case in zip(ASKED, given, right, strict=True) if case[1] != case[2]
-    )
-    return f"for r = {r} on {', '.join(targets)} expected {number:,}, yours {mine:,}"
+def _of_llama(numbers):
+    """`numbers(r, targets)` for three adapters of Llama-3-8B."""
+    cases = (8, "q"), (8, "v"), (16, "q, k, v, o")
+    return {(r, names): numbers(r, tuple(names.split(", "))) for r, names in cases}
 
 
 @exercise(
@@ -384,8 +379,8 @@ def _unlike(given, right):
     ),
     praise=lambda given, right: "Llama-3-8B with r = 8 on q and v: "
         f"{count(LoRA(r=8, target_modules=['q', 'v']), 'llama-3-8b'):,}, checked against peftlab",
-    otherwise=_unlike,
-    right=lambda: [count(LoRA(r=r, target_modules=t), "llama-3-8b") for r, t in ASKED],
+    otherwise="for r = {case[0]} on {case[1]} expected {right:,}, yours {given:,}",
+    right=lambda: _of_llama(lambda r, ts: count(LoRA(r=r, target_modules=ts), "llama-3-8b")),
     difficulty=2, importance=3, minutes=5,
     hints=(
         "Each matrix costs r·(d_in + d_out). Sum over the targets, then over the layers.",
@@ -394,7 +389,7 @@ def _unlike(given, right):
     ),
 )  # fmt: skip
 def count_lora(answer):
-    return [a_number(answer(r, 32, 4096, 1024, targets)) for r, targets in ASKED]  # Llama-3-8B
+    return _of_llama(lambda r, targets: a_number(answer(r, 32, 4096, 1024, targets)))
 
 
 # --- the clinic --------------------------------------------------------------------------------

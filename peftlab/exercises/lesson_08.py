@@ -80,20 +80,11 @@ def key_bias():
 # --- the adapter -------------------------------------------------------------------------------
 
 
-def parts(d: int = 5, m: int = 3) -> dict[str, torch.Tensor]:
-    """Random y (tokens, d) and the tensors of one adapter, the same at every call."""
+def parts() -> list[torch.Tensor]:
+    """Random y (4, 5), W_down (3, 5), b_down, W_up (5, 3) and b_up, the same at every call."""
     generator = torch.Generator().manual_seed(8)
-
-    def drawn(*size):
-        return torch.randn(*size, generator=generator, dtype=torch.float64)
-
-    return {
-        "y": drawn(4, d),
-        "W_down": drawn(m, d),
-        "b_down": drawn(m),
-        "W_up": drawn(d, m),
-        "b_up": drawn(d),
-    }
+    sizes = (4, 5), (3, 5), (3,), (5, 3), (5,)
+    return [torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes]
 
 
 def adapter_solution(y, W_down, b_down, W_up, b_up):
@@ -128,7 +119,7 @@ def adapter_solution(y, W_down, b_down, W_up, b_up):
     ),
 )  # fmt: skip
 def adapter(answer):
-    return a_tensor(answer(*parts().values()))
+    return a_tensor(answer(*parts()))
 
 
 # --- its start ---------------------------------------------------------------------------------
