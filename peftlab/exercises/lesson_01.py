@@ -40,12 +40,10 @@ def how_many_bytes():
         "a": ("less than 1%", "What trains is small. What a gradient passes on its way is not."),
         "b": ("about a tenth", "The gradient enters below the first block and crosses all twelve."),
         "c": ("about half", "A frozen linear layer keeps no input; everything else is kept."),
-        "d": (
-            "about nine tenths",
-            "Every layer is crossed, and there are 20 more tokens in a row.",
-        ),
+        "d": ("about nine tenths", "Every layer is crossed, and there are 20 more tokens in a "
+              "row."),
     },
-)
+)  # fmt: skip
 def what_a_prompt_keeps():
     full, prompt = (_in_blocks(m) for m in (FullFineTuning(), PromptTuning(20)))
     share = prompt / full
@@ -63,15 +61,13 @@ def _in_blocks(method) -> int:
     "A source says that full fine-tuning needs 7 times the memory of prompt tuning. GPT-2 trains "
     "on 64 rows of 512 tokens, in float32, without recomputing anything. How many times is it?",
     {
-        "a": (
-            "about 7 times",
-            "That leaves out the activations, and counts the weights in 16 bits.",
-        ),
+        "a": ("about 7 times", "That leaves out the activations, and counts the weights in 16 "
+              "bits."),
         "b": ("about 4 times", "That is 16 bytes against 4: right, if there were no activations."),
         "c": ("1 to 1.5 times", "The activations of so many tokens are most of it in both."),
         "d": ("less than 1", "It would take more virtual tokens than that: 20 beside 512 are few."),
     },
-)
+)  # fmt: skip
 def how_many_times():
     full, prompt = (step_bytes(m, "gpt2", 64, 512) for m in (FullFineTuning(), PromptTuning(20)))
     times = (full.peak - full.aside) / prompt.peak
