@@ -280,39 +280,3 @@ def collect(module) -> list[Exercise | Question]:
 def finding(statement: str, holds: Any) -> None:
     """Print a statement about a run, and whether it held in this one."""
     print("✓" if holds else "✗ not in this run:", statement)
-
-
-def swapped(right: dict[str, str], first: str, second: str) -> dict[str, str]:
-    """A right answer with two of its names exchanged: a mistake that learners make."""
-    return right | {first: right[second], second: right[first]}
-
-
-def match(
-    answer: dict,
-    right: dict[str, str],
-    known: dict[str, str],
-    signs: dict[str, str],
-    where: str = "patient ",
-    what: str = "fault",
-    word: str = "diagnosis",
-) -> str:
-    """Grade names that were given to letters: each of `known` belongs to one letter of `right`.
-
-    `signs` says what gives a name away: a whole sentence, shown for the first letter that is wrong.
-    Returns the right names in words.
-    """
-    if all(answer.get(letter) in (None, ...) for letter in right):
-        raise NotImplementedError
-    for letter in right:
-        given = answer.get(letter)
-        expect(given not in (None, ...), f"{where}{letter} has no {word} yet")
-        expect(
-            given in known, f"{given!r} is none of the four {what}s, which are {', '.join(known)}"
-        )
-    expect(
-        len({answer[letter] for letter in right}) == len(right),
-        f"you named one {what} twice: each of the four occurs once",
-    )
-    for letter, name in right.items():
-        expect(answer[letter] == name, f"Look again at {where}{letter}. {signs[name]}")
-    return "; ".join(f"{letter}: {known[name]}" for letter, name in right.items())
