@@ -14,6 +14,9 @@ from peftlab.exercises import (
     Exercise,
     Question,
     Verdict,
+    Wrong,
+    a_number,
+    a_tensor,
     after,
     collect,
     exercise,
@@ -24,7 +27,9 @@ from peftlab.exercises import (
 )
 from peftlab.exercises.clinic import Ward
 from peftlab.experiments.sweep_v2 import GrowingPrompts
+from peftlab.masks import is_two_four
 from peftlab.methods import DeepPromptTuning, PromptAndPrefix, PTuningV2
+from peftlab.quantisation import unpack
 
 MODULES = [
     importlib.import_module(f"peftlab.exercises.{info.name}")
@@ -222,6 +227,29 @@ def test_lesson_05_shows_what_tells_its_patients_and_its_definitions_apart():
     assert more == {"A": [4] * 4, "B": [0, 0, 20, 20], "C": [0, 4, 0, 4], "D": [4, 8, 4, 8]}
 
 
+def test_solutions_do_what_they_are_for():
+    """The solutions with which no other computation is compared."""
+    draw = torch.Generator().manual_seed(0)
+    codes = torch.randint(16, (40,), generator=draw).to(torch.uint8)
+    assert unpack(LESSON["07"].pack_solution(codes), 40).equal(codes)
+
+    W, b, x, factors = (torch.randn(*s, generator=draw) for s in ((4, 4), (4,), (6, 4), (4,)))
+    for_outputs, for_inputs = (
+        x @ W_.T + b_
+        for W_, b_ in (LESSON["08"].merge_factors_solution(W, b, factors, i) for i in (False, True))
+    )
+    assert same(for_outputs, factors * (x @ W.T + b))
+    assert same(for_inputs, (x * factors) @ W.T + b)
+
+    up, bias, down = (torch.randn(*size, generator=draw) for size in ((8, 5), (8,), (5, 8)))
+    rows = torch.randn(3, 5, generator=draw)
+    whole = torch.relu(rows @ up.T + bias)
+    whole[:, [1, 4, 6]] = 0
+    up_, bias_, down_ = LESSON["09"].cut_neurons_solution(up, bias, down, (1, 4, 6))
+    assert same(torch.relu(rows @ up_.T + bias_) @ down_.T, whole @ down.T)
+    assert is_two_four(LESSON["09"].two_four_solution(torch.rand(8, 12, generator=draw)))
+
+
 # --- the machinery -----------------------------------------------------------------------------
 
 
@@ -368,6 +396,37 @@ def test_a_ward_is_written_once():
     assert (
         find(ward.swapped("B", "D")).message == "Find it: Look again at box B. Look at the clock."
     )
+    assert 'such as {"A": "late", ...}' in find("late").message  # which is not A's
+
+
+def test_a_ward_that_tells_the_sign_of_what_was_said():
+    table = {"vwxyz"[i]: ("ABCDE"[i], "", f"It is {'vwxyz'[i]}.") for i in range(5)}
+    ward = Ward(table, where="", again="{letter} is not {said!r}. {sign_of_said}")
+    find = ward.exercise("find", "Find", confused=("AC",), unknown="u", praise="found")
+    assert find(ward.right).message == "Find: found"
+    assert find(ward.swapped("B", "D")).message == "Find: B is not 'y'. It is y."
+    assert "'u' is none of the five faults" in find(ward.right | {"C": "u"}).message
+
+
+def test_what_cannot_be_compared_is_reported_and_never_raised():
+    class Odd:
+        def __eq__(self, other):
+            raise ValueError("compare me with nobody")
+
+    @exercise("Odd", solution=lambda: Odd(), praise="odd")
+    def odd(answer):
+        return answer()
+
+    assert odd(lambda: Odd()).message.endswith("with ValueError: compare me with nobody")
+
+
+def test_a_tensor_or_a_number_is_demanded():
+    assert a_tensor(made := torch.ones(2)) is made
+    assert a_number(3) == 3 and a_number(torch.tensor(3)) == 3
+    with pytest.raises(Wrong, match="return a number; yours is Tensor"):
+        a_number(made)
+    with pytest.raises(Wrong, match="return a tensor; yours is list"):
+        a_tensor([1.0, 1.0])
 
 
 def test_a_question_computes_its_answer():

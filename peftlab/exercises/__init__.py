@@ -71,6 +71,19 @@ def same(a: Any, b: Any, atol: float = 1e-6) -> bool:
     return a.shape == b.shape and torch.allclose(a, b, atol=atol, equal_nan=True)
 
 
+def a_tensor(made: Any) -> torch.Tensor:
+    """What an answer returned, if it is a tensor; else the learner is told what it is."""
+    expect(isinstance(made, torch.Tensor), f"return a tensor; yours is {type(made).__name__}")
+    return made
+
+
+def a_number(made: Any) -> Number | torch.Tensor:
+    """What an answer returned, if it is a number or a tensor of one; else the learner is told."""
+    one = isinstance(made, torch.Tensor) and made.numel() == 1
+    expect(one or isinstance(made, Number), f"return a number; yours is {type(made).__name__}")
+    return made
+
+
 def after(function: Callable, change: Callable) -> Callable:
     """A function with its result changed: a wrong answer that differs from the solution at its end.
 
@@ -267,39 +280,3 @@ def collect(module) -> list[Exercise | Question]:
 def finding(statement: str, holds: Any) -> None:
     """Print a statement about a run, and whether it held in this one."""
     print("✓" if holds else "✗ not in this run:", statement)
-
-
-def swapped(right: dict[str, str], first: str, second: str) -> dict[str, str]:
-    """A right answer with two of its names exchanged: a mistake that learners make."""
-    return right | {first: right[second], second: right[first]}
-
-
-def match(
-    answer: dict,
-    right: dict[str, str],
-    known: dict[str, str],
-    signs: dict[str, str],
-    where: str = "patient ",
-    what: str = "fault",
-    word: str = "diagnosis",
-) -> str:
-    """Grade names that were given to letters: each of `known` belongs to one letter of `right`.
-
-    `signs` says what gives a name away: a whole sentence, shown for the first letter that is wrong.
-    Returns the right names in words.
-    """
-    if all(answer.get(letter) in (None, ...) for letter in right):
-        raise NotImplementedError
-    for letter in right:
-        given = answer.get(letter)
-        expect(given not in (None, ...), f"{where}{letter} has no {word} yet")
-        expect(
-            given in known, f"{given!r} is none of the four {what}s, which are {', '.join(known)}"
-        )
-    expect(
-        len({answer[letter] for letter in right}) == len(right),
-        f"you named one {what} twice: each of the four occurs once",
-    )
-    for letter, name in right.items():
-        expect(answer[letter] == name, f"Look again at {where}{letter}. {signs[name]}")
-    return "; ".join(f"{letter}: {known[name]}" for letter, name in right.items())

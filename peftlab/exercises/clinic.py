@@ -22,13 +22,15 @@ class Ward:
 
     `table` maps a fault to its letter, what it is, and its sign: a whole sentence on what gives it
     away, shown to who misses it. `where`, `what` and `word` are used in diagnoses: "Look again at
-    `where`A", "you named one `what` twice", "`where`A has no `word` yet".
+    `where`A", "you named one `what` twice", "`where`A has no `word` yet". `again` is what is said
+    of the first letter that is wrong, from its `sign`, or from what was `said` and `sign_of_said`.
     """
 
     table: dict[str, tuple[str, str, str]]
     where: str = "patient "
     what: str = "fault"
     word: str = "diagnosis"
+    again: str = "Look again at {where}{letter}. {sign}"
 
     @property
     def faults(self) -> dict[str, str]:
@@ -53,47 +55,48 @@ class Ward:
             found.append(rows)
         return pd.concat(found, ignore_index=True)
 
-    def exercise(
-        self, name: str, title: str, confused: tuple[str, ...], unknown: str, **options
-    ) -> Exercise:
+    def exercise(self, name: str, title: str, confused: tuple, unknown: str, **options) -> Exercise:
         """To give each letter its fault. `confused` are pairs of letters that learners exchange.
 
         `unknown` is a name of a fault that is on no list.
         """
         right = self.right
         first, second = list(right)[:2]
+        exchanged = [self.swapped(*pair) for pair in confused]
         mistakes = (
-            *((self.swapped(*pair), self._look_again(pair[0])) for pair in confused),
+            *((wrong, self._look_again(wrong, right)) for wrong in exchanged),
             (right | {first: right[second]}, f"you named one {self.what} twice"),
-            (right | {second: unknown}, f"{unknown!r} is none of the four {self.what}s"),
+            (right | {second: unknown}, f"{unknown!r} is none of the {self._all} {self.what}s"),
             ({first: right[first]}, f"{self.where}{second} has no {self.word} yet"),
         )
-        return Exercise(
-            name,
-            title,
-            self._named,
-            right,
-            mistakes,
-            praise="; ".join(f"{letter}: {self.faults[right[letter]]}" for letter in right),
-            otherwise=lambda given, right: self._look_again(
-                next(letter for letter in right if given[letter] != right[letter])
-            ),
-            **options,
-        )
+        praise = "; ".join(f"{letter}: {self.faults[right[letter]]}" for letter in right)
+        options = {"praise": praise, "otherwise": self._look_again} | options
+        return Exercise(name, title, self._named, right, mistakes, **options)
 
     def swapped(self, first: str, second: str) -> dict[str, str]:
         """The right answer with two of its faults exchanged."""
         right = self.right
         return right | {first: right[second], second: right[first]}
 
-    def _look_again(self, letter: str) -> str:
-        sign = self.table[self.right[letter]][2]
-        return f"Look again at {self.where}{letter}. {sign}"
+    def _look_again(self, given: dict[str, str], right: dict[str, str]) -> str:
+        letter = next(letter for letter in right if given[letter] != right[letter])
+        said, signs = given[letter], {fault: sign for fault, (_, _, sign) in self.table.items()}
+        return self.again.format(
+            where=self.where,
+            letter=letter,
+            said=said,
+            sign=signs[right[letter]],
+            sign_of_said=signs[said],
+        )
+
+    @property
+    def _all(self) -> str:
+        return {4: "four", 5: "five"}[len(self.table)]
 
     def _named(self, answer: Any) -> dict[str, str]:
         """The fault that was named for each letter: each of them once."""
         right = self.right
-        first, fault = next(iter(right.items()))
+        first, fault, known = next(iter(right)), next(iter(self.table)), ", ".join(self.table)
         expect(
             isinstance(answer, dict), f'answer with a dict, such as {{"{first}": "{fault}", ...}}'
         )
@@ -104,12 +107,12 @@ class Ward:
             expect(given not in (None, ...), f"{self.where}{letter} has no {self.word} yet")
             expect(
                 given in self.table,
-                f"{given!r} is none of the four {self.what}s, which are {', '.join(self.table)}",
+                f"{given!r} is none of the {self._all} {self.what}s, which are {known}",
             )
         given = {letter: answer[letter] for letter in right}
         expect(
             len(set(given.values())) == len(given),
-            f"you named one {self.what} twice: each of the four occurs once",
+            f"you named one {self.what} twice: each of the {self._all} occurs once",
         )
         return given
 
