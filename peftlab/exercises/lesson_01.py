@@ -315,20 +315,16 @@ def block_numbers(answer):
 # --- four leaks --------------------------------------------------------------------------------
 
 LEAKS = Ward({
-    "losses": (
-        "D", "every step's loss is put into a list with its graph",
+    "losses": ("D", "every step's loss is put into a list with its graph",
         "It ends every step with more than the step before, by the same amount each time: "
         "something of every step stays."),
-    "gradients": (
-        "A", "the gradients are never taken away",
+    "gradients": ("A", "the gradients are never taken away",
         "Its first step starts as the sound one's, and from the second on its forward pass ends "
         "higher by as much as a backward pass adds."),
-    "everything": (
-        "C", "the frozen layers were not frozen",
+    "everything": ("C", "the frozen layers were not frozen",
         "It is larger than the sound one from the first forward pass on, and after every step by "
         "the moments of layers that should have none."),
-    "evaluation": (
-        "B", "the evaluation builds a graph, and its result is kept",
+    "evaluation": ("B", "the evaluation builds a graph, and its result is kept",
         "Its steps are the sound one's but for what is left when the next one begins: after the "
         "evaluation it holds what a forward pass keeps."),
 })  # fmt: skip

@@ -219,18 +219,14 @@ def throw_it_away(answer):
 # --- 5 · debug the broken adapter ----------------------------------------------------------------
 
 CLINIC = Ward({
-    "outside": (
-        "B", "the encoder was run once, before the loop, and its output kept",
+    "outside": ("B", "the encoder was run once, before the loop, and its output kept",
         "It has no gradient anywhere, in the table or the network: the path from the loss ends at "
         "a prompt that was made before"),
-    "optimiser": (
-        "D", "the optimiser was given the table and not the network",
+    "optimiser": ("D", "the optimiser was given the table and not the network",
         "It has both gradients, and only the table moves: nobody steps the network"),
-    "table": (
-        "A", "the table is frozen",
+    "table": ("A", "the table is frozen",
         "It has a gradient in the network and none in the table"),
-    "dropout": (
-        "C", "dropout in the encoder stays on when the prompt is used",
+    "dropout": ("C", "dropout in the encoder stays on when the prompt is used",
         "It moves in both parts, but makes two different prompts in evaluation"),
 })  # fmt: skip
 

@@ -271,19 +271,15 @@ def count_the_prefix(answer):
 # --- 5 · debug the broken adapter --------------------------------------------------------------
 
 CLINIC = Ward({
-    "mask": (
-        "C", "the mask is −∞ over the prefix's columns",
+    "mask": ("C", "the mask is −∞ over the prefix's columns",
         "Its prefix has a gradient of zero, keys and values alike: nothing that reads the text "
         "reads it"),
-    "optimiser": (
-        "D", "the optimiser was never given the prefix",
+    "optimiser": ("D", "the optimiser was never given the prefix",
         "Its prefix has a gradient like the sound one's and does not move: it is computed, and "
         "nobody uses it"),
-    "values": (
-        "A", "the values were cut off from the graph, the keys were not",
+    "values": ("A", "the values were cut off from the graph, the keys were not",
         "Its prefix has keys with a gradient and values without: only one half is in the graph"),
-    "rate": (
-        "B", "the learning rate is the MLP's, and there is no MLP",
+    "rate": ("B", "the learning rate is the MLP's, and there is no MLP",
         "Its prefix has a gradient like the sound one's and moves, but far less in as many steps"),
 })  # fmt: skip
 RATE = PrefixTuning().learning_rate

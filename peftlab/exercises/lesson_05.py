@@ -141,17 +141,13 @@ def count_with_depth(answer):
 # --- 3 · which definition is it? ---------------------------------------------------------------
 
 LETTERS = Ward({
-    "paper": (
-        "C", "keys and values in every layer",
+    "paper": ("C", "keys and values in every layer",
         "It has as many queries as the text has tokens and P keys more, in every layer"),
-    "both": (
-        "D", "tokens at the input, and keys and values",
+    "both": ("D", "tokens at the input, and keys and values",
         "It has P more queries than the text has tokens, and P more keys than that"),
-    "replaced": (
-        "A", "tokens at the input, replaced in every layer",
+    "replaced": ("A", "tokens at the input, replaced in every layer",
         "It has P more queries and P more keys than the text has tokens, in every layer"),
-    "growing": (
-        "B", "tokens put in front of every layer's output",
+    "growing": ("B", "tokens put in front of every layer's output",
         "It has nothing in layer 1, and in the last layer several times P more of both"),
 }, where="", what="definition", word="name")  # fmt: skip
 DEFINITIONS = LETTERS.faults
@@ -197,18 +193,14 @@ name_the_definition = LETTERS.exercise(
 # --- 4 · debug the broken adapter --------------------------------------------------------------
 
 CLINIC = Ward({
-    "head": (
-        "C", "the head is frozen at its random start",
+    "head": ("C", "the head is frozen at its random start",
         "It has a prefix that moves and a head that does not move at all"),
-    "cut": (
-        "D", "the prefix was cut off from the graph",
+    "cut": ("D", "the prefix was cut off from the graph",
         "It has a prefix without any gradient, and a head that learns: no path leads back to it"),
-    "optimiser": (
-        "A", "the optimiser was never given the prefix",
+    "optimiser": ("A", "the optimiser was never given the prefix",
         "It has a prefix with a gradient that does not move at all: the gradient is computed and "
         "nobody uses it"),
-    "shift": (
-        "B", "each state is held against the label of the token before",
+    "shift": ("B", "each state is held against the label of the token before",
         "It has a prefix and a head that move as in the sound one, and a loss that stays behind: "
         "they learn, and not what was asked"),
 })  # fmt: skip
