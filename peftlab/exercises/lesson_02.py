@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from peftlab.accounting import count
 from peftlab.bases.shapes import Shape
-from peftlab.exercises import Wrong, after, exercise, expect, question
+from peftlab.exercises import a_tensor, after, exercise, expect, question
 from peftlab.exercises.clinic import Ward, course
 from peftlab.methods import PromptTuning
 from peftlab.training import target_loss
@@ -39,64 +39,54 @@ def prepend(prompt, embedded, mask):
         "that is a cumulative sum less one; clamp it, so that padding does not get −1.",
     ),
     mistakes=(
-        (after(prepend, lambda x, mask, at: (x.roll(-P, 1), mask.roll(-P, 1), at)),
-         "behind the input"),
+        (after(prepend, lambda x, mask, at: (x.roll(-P, 1), mask.roll(-P, 1), at)), "you put the "
+         "prompt behind the input. A causal model reads from left to right: no real token would "
+         "ever see it", lambda given, right: torch.equal(given[0][:, :-P], right[0][:, P:])),
+        (after(prepend, lambda x, mask, at: (x.flip(1), mask, at)),
+         "the vectors are not [P; E], prompt rows first, in order",
+         lambda given, right: not torch.equal(given[0], right[0])),
         (after(prepend, lambda x, mask, at: (x, mask[:, P:], at)), "the mask still has"),
         (after(prepend, lambda x, mask, at: (x, F.pad(mask[:, P:], (P, 0)), at)),
-         "hides the virtual tokens"),
+         "your mask hides the virtual tokens: attention would pass them by, and they would get no "
+         "gradient. Their part of the mask is ones",
+         lambda given, right: not given[1][:, :P].all()),
+        (after(prepend, lambda x, mask, at: (x, torch.ones_like(mask), at)),
+         "the real tokens' part of the mask has changed",
+         lambda given, right: not torch.equal(given[1], right[1])),
         (after(prepend, lambda x, mask, at: (x, mask, torch.cat([at[:, :P], at[:, P:] - P], 1))),
-         "start again at 0"),
+         "your real tokens start again at 0: two tokens would share each of the first positions. "
+         "The real ones come after the virtual ones, from P on",
+         lambda given, right: given[2][0, P] == 0),
         (after(prepend, lambda x, mask, at: (x, mask, torch.arange(x.shape[1]).expand_as(mask))),
-         "counted through the padding"),
+         "right for the row without padding, but in the padded row you counted through the "
+         "padding. A position counts the unmasked tokens before it",
+         lambda given, right: torch.equal(given[2][0], right[2][0])),
     ),
+    otherwise="the positions are {given[2]}; those of what is not padding are {right[2]}",
+    praise="vectors, mask and positions are right, with padding on the left as well",
 )  # fmt: skip
 def put_in_front(answer):
+    """Vectors, mask, and positions: those of padding, which may have any, are set to 0."""
     generator = torch.Generator().manual_seed(0)
-    batch, seq, d_model = 2, 4, 5
-    prompt = torch.randn(P, d_model, generator=generator)
-    embedded = torch.randn(batch, seq, d_model, generator=generator)
+    prompt, embedded = (torch.randn(*s, generator=generator) for s in ((P, 5), (2, 4, 5)))
     mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])  # the second row is padded on the left
+    real = F.pad(mask, (P, 0), value=1)
     given = answer(prompt, embedded, mask)
     expect(
         isinstance(given, tuple) and len(given) == 3,
         "return three tensors: the vectors, the mask, the positions",
     )
     x, longer, positions = given
-    wanted = prepend(prompt, embedded, mask)
     expect(
-        x.shape == wanted[0].shape,
-        f"the vectors should be {tuple(wanted[0].shape)}, batch first; yours are {tuple(x.shape)}. "
+        x.shape == (2, P + 4, 5),
+        f"the vectors should be {(2, P + 4, 5)}, batch first; yours are {tuple(x.shape)}. "
         "Did you join along the sequence axis?",
     )
     expect(
-        not torch.equal(x[:, :seq], embedded),
-        "you put the prompt behind the input. A causal model reads from left to right: "
-        "no real token would ever see it",
+        longer.shape == real.shape,
+        f"the mask still has {longer.shape[-1]} columns and there are {P + 4} vectors",
     )
-    expect(torch.equal(x, wanted[0]), "the vectors are not [P; E], prompt rows first, in order")
-    expect(
-        longer.shape == wanted[1].shape,
-        f"the mask still has {longer.shape[-1]} columns and there are {P + seq} vectors",
-    )
-    expect(
-        longer[:, :P].all(),
-        "your mask hides the virtual tokens: attention would pass them by, and they would "
-        "get no gradient. Their part of the mask is ones",
-    )
-    expect(torch.equal(longer, wanted[1]), "the real tokens' part of the mask has changed")
-    rows, columns = torch.nonzero(wanted[1], as_tuple=True)  # padding may have any position
-    real, right = positions.expand_as(longer)[rows, columns], wanted[2][rows, columns]
-    if not torch.equal(real, right):
-        expect(
-            not torch.equal(positions[0, P:], torch.arange(seq)),
-            "your real tokens start again at 0: two tokens would share each of the first "
-            "positions. The real ones come after the virtual ones, from P on",
-        )
-        raise Wrong(
-            "right for the row without padding, but in the padded row you counted through the "
-            "padding. A position counts the unmasked tokens before it"
-        )
-    return "vectors, mask and positions are right, with padding on the left as well"
+    return x, longer, positions.expand_as(real) * real
 
 
 # --- 2 · count ---------------------------------------------------------------------------------
@@ -104,6 +94,13 @@ def put_in_front(answer):
 
 def affordable(budget, d_model, context):
     return min(budget // d_model, context - 1)
+
+
+BUDGETS = {
+    f"for {budget:,} parameters on {name}": (budget, shape.d_model, shape.context)
+    for name, shape in ((name, Shape.named(name)) for name in ("gpt2", "gpt2-medium", "llama-3-8b"))
+    for budget in (shape.d_model, 300_000, 1_000_000, 10**8)
+}
 
 
 @exercise(
@@ -115,46 +112,29 @@ def affordable(budget, d_model, context):
         "Two limits hold: the budget, and the context, where at least one real token must fit.",
     ),
     mistakes=(
-        (lambda budget, d, context: affordable(budget // 24, d, context), "every layer"),
-        (lambda budget, d, context: affordable(budget + d - 1, d, context), "over the budget"),
+        (lambda budget, d, context: affordable(budget // 24, d, context),
+         "{given} tokens {case} is too short. Did you pay for every layer? Prompt tuning adds "
+         "vectors to the input alone",
+         lambda given, right: any(given[case] < right[case] / 4 for case in right)),
         (lambda budget, d, context: affordable(budget, d, context + 1),
-         "no room for a single real one"),
-        (lambda budget, d, context: budget // d, "longer than the context"),
-        (lambda budget, d, context: budget / d, "whole number"),
+         "{given} virtual tokens fill gpt2's context: no room for a single real one"),
+        (lambda budget, d, context: budget // d,
+         "{given} tokens {case} is longer than the context of 1024"),
+        (lambda budget, d, context: affordable(budget + d - 1, d, context),
+         "{given} tokens {case} are 300,288 numbers: over the budget"),
+        (lambda budget, d, context: budget / d, "a prompt has a whole number of tokens"),
     ),
+    otherwise="{given} tokens {case}; {right} fit",
+    praise="the budget and the context both hold",
 )  # fmt: skip
 def prompt_for_a_budget(answer):
-    for name in ("gpt2", "gpt2-medium", "llama-3-8b"):
-        shape = Shape.named(name)
-        for budget in (shape.d_model, 300_000, 1_000_000, 10**8):
-            given = answer(budget, shape.d_model, shape.context)
-            wanted = affordable(budget, shape.d_model, shape.context)
-            case = f"for {budget:,} parameters on {name}"
-            expect(
-                isinstance(given, int) and not isinstance(given, bool),
-                f"a prompt has a whole number of tokens; yours is {given!r}",
-            )
-            if given == wanted:
-                continue
-            expect(
-                given >= wanted / 4,
-                f"{given} tokens {case} is too short. Did you pay for every layer? "
-                "Prompt tuning adds vectors to the input alone",
-            )
-            expect(
-                given != shape.context,
-                f"{given} virtual tokens fill {name}'s context: no room for a single real one",
-            )
-            expect(
-                given < shape.context,
-                f"{given} tokens {case} is longer than the context of {shape.context}",
-            )
-            numbers = given * shape.d_model
-            expect(
-                numbers <= budget, f"{given} tokens {case} are {numbers:,} numbers: over the budget"
-            )
-            raise Wrong(f"{given} tokens {case}; {wanted} fit")
-    return "the budget and the context both hold"
+    made = {case: answer(*sizes) for case, sizes in BUDGETS.items()}
+    for given in made.values():
+        expect(
+            isinstance(given, int) and not isinstance(given, bool),
+            f"a prompt has a whole number of tokens; yours is {given!r}",
+        )
+    return made
 
 
 # --- 3 · start from the vocabulary -------------------------------------------------------------
@@ -188,8 +168,7 @@ def initialise(answer):
     nn.init.normal_(embedding.weight, std=0.02)
     embedding.requires_grad_(False)
     before = embedding.weight.clone()
-    prompt = answer(embedding, 10, 4)
-    expect(torch.is_tensor(prompt), f"return a tensor; yours is a {type(prompt).__name__}")
+    prompt = a_tensor(answer(embedding, 10, 4))
     wanted = before[10:14]
     expect(
         prompt.shape == wanted.shape,

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from peftlab.accounting import count, stored
 from peftlab.bases.shapes import Shape
-from peftlab.exercises import after, exercise, expect, question, same
+from peftlab.exercises import a_tensor, after, exercise, expect, question, same
 from peftlab.exercises.clinic import Ward, course
 from peftlab.methods import PTuning
 from peftlab.soft import PromptEncoder
@@ -61,8 +61,7 @@ def write_the_encoder(answer):
     table = torch.randn(P, d)
     lstm, other = (nn.LSTM(d, d // 2, 2, bidirectional=True, batch_first=True) for _ in range(2))
     first, second = nn.Linear(d, d), nn.Linear(d, d)
-    given = answer(table, lstm, first, second)
-    expect(torch.is_tensor(given), f"return a tensor; yours is a {type(given).__name__}")
+    given = a_tensor(answer(table, lstm, first, second))
     expect(
         given.shape == (P, d),
         f"a prompt of {P} virtual tokens is {(P, d)}; yours is {tuple(given.shape)}. "
@@ -112,8 +111,7 @@ def place(prompt, embedded, masks):
 def place_the_prompt(answer):
     generator = torch.Generator().manual_seed(0)
     prompt, embedded = (torch.randn(*s, generator=generator) for s in ((4, 3), (2, 6, 3)))
-    given = answer(prompt, embedded, torch.tensor([2, 4]))
-    expect(torch.is_tensor(given), f"return a tensor; yours is a {type(given).__name__}")
+    given = a_tensor(answer(prompt, embedded, torch.tensor([2, 4])))
     expect(
         given.shape == (2, 10, 3),
         f"each row of 6 gets 4 more vectors, so (2, 10, 3); yours is {tuple(given.shape)}",

@@ -9,7 +9,7 @@ from peftlab import attention
 from peftlab.accounting import count
 from peftlab.bases import Base
 from peftlab.bases.shapes import Shape
-from peftlab.exercises import exercise, expect, question
+from peftlab.exercises import a_tensor, exercise, expect, question
 from peftlab.exercises.clinic import Ward, course
 from peftlab.heads import Classification
 from peftlab.methods import PrefixTuning, PTuningV2
@@ -69,8 +69,7 @@ def write_the_attention(answer):
     batch, heads, T, P, head_dim = 2, 2, 4, 3, 8
     q, K, V = (torch.randn(batch, heads, T, head_dim, generator=generator) for _ in range(3))
     P_k, P_v = (torch.randn(heads, P, head_dim, generator=generator) for _ in range(2))
-    given = answer(q, K, V, P_k, P_v, torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]))
-    expect(torch.is_tensor(given), f"return a tensor; yours is a {type(given).__name__}")
+    given = a_tensor(answer(q, K, V, P_k, P_v, torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])))
     expect(
         given.ndim != 4 or given.shape[2] <= T,
         f"{given.shape[2] if given.ndim == 4 else 0} rows for {T} tokens: you have more output "
