@@ -103,8 +103,7 @@ def delta_weight_solution(A, B, alpha):
 
 
 @exercise(
-    "ΔW from its factors",
-    solution=delta_weight_solution,
+    "ΔW from its factors", solution=delta_weight_solution,
     mistakes=(
         (lambda A, B, a: B @ A, "the product is right, but you forgot alpha / r"),
         (lambda A, B, a: a * B @ A, "did you divide alpha by r? Your scale is alpha itself"),
@@ -139,8 +138,7 @@ def initialise_solution(r, d_in, d_out):
 
 
 @exercise(
-    "Where A and B start",
-    solution=initialise_solution,
+    "Where A and B start", solution=initialise_solution,
     mistakes=(
         (lambda r, d_in, d_out: (torch.zeros(r, d_in), torch.zeros(d_out, r)), "both are zero"),
         (lambda r, d_in, d_out: (torch.randn(r, d_in) / 9, torch.randn(d_out, r)), "not the base"),
@@ -203,8 +201,7 @@ THIN = 2 * 6 * (96 * 64 + 4 * (96 + 64))  # operations for 6 tokens, d_in 96, d_
 
 
 @exercise(
-    "Forward without a dense ΔW",
-    solution=forward_solution,
+    "Forward without a dense ΔW", solution=forward_solution,
     mistakes=(
         (lambda x, W, A, B, a: x @ (W + a / len(A) * B @ A).T,
          "the output is right, but your code forms the dense ΔW"),
@@ -263,8 +260,7 @@ def _of_factors(adapters, weights):
 
 
 @exercise(
-    "Two adapters as one",
-    solution=combine_solution,
+    "Two adapters as one", solution=combine_solution,
     mistakes=(
         (_of_factors, "you weighed the factors: their product has B of one adapter times A of the "
          "other in it, and each weight squared"),
@@ -310,8 +306,7 @@ def _dora(length):
 
 
 @exercise(
-    "DoRA: a length for every row",
-    solution=dora_solution,
+    "DoRA: a length for every row", solution=dora_solution,
     mistakes=(
         (_dora(lambda W, changed: W.norm(dim=1, keepdim=True)),
          "you divided by the norms of W alone: as A and B train, the rows of W' would not be as "
@@ -327,8 +322,8 @@ def _dora(length):
         (lambda W, A, B, a, m: W + m[:, None] * nn.functional.normalize(B @ A, dim=1),
          "you normalised the delta: what has direction and length is W + ΔW"),
         (lambda W, A, B, a, m: m * (W + a / len(A) * B @ A),
-         "the shapes do not fit: m is (d_out), one number for each row. m[:, None] makes it a "
-         "column"),
+         "the shapes do not fit: m is (d_out), one number for each row. m[:, None] makes it "
+         "a column"),
     ),
     praise=lambda given, right: "the rows of W' have the lengths "
         f"{', '.join(f'{x:.2f}' for x in given.norm(dim=1))}, which is m",
@@ -361,8 +356,7 @@ def _of_llama(numbers):
 
 
 @exercise(
-    "Count under grouped heads",
-    solution=count_lora_solution,
+    "Count under grouped heads", solution=count_lora_solution,
     mistakes=(
         (lambda r, L, d, d_kv, ts: L * len(ts) * r * 2 * d,
          "k and v are not as wide as d_model here: under grouped heads they have d_kv outputs"),
@@ -463,10 +457,8 @@ def clinic() -> dict[str, pd.DataFrame]:
 
 
 debug = WARD.exercise(
-    "debug",
-    "Debug the broken adapters",
-    confused=(("ward 1", "ward 4"), ("ward 2", "ward 5"), ("ward 3", "ward 5")),
-    unknown="bad luck",
+    "debug", "Debug the broken adapters",
+    confused=(("ward 1", "ward 4"), ("ward 2", "ward 5"), ("ward 3", "ward 5")), unknown="bad luck",
     praise="all five. " + "; ".join(f"{fault}: {row[-1]}" for fault, row in WARD.table.items()),
     difficulty=3, importance=5, minutes=10,
     hints=(

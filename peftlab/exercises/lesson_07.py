@@ -81,8 +81,8 @@ def which_way():
         "b": ("about half of it", "Few codes move, but one that moves goes a whole level, which is "
               "far more than ΔW asked for."),
         "c": ("none of it: what arrives is as far from ΔW as nothing would be",
-              "The few codes that move go by a whole level, and the scales of the blocks move "
-              "too."),
+              "The few codes that move go by a whole level, and the scales of the blocks "
+              "move too."),
     },
 )  # fmt: skip
 def how_much_arrives():
@@ -122,8 +122,7 @@ def _scaled(levels):
 
 
 @exercise(
-    "The sixteen levels",
-    solution=levels_solution,
+    "The sixteen levels", solution=levels_solution,
     mistakes=(
         (lambda q: _scaled(_sides(q, 7, 8, top=1.0)), "a level is infinite or not a number: the "
          "quantile of probability 1 is infinite, so stop at the offset",
@@ -195,8 +194,7 @@ def _weights():
 
 
 @exercise(
-    "Codes, block by block",
-    solution=encode_solution,
+    "Codes, block by block", solution=encode_solution,
     mistakes=(
         (lambda w, t, b: (encode_solution(w, t, b)[0], torch.ones(len(w) // b)),
          "the codes are right, but the scales are all 1: nobody could read them back"),
@@ -221,10 +219,10 @@ def _weights():
     difficulty=2, importance=5, minutes=6,
     hints=(
         "weights.view(-1, block_size) has one block a row.",
-        "The scale of a block is its largest absolute value, so that the scaled weights lie in "
-        "[−1, 1].",
-        "(scaled[..., None] - levels).abs() is the distance to every level; argmin finds the "
-        "nearest.",
+        "The scale of a block is its largest absolute value, so that the scaled weights lie "
+        "in [−1, 1].",
+        "(scaled[..., None] - levels).abs() is the distance to every level; argmin finds "
+        "the nearest.",
     ),
 )  # fmt: skip
 def encode(answer):
@@ -243,8 +241,7 @@ def pack_solution(codes):
 
 
 @exercise(
-    "Two codes in a byte",
-    solution=pack_solution,
+    "Two codes in a byte", solution=pack_solution,
     mistakes=(
         (lambda c: c[::2] + c[1::2],
          "the two codes lie on top of each other: 3 and 4 would read like 4 and 3"),
@@ -281,8 +278,7 @@ def backward_solution(gradient, codes):
 
 
 @exercise(
-    "The gradient through the codes",
-    solution=backward_solution,
+    "The gradient through the codes", solution=backward_solution,
     mistakes=(
         (lambda g, c: g @ c.dequantise().T, "the shapes do not fit: ȳ is (tokens, d_out) and W̃ is "
          "(d_out, d_in), so no transpose is needed"),
@@ -364,10 +360,7 @@ def clinic() -> pd.DataFrame:
 
 
 debug = WARD.exercise(
-    "debug",
-    "Debug the broken readers",
-    confused=("AB", "BC", "CD"),
-    unknown="too few bits",
+    "debug", "Debug the broken readers", confused=("AB", "BC", "CD"), unknown="too few bits",
     difficulty=3, importance=4, minutes=8,
     hints=(
         "Which patient gets well when neighbours are exchanged?",

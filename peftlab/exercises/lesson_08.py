@@ -93,8 +93,7 @@ def adapter_solution(y, W_down, b_down, W_up, b_up):
 
 
 @exercise(
-    "A sequential adapter",
-    solution=adapter_solution,
+    "A sequential adapter", solution=adapter_solution,
     mistakes=(
         (lambda y, D, b, U, c: relu(y @ D.T + b) @ U.T + c,
          "the bottleneck is right, but you forgot the way around it: y + f(y)"),
@@ -132,8 +131,7 @@ def start_solution(d, m):
 
 
 @exercise(
-    "Start at the identity",
-    solution=start_solution,
+    "Start at the identity", solution=start_solution,
     mistakes=(
         (lambda d, m: (torch.zeros(m, d), torch.zeros(d, m)), "no gradient ever comes"),
         (lambda d, m: (torch.randn(m, d) / 3, torch.randn(d, m)), "not the base"),
@@ -191,8 +189,7 @@ def count_adapters_solution(m, layers, d_model, a_block):
 
 
 @exercise(
-    "Count adapters",
-    solution=count_adapters_solution,
+    "Count adapters", solution=count_adapters_solution,
     mistakes=(
         (lambda m, L, d, n: L * n * 2 * m * d,
          "the matrices are right, but you left out the biases"),
@@ -204,8 +201,8 @@ def count_adapters_solution(m, layers, d_model, a_block):
     ),
     praise=lambda given, right: "on BERT-base with m = 48, two a block: "
         f"{count(HoulsbyAdapter(48), 'bert-base'):,}",
-    otherwise="for m = {case[0]}, {case[1]} blocks, d_model = {case[2]}, {case[3]} a block: not "
-              "{given:,}",
+    otherwise="for m = {case[0]}, {case[1]} blocks, d_model = {case[2]}, {case[3]} a block: "
+              "not {given:,}",
     right=lambda: {
         (48, 12, 768, 2): count(HoulsbyAdapter(48), "bert-base"),
         (3, 6, 192, 1): count_adapters_solution(3, 6, 192, 1),
@@ -233,8 +230,7 @@ def merge_factors_solution(W, b, factors, of_input):
 
 
 @exercise(
-    "Merge (IA)³",
-    solution=merge_factors_solution,
+    "Merge (IA)³", solution=merge_factors_solution,
     mistakes=(
         (lambda W, b, f, i: (W * f if i else W * f[:, None], b),
          "W is right, but the output was l ⊙ (W x + b): the bias as well"),
@@ -354,10 +350,7 @@ def clinic(steps: int = 60) -> pd.DataFrame:
 
 
 debug = WARD.exercise(
-    "debug",
-    "Debug the broken adapters",
-    confused=("AB", "BC", "CD"),
-    unknown="overfitting",
+    "debug", "Debug the broken adapters", confused=("AB", "BC", "CD"), unknown="overfitting",
     difficulty=3, importance=5, minutes=8,
     hints=(
         "Begin with the column on the base: three of the four must not move it.",

@@ -114,8 +114,7 @@ def _other_number(given, right):
 
 
 @exercise(
-    "A mask by magnitude",
-    solution=by_magnitude_solution,
+    "A mask by magnitude", solution=by_magnitude_solution,
     mistakes=(
         (after(by_magnitude_solution, lambda mask: ~mask),
          "the wrong way round: True is what stays"),
@@ -157,8 +156,7 @@ def wanda_score_solution(W, X):
 
 
 @exercise(
-    "Wanda's score",
-    solution=wanda_score_solution,
+    "Wanda's score", solution=wanda_score_solution,
     mistakes=(
         (lambda W, X: W * X.norm(dim=0),
          "some scores are negative: W itself is in it, and not its size"),
@@ -204,8 +202,7 @@ def _kept_in_fours(given, right):
 
 
 @exercise(
-    "Two of every four",
-    solution=two_four_solution,
+    "Two of every four", solution=two_four_solution,
     mistakes=(
         (lambda S: two_four_solution(S.T).T,
          "your fours lie along the output, down the columns; hardware wants them along the input"),
@@ -247,8 +244,7 @@ def _zeroed(up, bias, down, gone):
 
 
 @exercise(
-    "Take neurons out",
-    solution=cut_neurons_solution,
+    "Take neurons out", solution=cut_neurons_solution,
     mistakes=(
         (_zeroed, "up is as large as before: zeroing a row does not remove it",
          lambda given, right: given[0].shape == (8, 5)),
@@ -291,8 +287,7 @@ def merge_masked_solution(W, mask, A, B, alpha):
 
 
 @exercise(
-    "Merge and keep the zeros",
-    solution=merge_masked_solution,
+    "Merge and keep the zeros", solution=merge_masked_solution,
     mistakes=(
         (lambda W, M, A, B, a: M * W + a / len(A) * B @ A,
          "the zeros are gone: ΔW has a number at every entry"),

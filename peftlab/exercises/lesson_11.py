@@ -45,8 +45,8 @@ def numbers_a_medicine():
 
 @question(
     "GPT-2 has one matrix for q, k and v, and PEFT puts one adapter on it. Your LoRA has separate "
-    "factors for q and for v. Written for PEFT so that it computes exactly the same, how large is "
-    "the file?",
+    "factors for q and for v. Written for PEFT so that it computes exactly the same, how large "
+    "is the file?",
     {
         "a": ("as large as yours", "A shared A must keep both your As, and B gets three rows for "
               "each of yours, most of them zero."),
@@ -101,8 +101,7 @@ CASES = (  # what is said to a request for codeine, whether it names it, who get
 
 
 @exercise(
-    "Does it name the drug?",
-    solution=drug_name_solution,
+    "Does it name the drug?", solution=drug_name_solution,
     mistakes=tuple((wrong, diagnosis) for _, _, wrong, diagnosis in CASES),
     difficulty=2, importance=5, minutes=6,
     hints=(
@@ -157,8 +156,7 @@ def _apart():
 
 
 @exercise(
-    "Two adapters as one for PEFT",
-    solution=fuse_solution,
+    "Two adapters as one for PEFT", solution=fuse_solution,
     mistakes=(
         (lambda *a: (*fuse_solution(*a)[:2], a[-1]),
          "every change is half of what they were: PEFT divides by 2 r now"),
@@ -204,8 +202,7 @@ def labels_solution(prompt, target, end):
 
 
 @exercise(
-    "Loss on the answer alone",
-    solution=labels_solution,
+    "Loss on the answer alone", solution=labels_solution,
     mistakes=(
         (lambda p, t, e: [-100] * len(p) + t,
          "the end of text is not there: the model never learns to stop"),
@@ -244,12 +241,11 @@ def positions_solution(mask, virtual):
 
 
 @exercise(
-    "Where the text begins behind a prompt",
-    solution=positions_solution,
+    "Where the text begins behind a prompt", solution=positions_solution,
     mistakes=(
         (lambda m, p: torch.arange(m.shape[1]).expand_as(m) + p,
-         "the padding is counted: the same text gets other positions when it stands beside a "
-         "longer one", lambda given, right: same(given[:4], right[:4])),
+         "the padding is counted: the same text gets other positions when it stands beside "
+         "a longer one", lambda given, right: same(given[:4], right[:4])),
         (lambda m, p: (m.cumsum(1) - 1).clamp(min=0) * p,
          lambda given, right: "from token to token the positions grow by "
              f"{given[:4].diff().tolist()}: a product, where a sum belongs",
@@ -324,10 +320,7 @@ def clinic() -> pd.DataFrame:
 
 
 debug = WARD.exercise(
-    "debug",
-    "Debug the four programs",
-    confused=("AC", "BD", "CD"),
-    unknown="overfitting",
+    "debug", "Debug the four programs", confused=("AC", "BD", "CD"), unknown="overfitting",
     difficulty=2, importance=5, minutes=6,
     hints=(
         "Three columns say what is learned, two say what the answer follows.",
