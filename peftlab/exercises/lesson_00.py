@@ -33,8 +33,7 @@ def _of_frozen(model):
 
 
 @exercise(
-    "How much of a model trains?",
-    solution=trainable_percent,
+    "How much of a model trains?", solution=trainable_percent,
     difficulty=1, importance=4, minutes=3,
     hints=(
         "`model.parameters()` gives tensors; `p.numel()` is how many numbers one holds.",
@@ -92,8 +91,7 @@ def _wrong_first_at(change):
 
 
 @exercise(
-    "Is it still the same model?",
-    solution=changed_tensors,
+    "Is it still the same model?", solution=changed_tensors,
     difficulty=2, importance=5, minutes=5,
     hints=(
         "`model.state_dict()` names every tensor of a model, buffers included.",
@@ -140,8 +138,7 @@ def attention_shape(batch, heads, seq, virtual):
 
 
 @exercise(
-    "Read the shape of attention",
-    solution=attention_shape,
+    "Read the shape of attention", solution=attention_shape,
     difficulty=1, importance=3, minutes=3,
     hints=(
         "One attention map has a row for each token that looks and a column for each token that "

@@ -87,8 +87,7 @@ def adam_bytes_solution(total, trained):
 
 
 @exercise(
-    "Bytes of training in float32",
-    solution=adam_bytes_solution,
+    "Bytes of training in float32", solution=adam_bytes_solution,
     mistakes=(
         (lambda total, trained: total + 3 * trained,
          "you counted numbers: each of them takes 4 bytes"),
@@ -160,8 +159,7 @@ def _other_step(given, right):
 
 
 @exercise(
-    "One step of Adam",
-    solution=adam_step_solution,
+    "One step of Adam", solution=adam_step_solution,
     mistakes=(
         (lambda w, g, m, v, t, lr: adam_step_solution(w, g, m, v, math.inf, lr),
          # at t = ∞ nothing is left to correct
@@ -224,8 +222,7 @@ def _autograd_keeps(x_has_gradient: bool, W_trains: bool) -> set[str]:
 
 
 @exercise(
-    "What a linear layer keeps",
-    solution=linear_keeps_solution,
+    "What a linear layer keeps", solution=linear_keeps_solution,
     mistakes=(
         (lambda x, W: {"x", "W"}, "nothing has a gradient in the first case: nothing is kept",
          lambda given, right: given[False, False]),
@@ -276,8 +273,7 @@ def _numbers_kept(d: int, heads: int, trains: bool) -> int:
 
 
 @exercise(
-    "What one block of GPT-2 keeps",
-    solution=block_numbers_solution,
+    "What one block of GPT-2 keeps", solution=block_numbers_solution,
     mistakes=(
         (lambda d, h, trains: 6 * d if trains else 0, "you say that a frozen block keeps nothing: "
          "a gradient still passes through its norms, its attention and its GELU",
@@ -370,10 +366,8 @@ def clinic() -> pd.DataFrame:
 
 
 find_the_leak = LEAKS.exercise(
-    "find_the_leak",
-    "Find the leak",
-    confused=("AD", "BC", "CD"),
-    unknown="too large",
+    "find_the_leak", "Find the leak",
+    confused=("AD", "BC", "CD"), unknown="too large",
     difficulty=3, importance=5, minutes=8,
     hints=(
         "Compare the first steps with the sound training, then the later ones.",

@@ -29,8 +29,7 @@ def prepend(prompt, embedded, mask):
 
 
 @exercise(
-    "Put the prompt in front",
-    solution=prepend,
+    "Put the prompt in front", solution=prepend,
     difficulty=3, importance=5, minutes=10,
     hints=(
         "Three things get longer by P along the sequence: the vectors, the mask, the positions.",
@@ -104,8 +103,7 @@ BUDGETS = {
 
 
 @exercise(
-    "How long a prompt can you afford?",
-    solution=affordable,
+    "How long a prompt can you afford?", solution=affordable,
     difficulty=2, importance=3, minutes=5,
     hints=(
         "Turn the closed form around: P · d_model numbers train.",
@@ -145,8 +143,7 @@ def start_from_vocabulary(embedding, first, length):
 
 
 @exercise(
-    "Start from the vocabulary",
-    solution=start_from_vocabulary,
+    "Start from the vocabulary", solution=start_from_vocabulary,
     difficulty=2, importance=4, minutes=5,
     hints=(
         "Row i of `embedding.weight` is the vector of token i.",
@@ -254,10 +251,8 @@ def _examine(fault, base, task, steps, lr, seed):
 
 
 diagnose = CLINIC.exercise(
-    "diagnose",
-    "Debug the broken adapter",
-    confused=("AC", "BD"),
-    unknown="too few virtual tokens",
+    "diagnose", "Debug the broken adapter",
+    confused=("AC", "BD"), unknown="too few virtual tokens",
     difficulty=3, importance=5, minutes=10,
     hints=(
         "Look at the gradient first. None, exactly zero and an ordinary number have three "

@@ -27,8 +27,7 @@ def _last_state(table, lstm, first, second):
 
 
 @exercise(
-    "Write the encoder",
-    solution=encode,
+    "Write the encoder", solution=encode,
     difficulty=2, importance=5, minutes=10,
     hints=(
         "The virtual tokens are one sequence: a batch of one, P long. `table[None]` has that "
@@ -83,8 +82,7 @@ def place(prompt, embedded, masks):
 
 
 @exercise(
-    "Place the prompt",
-    solution=place,
+    "Place the prompt", solution=place,
     difficulty=3, importance=4, minutes=10,
     hints=(
         "Names have different lengths, so the mask stands elsewhere in each row: do one row at a "
@@ -134,8 +132,7 @@ PROMPTS = {f"{P} virtual tokens on {base}": (base, P) for base, P in (
 
 
 @exercise(
-    "Count what trains",
-    solution=trained,
+    "Count what trains", solution=trained,
     difficulty=4, importance=3, minutes=10,
     hints=(
         "One direction of one LSTM layer with input i and hidden h: four gates, each with a matrix "
@@ -174,8 +171,7 @@ def fold(encoder):
 
 
 @exercise(
-    "Throw it away",
-    solution=fold,
+    "Throw it away", solution=fold,
     difficulty=2, importance=5, minutes=5,
     hints=(
         "`encoder()` returns a dictionary with the prompt that it makes now.",
@@ -268,10 +264,8 @@ def _examine(fault, base, task, steps, lr, seed):
 
 
 diagnose = CLINIC.exercise(
-    "diagnose",
-    "Debug the broken adapter",
-    confused=("AB", "BD", "CD"),
-    unknown="too few virtual tokens",
+    "diagnose", "Debug the broken adapter",
+    confused=("AB", "BD", "CD"), unknown="too few virtual tokens",
     difficulty=3, importance=5, minutes=10,
     hints=(
         "Ask first whether there is a gradient, in the table and in the network.",

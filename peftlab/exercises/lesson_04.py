@@ -50,8 +50,7 @@ def _wrong_side(query, key, value, mask, P_k, P_v):
 
 
 @exercise(
-    "Attend with a prefix",
-    solution=attend_with_prefix,
+    "Attend with a prefix", solution=attend_with_prefix,
     difficulty=3, importance=5, minutes=12,
     hints=(
         "Keys and values get P rows more, along the axis of the sequence (dim 2). Queries do not.",
@@ -117,8 +116,7 @@ def _plain_triangle(mask, P):
 
 
 @exercise(
-    "Let the mask see the prefix",
-    solution=may_see,
+    "Let the mask see the prefix", solution=may_see,
     difficulty=3, importance=5, minutes=10,
     hints=(
         "The result has a row for each of the T queries and a column for each of the P + T keys.",
@@ -166,8 +164,7 @@ def fold(table, mlp, layers, kv_heads):
 
 
 @exercise(
-    "Fold the MLP away",
-    solution=fold,
+    "Fold the MLP away", solution=fold,
     difficulty=4, importance=3, minutes=10,
     hints=(
         "Run the MLP once: `mlp(table)` is (P, 2 · layers · kv_heads · head_dim).",
@@ -230,8 +227,7 @@ PREFIXES = {
 
 
 @exercise(
-    "How many numbers are in a prefix?",
-    solution=numbers_in,
+    "How many numbers are in a prefix?", solution=numbers_in,
     difficulty=2, importance=4, minutes=5,
     hints=(
         "A virtual token has one key and one value in each attention.",
@@ -343,10 +339,8 @@ def _examine(fault, base, task, steps, seed) -> list[dict]:
 
 
 diagnose = CLINIC.exercise(
-    "diagnose",
-    "Debug the broken adapter",
-    confused=("AC", "BD"),
-    unknown="too short a prefix",
+    "diagnose", "Debug the broken adapter",
+    confused=("AC", "BD"), unknown="too short a prefix",
     difficulty=3, importance=5, minutes=10,
     hints=(
         "Look at the two gradients first. Zero in both and zero in one have different causes.",

@@ -36,8 +36,7 @@ def _mask_behind(q, K, V, P_k, P_v, mask):
 
 
 @exercise(
-    "Write the attention of P-tuning v2",
-    solution=attend_with_prefix,
+    "Write the attention of P-tuning v2", solution=attend_with_prefix,
     difficulty=3, importance=5, minutes=10,
     hints=(
         "Keys and values get P rows in front. The queries stay as they are.",
@@ -103,8 +102,7 @@ def _count(name, P, depth, classes):
 
 
 @exercise(
-    "Count it with a depth and a head",
-    solution=numbers_trained,
+    "Count it with a depth and a head", solution=numbers_trained,
     difficulty=2, importance=4, minutes=5,
     hints=(
         "A virtual token is one key and one value in each of `depth` layers.",
@@ -177,10 +175,8 @@ def observe(base, methods: dict, text: str, seed: int = 0) -> pd.DataFrame:
 
 
 name_the_definition = LETTERS.exercise(
-    "name_the_definition",
-    "Which definition is it?",
-    confused=("AC", "BD"),
-    unknown="prefix tuning",
+    "name_the_definition", "Which definition is it?",
+    confused=("AC", "BD"), unknown="prefix tuning",
     difficulty=2, importance=4, minutes=5,
     hints=(
         "Virtual keys and values add keys and no queries. A virtual token is a token: it asks too.",
@@ -238,10 +234,8 @@ def _examine(fault, base, task, steps, batch_size, seed):
 
 
 diagnose = CLINIC.exercise(
-    "diagnose",
-    "Debug the broken adapter",
-    confused=("AD", "BC"),
-    unknown="too few steps",
+    "diagnose", "Debug the broken adapter",
+    confused=("AD", "BC"), unknown="too few steps",
     difficulty=3, importance=5, minutes=10,
     hints=(
         "Look at what does not move. A frozen head, a prefix without a gradient and a prefix that "
