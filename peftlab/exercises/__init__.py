@@ -109,9 +109,9 @@ class Exercise:
 
     Diagnoses, `otherwise` and `praise` are words, with {given} and {right} where the two are to be
     quoted, or functions of (given, right) that return words. Without `praise` the trial says all
-    that is wrong, and returns the praise. `right()` is computed in place of what
-    the solution gives, if there is an independent way to it. `atol` is the tolerance of `same`.
-    Difficulty and importance go from 1 to 5.
+    that is wrong, and returns the praise. `right()` is computed in place of what the solution
+    gives, if there is an independent way to it. `atol` is the tolerance of `same`. Difficulty and
+    importance go from 1 to 5.
     """
 
     name: str
