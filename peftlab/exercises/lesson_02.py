@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from peftlab.accounting import count
 from peftlab.bases.shapes import Shape
-from peftlab.exercises import a_tensor, after, exercise, expect, question
+from peftlab.exercises import a_tensor, after, exercise, expect, question, same
 from peftlab.exercises.clinic import Ward, course
 from peftlab.methods import PromptTuning
 from peftlab.training import target_loss
@@ -40,10 +40,10 @@ def prepend(prompt, embedded, mask):
     mistakes=(
         (after(prepend, lambda x, mask, at: (x.roll(-P, 1), mask.roll(-P, 1), at)), "you put the "
          "prompt behind the input. A causal model reads from left to right: no real token would "
-         "ever see it", lambda given, right: torch.equal(given[0][:, :-P], right[0][:, P:])),
+         "ever see it", lambda given, right: same(given[0][:, :-P], right[0][:, P:])),
         (after(prepend, lambda x, mask, at: (x.flip(1), mask, at)),
          "the vectors are not [P; E], prompt rows first, in order",
-         lambda given, right: not torch.equal(given[0], right[0])),
+         lambda given, right: not same(given[0], right[0])),
         (after(prepend, lambda x, mask, at: (x, mask[:, P:], at)), "the mask still has"),
         (after(prepend, lambda x, mask, at: (x, F.pad(mask[:, P:], (P, 0)), at)),
          "your mask hides the virtual tokens: attention would pass them by, and they would get no "
@@ -51,7 +51,7 @@ def prepend(prompt, embedded, mask):
          lambda given, right: not given[1][:, :P].all()),
         (after(prepend, lambda x, mask, at: (x, torch.ones_like(mask), at)),
          "the real tokens' part of the mask has changed",
-         lambda given, right: not torch.equal(given[1], right[1])),
+         lambda given, right: not same(given[1], right[1])),
         (after(prepend, lambda x, mask, at: (x, mask, torch.cat([at[:, :P], at[:, P:] - P], 1))),
          "your real tokens start again at 0: two tokens would share each of the first positions. "
          "The real ones come after the virtual ones, from P on",
@@ -59,7 +59,7 @@ def prepend(prompt, embedded, mask):
         (after(prepend, lambda x, mask, at: (x, mask, torch.arange(x.shape[1]).expand_as(mask))),
          "right for the row without padding, but in the padded row you counted through the "
          "padding. A position counts the unmasked tokens before it",
-         lambda given, right: torch.equal(given[2][0], right[2][0])),
+         lambda given, right: same(given[2][0], right[2][0])),
     ),
     otherwise="the positions are {given[2]}; those of what is not padding are {right[2]}",
     praise="vectors, mask and positions are right, with padding on the left as well",
