@@ -1,6 +1,6 @@
-"""What adapting costs, in closed form: parameters, storage, and bytes that training holds.
+"""The costs of adapting, in closed form: parameters, storage, what training holds for good.
 
-Needs no weights. What a step holds beside these is traced: see `memory.predict`.
+Needs no weights. All that a step holds is traced: see `memory.predict`.
 
 A model is a name (see `bases.shapes.names()`), a transformers config, a base, or a `Shape`.
 
@@ -26,12 +26,12 @@ def count(method: Any, model: Any) -> int:
 
 
 def stored(method: Any, model: Any) -> int:
-    """How many numbers the saved adapter holds: what is thrown away after training is not in it."""
+    """How many numbers the saved adapter holds, without those thrown away after training."""
     return method.stored(as_shape(model))
 
 
 def base_parameters(model: Any) -> int:
-    """All parameters of the model itself, tied ones once."""
+    """The number of parameters of the model itself; tied ones count once."""
     return as_shape(model).parameters()
 
 
@@ -41,13 +41,13 @@ def percent(method: Any, model: Any) -> float:
 
 
 def file_bytes(method: Any, model: Any, dtype: str = "float32") -> int:
-    """Bytes of the stored tensors. The file on disk is longer by a header of names and shapes."""
+    """Bytes of the stored tensors. The file on disk adds a header with names and shapes."""
     return method.file_bytes(as_shape(model), _width(dtype))
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """Bytes that training holds from step to step. Activations come on top and are not in it."""
+    """Bytes that training holds from step to step, without the activations of a step."""
 
     weights: int
     gradients: int
@@ -63,10 +63,10 @@ def training_bytes(method: Any, model: Any, dtype: str = "float32") -> Ledger:
 
         frozen · b  +  trained · (4 + 4 + 8)      b: bytes of a frozen number, by `dtype`
 
-    What trains is held in float32: its weight, its gradient, and Adam's two moments. What is
-    frozen needs neither gradient nor moments, and its `dtype` can be narrower; weights that a
-    method holds as codes take the codes' own bytes. Left out: activations, temporary buffers, and
-    the copy of the original weights that makes full fine-tuning undoable here, and codes.
+    A trained number takes float32 for its weight, its gradient and each of Adam's two moments. A
+    frozen number needs neither gradient nor moments, and its `dtype` can be narrower; weights that
+    a method holds as codes take the codes' bytes. Not counted: activations, temporary buffers, and
+    the copies of the originals with which full fine-tuning and codes can be undone here.
     """
     base, trained = base_parameters(model), count(method, model)
     coded, codes = method.coded(as_shape(model))
@@ -88,7 +88,7 @@ def readable_bytes(size: int) -> str:
 
 
 def readable_percent(part: int, whole: int) -> str:
-    """Three significant digits, never an exponent.
+    """The percentage with three significant digits, never with an exponent.
 
     >>> readable_percent(294_912, 124_439_808)
     '0.237%'

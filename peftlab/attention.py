@@ -1,9 +1,9 @@
 """One attention function for every family: it adds virtual keys and values, and it records.
 
-transformers looks its attention functions up by name. Ours is registered as `peftlab`, together
-with a mask function of the same name: without that entry padding and causality would vanish, and
-nothing would be said. `observe` finds the places that a model's attention really goes through;
-a model that computes attention in another way has none, and is refused by whoever asked.
+transformers looks up its attention functions by name. Ours is registered as `peftlab`, together
+with a mask function of the same name: without that entry the model would silently lose its padding
+and causal masks. `observe` finds the attention modules that really call `attend`. A model that
+computes attention in another way has none, and the callers of `observe` refuse it.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreT
 from transformers.masking_utils import eager_mask
 
 NAME = "peftlab"
-CACHES = ("cache", "past_key_values")  # the argument's name from transformers 5.24 on, and before
+CACHES = ("cache", "past_key_values")  # the argument's name since transformers 5.24, and before
 
 
 def cache_name(module: nn.Module) -> str:
-    """What a model or a stack calls the keys and values so far; "" if it takes none."""
+    """The name of the forward argument for the cached keys and values; "" if there is none."""
     taken = signature(module.forward).parameters
     return next((name for name in CACHES if name in taken), "")
 
 
 def cache_in(kwargs: dict[str, Any]) -> Cache | None:
-    """The keys and values so far among the arguments of a forward pass."""
+    """The cached keys and values among the arguments of a forward pass, or None."""
     return next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
 
 
@@ -55,21 +55,21 @@ class Prefix(Protocol):
     """Virtual keys and values that one attention module reads."""
 
     def read(self) -> tuple[Tensor, Tensor]:
-        """P_k and P_v, (kv_heads, P, head_dim) each, or (batch, kv_heads, P, head_dim) with a
+        """P_k and P_v, each (kv_heads, P, head_dim), or (batch, kv_heads, P, head_dim) with one
         pair for each row."""
 
     def bias(self, queries: int, keys: int) -> Tensor | None:
-        """The position bias of the prefix columns, (1, heads, queries, P), where a family has one
-        and the prefix has positions."""
+        """The position bias of the prefix columns, (1, heads, queries, P); None if the family has
+        no such bias or the prefix no positions."""
 
 
 @dataclass
 class Record:
-    """What one attention module did in one forward; `weights` (batch, heads, queries, P + keys).
+    """One attention module in one forward pass; `weights` (batch, heads, queries, P + keys).
 
     query (batch, heads, queries, head_dim); key and value (batch, kv_heads, P + keys, head_dim);
-    output (batch, heads, queries, head_dim), before the output projection; `mask` is what was
-    added to the scores, prefix columns included; `virtual` is P.
+    output (batch, heads, queries, head_dim), before the output projection; `mask` was added to
+    the scores and includes the prefix columns; `virtual` is P.
     """
 
     query: Tensor
@@ -82,7 +82,7 @@ class Record:
     output: Tensor
 
 
-# What a module carries, as attributes of its own: a copy of the model then carries a copy.
+# Attributes of an attention module: a copy of the model carries copies of them.
 PREFIX, RECORDER = "peftlab_prefix", "peftlab_recorder"
 
 
@@ -146,10 +146,10 @@ def added_scores(
     virtual: int,
     columns: Tensor | None = None,
 ) -> Tensor | None:
-    """What is added to the scores of `virtual` and `real` keys: mask plus bias, None for nothing.
+    """The mask plus the bias for the scores of `virtual` and `real` keys; None if there is neither.
 
-    Every mask and every bias gets its columns for the virtual keys here and nowhere else: zeros,
-    so that each query sees the whole prefix, or the bias's own `columns`.
+    Only this function gives masks and biases their columns for the virtual keys: zeros, so that
+    each query sees the whole prefix, or the bias's own `columns`.
     """
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
@@ -182,16 +182,16 @@ def weighted_sum(
     weights: Float[Tensor, "batch heads queries keys"],
     value: Float[Tensor, "batch kv_heads keys head_dim"],
 ) -> Float[Tensor, "batch heads queries head_dim"]:
-    """The values, averaged by the weights."""
+    """The average of the values, weighted by `weights`."""
     return weights @ value.repeat_interleave(weights.shape[1] // value.shape[1], dim=1)
 
 
 AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, eager_mask)  # an explicit mask; None where all may be seen
+AttentionMaskInterface.register(NAME, eager_mask)  # an explicit mask; None if it hides no key
 
 
 class Dispatched:
-    """Inside, the model's attention goes through `attend`; afterwards as before."""
+    """Inside, the model's attention calls `attend`; afterwards it is as before."""
 
     def __init__(self, model: PreTrainedModel):
         parts = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
@@ -230,7 +230,7 @@ class Prefixed:
 
 @contextlib.contextmanager
 def recorded(model: PreTrainedModel, sites: list[AttentionSite]):
-    """Inside, every forward is recorded: yields a dict that each forward fills, name -> Record."""
+    """Inside, every forward pass is recorded: it fills the yielded dict, name -> Record."""
     names = {site.module: site.name for site in sites}
     records: dict[str, Record] = {}
 
@@ -243,7 +243,7 @@ def recorded(model: PreTrainedModel, sites: list[AttentionSite]):
 
 @contextlib.contextmanager
 def _recording(model: PreTrainedModel, modules: Iterable[nn.Module], keep: Callable):
-    """Inside, `keep(module, record)` is told of each attention that one of the modules computes."""
+    """Inside, each attention that one of the modules computes calls `keep(module, record)`."""
     modules = list(modules)
     try:
         for module in modules:
@@ -257,10 +257,10 @@ def _recording(model: PreTrainedModel, modules: Iterable[nn.Module], keep: Calla
 
 @torch.no_grad()
 def observe(model: PreTrainedModel, layers: dict[str, list[nn.Module]]) -> list[AttentionSite]:
-    """Every attention sublayer that `attend` reaches, in the order of the computation.
+    """Every attention sublayer that calls `attend`, in the order of computation.
 
-    `layers` gives the blocks of each stack. One forward on two tokens finds them, and the heads
-    and sizes of their keys: nothing is read from a configuration.
+    `layers` gives the blocks of each stack. One forward pass on two tokens finds the sublayers with
+    their heads and key sizes; nothing is read from a configuration.
     """
     found: list[tuple[nn.Module, Record]] = []
     place = {
@@ -286,7 +286,7 @@ def observe(model: PreTrainedModel, layers: dict[str, list[nn.Module]]) -> list[
     sites = []
     for module, record in found:
         stack, layer = place[module]
-        cross = record.key.shape[2] != record.query.shape[2]  # two tokens read by one
+        cross = record.key.shape[2] != record.query.shape[2]  # one query reads two tokens
         name = f"{stack}.layers.{layer}" if stack else f"layers.{layer}"
         sites.append(
             AttentionSite(

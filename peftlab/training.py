@@ -1,9 +1,9 @@
-"""One loop for a CPU, one GPU and many.
+"""One training loop for a CPU, one GPU and many.
 
-`train` moves the trainable parameters of an adapted base towards a task and returns a `Run`. The
-loop is plain: AdamW, a short warm-up, a cosine to zero, gradients clipped at norm 1. `accelerate`
-supplies devices and precision. An interrupt, from the keyboard or a stop button, keeps what was
-learned so far.
+`train` trains the adapter of an adapted base on a task and returns a `Run`. The loop is plain:
+AdamW, a short warm-up, a cosine to zero, gradients clipped at norm 1. `accelerate` supplies devices
+and precision. After an interrupt, from the keyboard or a stop button, the adapter keeps what it
+has learned so far.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class Stop(Protocol):
 
 @dataclass
 class Run:
-    """What a training run left behind.
+    """The record of a training run.
 
     `history` has one row a step (step, loss in nats per target token, lr, seconds since the
-    start), with the metrics where they were evaluated. `seconds` is training alone, evaluation
-    apart.
+    start), with the metrics at the steps that were evaluated. `seconds` is the training time
+    without evaluation.
     """
 
     method: str
@@ -84,7 +84,7 @@ def target_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class _Objective(nn.Module):
-    """The adapted model and its loss as one module, which is what accelerate prepares."""
+    """The adapted model and its loss as one module, which accelerate prepares."""
 
     def __init__(self, tuned: Tuned):
         super().__init__()
@@ -115,10 +115,10 @@ def train(
 ) -> Run:
     """Train the adapter on `task.train`.
 
-    `lr` is the default of the first method that trains unless given; a head takes `head_lr`.
-    `eval_every` scores the dev set every so many steps (0: never); with `evaluate`, the test set
-    is scored before and after. The same seed on the same machine gives the same result. Raises
-    ValueError for a setting out of range or a batch that does not fit the context.
+    `lr` defaults to the rate of the first method that trains; a head uses `head_lr`. The dev set
+    is scored every `eval_every` steps (0: never); with `evaluate`, the test set is scored before
+    and after. The same seed on the same machine gives the same result. Raises ValueError for a
+    setting out of range or a batch that does not fit the context.
     """
     least = {"steps": 1, "batch_size": 1, "eval_every": 0, "warmup": 0}
     for name, value in zip(least, (steps, batch_size, eval_every, warmup), strict=True):
@@ -201,7 +201,7 @@ def train(
 
 
 def move(tuned: Tuned, device: str | torch.device) -> None:
-    """Move a base and what is attached to it to a device, keeping the same Parameter objects."""
+    """Move a base and its attached methods to a device, keeping the same Parameter objects."""
     tuned.base.to(device)
     for module in (*tuned.modules.values(), tuned.linear):
         if module is not None:
@@ -211,12 +211,12 @@ def move(tuned: Tuned, device: str | torch.device) -> None:
     for kept in tuned.kept.values():
         kept.update({key: tensor.to(device) for key, tensor in kept.items()})
     if tuned.using is not None:
-        tuned.use(tuned.using)  # what is in place moves as well
+        tuned.use(tuned.using)  # the kept adapters in use move as well
 
 
 def _prepare(tuned: Tuned, task: Task, run: Run, steps: int, arithmetic: str):
-    """Optimizer and an endless stream of batches, handed to accelerate."""
-    AcceleratorState._reset_state(reset_partial_state=True)  # another device or precision before
+    """Let accelerate prepare the objective, the optimizer and an endless stream of batches."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # clear an earlier device or precision
     accelerator = Accelerator(
         cpu=tuned.device.type == "cpu",
         mixed_precision="no" if arithmetic == "fp32" else arithmetic,
@@ -224,7 +224,7 @@ def _prepare(tuned: Tuned, task: Task, run: Run, steps: int, arithmetic: str):
     optimizer = torch.optim.AdamW(
         _groups(tuned, run),
         weight_decay=0.0,
-        # On a CPU the default is a loop over the tensors, and LoRA has many small ones.
+        # On a CPU the default loops over the tensors, and LoRA has many small ones.
         fused=True if tuned.device.type == "cpu" else None,
     )
     order = torch.Generator().manual_seed(run.seed)
@@ -241,7 +241,7 @@ def _prepare(tuned: Tuned, task: Task, run: Run, steps: int, arithmetic: str):
 
 
 def _groups(tuned: Tuned, run: Run) -> list[dict]:
-    """The parameters by learning rate: a head has its own, a method may have several."""
+    """The parameters grouped by learning rate: a head has its own, a method may have several."""
     groups: dict[float, list] = {}
     for name, parameter in tuned.trainable.items():
         lr = run.head_lr if name.startswith("head.") else run.lr * tuned.rate(name)
@@ -255,7 +255,7 @@ def _endless(loader: DataLoader) -> Iterator[dict[str, Tensor]]:
 
 
 def _warm_cosine(warmup: int, steps: int) -> Callable[[int], float]:
-    """A factor for the learning rate: up a line for `warmup` steps, then down a cosine to zero."""
+    """The factor of the learning rate: a linear rise for `warmup` steps, then a cosine to zero."""
 
     def factor(step: int) -> float:
         if step < warmup:
@@ -266,7 +266,7 @@ def _warm_cosine(warmup: int, steps: int) -> Callable[[int], float]:
 
 
 class _Clock:
-    """Seconds since the start, less the time spent inside `stopped()`."""
+    """Seconds since the start, without the time spent inside `stopped()`."""
 
     def __init__(self):
         self.start, self.paused = time.perf_counter(), 0.0

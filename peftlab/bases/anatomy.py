@@ -1,6 +1,6 @@
 """Where things are inside a frozen model: the embedding, and every linear weight by its role.
 
-A family is described once, by module paths. Sizes are read off the modules themselves, never
+Module paths describe each family once. Sizes are read from the modules themselves, never
 guessed from a configuration. The logical targets are the same everywhere:
 
     q k v o      the four projections of an attention
@@ -27,19 +27,19 @@ TARGETS = ("q", "k", "v", "o", "up", "down", "gate")
 
 @dataclass(frozen=True)
 class Part:
-    """Where a block keeps one linear weight: a module's path, and which part of a fused one."""
+    """Where a block keeps one linear weight: the module's path, and the part if it is fused."""
 
     path: str
     part: int = 0
     of: int = 1
-    by_head: bool = False  # each head has its rows of all parts together
+    by_head: bool = False  # rows are grouped by head: a head's rows of all parts are together
 
 
 @dataclass(frozen=True)
 class Stack:
-    """One stack of blocks. The linears go by target, T5's second attention by cross.target."""
+    """One stack of blocks. `linears` is keyed by target, cross.target for T5's second attention."""
 
-    path: str  # from the backbone, as are the other paths outside a block; "" is itself
+    path: str  # from the backbone, like all paths outside a block; "" is the backbone itself
     layers: str
     linears: dict[str, Part]
 
@@ -58,7 +58,7 @@ def _parts(paths: dict[str, str]) -> dict[str, Part]:
 
 
 def _t5(attentions: dict[str, str], mlp: str) -> dict[str, Part]:
-    """One T5 block: the paths of its attentions by what goes before q k v o, and of its MLP."""
+    """One T5 block: the paths of its attentions, by their prefix to q k v o, and of its MLP."""
     return _parts(
         {f"{before}{t}": f"{path}.{t}" for before, path in attentions.items() for t in "qkvo"}
         | {"up": f"{mlp}.wi", "down": f"{mlp}.wo"}
@@ -174,7 +174,7 @@ FAMILIES = {
 
 @runtime_checkable
 class Coded(Protocol):
-    """A module's weight that is held as codes: what decodes it, and puts codes in its place."""
+    """Something that holds a module's weight as codes: it decodes them and encodes new weights."""
 
     def decode(self) -> Tensor:
         """The weight as the module stores it."""
@@ -189,45 +189,45 @@ class Coded(Protocol):
         """Hold these codes again."""
 
 
-CODES = "peftlab_codes"  # the attribute of a module whose weight is held so: a `Coded`
+CODES = "peftlab_codes"  # attribute of a module whose weight is held as codes: a `Coded`
 
 
 @dataclass(eq=False)
 class Linear:
-    """One linear weight W of shape (d_out, d_in), or the rows of a fused one that play this role.
+    """One linear weight W of shape (d_out, d_in), or those rows of a fused one that have this role.
 
-    GPT-2 stores its weights transposed (`Conv1D`, d_in first), and GPT-NeoX shuffles the rows of
-    q, k and v head by head; `weight` is always (d_out, d_in), with the rows in their own order.
-    A site may hold the module's weight as codes (`code`), and then `weight` is what they decode
-    to; or hold some entries at zero, where `mask` (d_out, d_in) is False.
+    GPT-2 stores its weights transposed (`Conv1D`, d_in first), and GPT-NeoX interleaves the rows
+    of q, k and v head by head; `weight` is always (d_out, d_in), with the rows in their own order.
+    A site may hold the module's weight as codes (`code`): `weight` is then the decoded weight. A
+    site may also hold entries at zero, where `mask` (d_out, d_in) is False.
     """
 
     name: str  # "layers.3.q", "decoder.layers.3.cross.q"
     target: str
     layer: int
     module: nn.Module
-    rows: tuple[int, int] | Int[Tensor, " d_out"]  # start and stop, or every row by its number
+    rows: tuple[int, int] | Int[Tensor, " d_out"]  # start and stop, or the number of every row
     transposed: bool
     mask: Tensor | None = None
 
     @property
     def parts(self) -> list[Linear]:
-        """The weights that it stands for: itself, or those of a fused one."""
+        """The separate weights: this one alone, or the parts of a fused weight."""
         return [self]
 
     @property
     def code(self) -> Coded | None:
-        """What holds this module's weight as codes, if anything does."""
+        """The object that holds this module's weight as codes, or None."""
         return vars(self.module).get(CODES)
 
     @property
     def index(self) -> slice | Int[Tensor, " d_out"]:
-        """What picks the rows out of the module's weight, bias or output."""
+        """The index of these rows in the module's weight, bias or output."""
         return self.rows if isinstance(self.rows, Tensor) else slice(*self.rows)
 
     @property
     def whole(self) -> bool:
-        """Whether the module plays this one role and no other."""
+        """Whether the module has this role and no other."""
         return self.d_out == self.module.weight.shape[1 if self.transposed else 0]
 
     @property
@@ -237,17 +237,17 @@ class Linear:
 
     @property
     def weight(self) -> Float[Tensor, "d_out d_in"]:
-        """W: a view of the model's own storage, or a copy where the rows lie scattered.
+        """W: a view of the model's own storage, or a copy if the rows are not contiguous.
 
-        Only `write` reaches the model in every family, and codes.
+        Only `write` changes the model in every family, including weights held as codes.
         """
         return self._stored[self.index]
 
     @torch.no_grad()
     def write(self, values: Float[Tensor, "d_out d_in"]) -> None:
-        """Put these values into the model, on its device and in its dtype, or encoded.
+        """Write these values into the model, on its device and in its dtype, or as codes.
 
-        Raises ValueError if they are not of the shape of W.
+        Raises ValueError if their shape is not that of W.
         """
         stored = self._stored
         if values.shape != (self.d_out, self.d_in):
@@ -259,7 +259,7 @@ class Linear:
             self.code.encode(stored.T if self.transposed else stored)
 
     def product(self, output: Float[Tensor, "*batch all_rows"]) -> Float[Tensor, "*batch d_out"]:
-        """W x out of the module's output: its own columns, less the bias; never a view."""
+        """W x from the module's output: this weight's columns minus the bias; never a view."""
         rows = output[..., self.index]
         bias = self.module.bias
         return rows.clone() if bias is None else rows - bias[self.index]
@@ -267,9 +267,9 @@ class Linear:
     def add_to(
         self, output: Float[Tensor, "*batch all_rows"], delta: Float[Tensor, "*batch d_out"]
     ) -> Float[Tensor, "*batch all_rows"]:
-        """The module's output plus delta in the columns that this weight computes.
+        """The module's output, with delta added to the columns that this weight computes.
 
-        A fused output is changed in place, so that q, k and v can be added one after the other.
+        A fused output is changed in place, so that q, k and v can be added one after another.
         """
         if self.whole:
             return output + delta
@@ -281,16 +281,16 @@ class Linear:
     def scale(
         self, output: Float[Tensor, "*batch all_rows"], factors: Float[Tensor, " d_out"]
     ) -> Float[Tensor, "*batch all_rows"]:
-        """The module's output with the columns that this weight computes times factors."""
+        """The module's output, with this weight's columns multiplied by `factors`."""
         if self.whole:
             return (output * factors).to(output.dtype)
-        rows = output[..., self.index].clone()  # autograd needs them as they were
+        rows = output[..., self.index].clone()  # autograd needs the values before scaling
         output[..., self.index] = (rows * factors).to(output.dtype)
         return output
 
     @property
     def bias(self) -> Float[Tensor, " d_out"] | None:
-        """b, if there is one: a view or a copy, as `weight`."""
+        """b, if there is one: a view or a copy, like `weight`."""
         return None if self.module.bias is None else self.module.bias[self.index]
 
     @property
@@ -304,9 +304,9 @@ class Linear:
 
 @dataclass(frozen=True, eq=False)
 class Sublayer:
-    """One attention or MLP of a block: x goes into `first`, y comes out of `last`.
+    """One attention or MLP of a block: `first` reads x, `last` computes y.
 
-    y is taken with the bias of `last`, before dropout, the residual sum and any norm behind it.
+    y includes the bias of `last`; it is taken before dropout, the residual sum and any later norm.
     """
 
     name: str  # "layers.3.attention", "layers.3.mlp", "decoder.layers.3.cross"
@@ -316,9 +316,9 @@ class Sublayer:
 
 
 class Fused(Linear):
-    """Several weights of one module as one: their rows, in the order in which the module has them.
+    """Several weights of one module as one weight, with their rows in the module's order.
 
-    Its name joins theirs, "layers.3.qkv"; `parts` are the weights themselves.
+    Its name joins their targets, "layers.3.qkv"; `parts` are the separate weights.
     """
 
     def __init__(self, parts: list[Linear]):
@@ -339,7 +339,7 @@ class Fused(Linear):
 
     @property
     def mask(self) -> Tensor | None:
-        """The masks of the parts, where any part has one."""
+        """The joined masks of the parts, or None if no part has one."""
         if all(part.mask is None for part in self.parts):
             return None
         size = self.module.weight.new_ones
@@ -348,7 +348,7 @@ class Fused(Linear):
 
 
 def fused(linears: list[Linear]) -> list[Linear]:
-    """The same weights, those of one module as one."""
+    """The same weights, with those of one module joined into one."""
     modules: dict[nn.Module, list[Linear]] = {}
     for linear in linears:
         modules.setdefault(linear.module, []).append(linear)
@@ -358,23 +358,23 @@ def fused(linears: list[Linear]) -> list[Linear]:
 class Anatomy:
     """The parts of one model that methods reach.
 
-    shape      its numbers, with the head that it really has
-    stacks     what turns tokens or vectors into hidden states: {"": …}, or T5's "encoder" and
-               "decoder"; `backbone` is the only one, or the encoder
+    shape      its sizes, with the head that this model really has
+    stacks     the modules that turn tokens or vectors into hidden states: {"": …}, or T5's
+               "encoder" and "decoder"; `backbone` is the only stack, or the encoder
     layers     the blocks of each stack
-    embedding  the token embedding (in T5 both stacks look up the same tensor)
-    linears    every linear weight by name, "layers.3.q"; in T5 the stack comes first, and the
-               decoder's second attention has "decoder.layers.3.cross.q"
+    embedding  the token embedding (both stacks of T5 look up the same tensor)
+    linears    every linear weight by name, "layers.3.q"; in T5 the name of the stack comes first,
+               and the decoder's second attention has "decoder.layers.3.cross.q"
     """
 
     def __init__(self, model: nn.Module, name: str):
         self.model = model
         family = FAMILIES[model.config.model_type]
-        backbone = model.base_model  # the model without its head; in T5 and alone, itself
+        backbone = model.base_model  # the model without its head; T5 or headless: the model itself
         self.family, self.kind = model.config.model_type, family.kind
         self.embedding: nn.Embedding = backbone.get_submodule(family.embedding)
         self.shape = _measured_head(model, Shape.from_config(model.config, name=name))
-        self.bare = False  # True: what is attached in front of the model stands aside
+        self.bare = False  # True: the model runs without its attached virtual tokens
         self.stacks: dict[str, nn.Module] = {}
         self.layers: dict[str, list[nn.Module]] = {}
         self.linears: dict[str, Linear] = {}
@@ -405,7 +405,7 @@ class Anatomy:
 
     @property
     def has_lm_head(self) -> bool:
-        """Whether the model predicts tokens, and not hidden states alone."""
+        """Whether the model predicts tokens, not only hidden states."""
         return self.shape.head in ("lm", "masked_lm")
 
     @property
@@ -428,7 +428,7 @@ class Anatomy:
 
     @cached_property
     def attentions(self) -> list[AttentionSite]:
-        """Every attention sublayer that a prefix can reach, found by running the model once."""
+        """Every attention sublayer that a prefix can reach; one run of the model finds them."""
         with self.alone():
             return observe(self.model, self.layers)
 
@@ -448,7 +448,7 @@ class Anatomy:
 
     @property
     def first_position(self) -> int:
-        """The position of the first token: RoBERTa's table begins with rows that are not used."""
+        """The position of the first token: RoBERTa's table begins with unused rows."""
         return self.shape.positions - self.shape.context if self.family == "roberta" else 0
 
     def positions(self, mask: Int[Tensor, "batch seq"]) -> Int[Tensor, "batch seq"]:
@@ -475,7 +475,7 @@ class Anatomy:
 
 
 def _measured_head(model: nn.Module, shape: Shape) -> Shape:
-    """The shape with the head that stands on this model, and tied or not as it is loaded."""
+    """The shape with the head that this model has, and tied or not as the model was loaded."""
     head = model.get_output_embeddings()
     if head is not None:
         tied = head.weight is model.get_input_embeddings().weight

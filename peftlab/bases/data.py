@@ -1,4 +1,4 @@
-"""Where the files that peftlab brings along are."""
+"""Paths of the data files that come with peftlab."""
 
 from pathlib import Path
 

@@ -1,8 +1,8 @@
-"""Tensors without numbers: memory is predicted by running this package on them.
+"""Tensors without numbers: this package runs on them to predict memory.
 
-Where the numbers of a small tensor decide a size, such as which rows of a fused weight are q's, the
-tensor is made inside `plain()` and has numbers always. Where they decide nothing that has a size,
-the caller asks `has_numbers`, and takes a substitute.
+If the numbers of a small tensor decide a size, such as the rows of q in a fused weight, `plain()`
+makes the tensor with numbers. If they decide no size, the caller asks `has_numbers` and uses a
+substitute.
 """
 
 from torch import Tensor

@@ -1,5 +1,5 @@
-"""What happened inside: attention and its gate, nearest tokens of a prompt, the spectrum of an
-update, forgetting."""
+"""Measurements inside a model: attention and its gate, the nearest tokens of a prompt, the
+spectrum of an update, forgetting."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from peftlab.bases import Base, LanguageModel
 class AttentionMap:
     """Attention of one text in every sublayer: `records` by sublayer, and the tokens as text.
 
-    The rows of `weights(name)` are the queries, `tokens`; its columns are the virtual tokens,
-    if any, and then `keys(name)`. In T5 the queries of the decoder are `targets`.
+    The rows of `weights(name)` are the queries: `tokens`, or `targets` in T5's decoder. The columns
+    are the virtual tokens, if any, and then the real ones: `keys(name)` names them all.
     """
 
     records: dict[str, Record]
@@ -31,11 +31,11 @@ class AttentionMap:
         return self.records[name].weights[0]
 
     def queries(self, name: str) -> list[str]:
-        """The tokens that ask in this sublayer."""
+        """The tokens that this sublayer computes queries for."""
         return self.targets if name.startswith("decoder.") else self.tokens
 
     def keys(self, name: str) -> list[str]:
-        """The names of the columns: P1, P2, … and the tokens that are attended to."""
+        """The names of the columns: P1, P2, … and then the real tokens."""
         record, inner = self.records[name], name.startswith("decoder.")
         real = self.targets if inner and not name.endswith(".cross") else self.tokens
         more = record.key.shape[2] - record.virtual - len(real)  # virtual tokens of the input
@@ -75,9 +75,9 @@ def _pieces(model: LanguageModel, ids: Tensor) -> list[str]:
 class Gate:
     """One attention sublayer taken apart: output = (1 − λ) · text + λ · prefix.
 
-    `gate` is λ (batch, heads, queries, 1); the others are (batch, heads, queries, head_dim):
-    `output` as the model computed it, `text` attention over the text alone and `prefix` over the
-    virtual keys alone, both from the same queries.
+    `gate` is λ (batch, heads, queries, 1); the others are (batch, heads, queries, head_dim). The
+    model computed `output`; `text` is attention over the text alone and `prefix` attention over
+    the virtual keys alone, both from the same queries.
     """
 
     gate: Tensor
@@ -87,13 +87,13 @@ class Gate:
 
     @property
     def error(self) -> float:
-        """The largest difference between the two sides."""
+        """The largest absolute difference between the two sides of the equation."""
         mixed = (1 - self.gate) * self.text + self.gate * self.prefix
         return (self.output - mixed).abs().max().item()
 
 
 def gate(record: Record) -> Gate:
-    """Take one recorded attention with a prefix apart.
+    """Take apart one recorded attention with a prefix.
 
     He et al. 2022, arXiv:2110.04366, equation 7. Raises ValueError if there is no prefix.
     """
@@ -113,7 +113,7 @@ def gate(record: Record) -> Gate:
 def nearest_tokens(
     prompt: Float[Tensor, "virtual d_model"], base: Base, k: int = 3
 ) -> list[list[tuple[str, float]]]:
-    """The k vocabulary tokens whose embeddings point most nearly the same way as each vector.
+    """The k vocabulary tokens whose embeddings are closest in direction to each vector.
 
     Returns, for each virtual token, (token text, cosine similarity) pairs, best first. A near
     token is a neighbour, not a translation: vectors far from every token have neighbours too.
@@ -128,7 +128,7 @@ def nearest_tokens(
 
 
 def prompt_distance(prompt: Float[Tensor, "virtual d_model"], base: Base) -> dict[str, float]:
-    """How long the prompt's vectors are, and the vocabulary's: mean Euclidean norms."""
+    """Mean Euclidean norms of the prompt's vectors and of the vocabulary's embeddings."""
     table = base.anatomy.embedding.weight.detach()
     return {
         "prompt": prompt.detach().norm(dim=1).mean().item(),
@@ -148,7 +148,7 @@ def energy(singular_values: Float[Tensor, " rank"], r: int) -> float:
 
 
 def numerical_rank(delta_weight: Float[Tensor, "d_out d_in"]) -> int:
-    """How many singular values stand above float32 rounding: σ > σ₁ · max(d_out, d_in) · ε."""
+    """How many singular values exceed float32 rounding: σ > σ₁ · max(d_out, d_in) · ε."""
     values = spectrum(delta_weight)
     threshold = values[0] * max(delta_weight.shape) * torch.finfo(torch.float32).eps
     return int((values > threshold).sum())

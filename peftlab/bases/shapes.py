@@ -1,13 +1,13 @@
-"""The shape of a transformer as pure numbers: enough to count every parameter, no weight needed.
+"""The shape of a transformer as pure numbers: enough to count every parameter without weights.
 
     >>> Shape.named("gpt2").matrices("q")
     [(12, 768, 768)]
     >>> Shape.named("gpt2").parameters()
     124439808
 
-The linear maps go by logical names, the same in every family: `q k v o` in attention, `up` and
-`down` in the MLP, and `gate` where the MLP is gated. How a family stores them (GPT-2 fuses q, k
-and v into one matrix) does not matter here.
+The linear maps have logical names, the same in every family: `q k v o` in attention, `up` and
+`down` in the MLP, and `gate` where the MLP is gated. Their storage does not matter here (GPT-2
+fuses q, k and v into one matrix).
 """
 
 import json
@@ -29,14 +29,14 @@ FUSING, FUSED = ("gpt2", "gpt_neox"), ("q", "k", "v")
 class Shape:
     """The numbers that fix the size of every tensor in a model.
 
-    `layers` counts the blocks of a model with one stack, or the encoder's of T5; `decoder_layers`
-    is T5's second stack, 0 elsewhere. `biased` lists the linear maps that carry a bias.
-    `positions`, `segments` and `buckets` are the rows of learned position, segment and
-    relative-position tables, 0 where a family has none.
+    `layers` counts the blocks of a model with one stack, or of T5's encoder; `decoder_layers`
+    counts those of T5's decoder and is 0 elsewhere. `biased` lists the linear maps with a bias.
+    `positions`, `segments` and `buckets` count the rows of the learned position, segment and
+    relative-position tables; they are 0 if a family has none.
 
-    `head` is what stands on the last hidden state: "lm", "masked_lm", "pooler" or "none". From a
+    `head` is the module on the last hidden state: "lm", "masked_lm", "pooler" or "none". From a
     config alone, decoders and T5 have "lm", BERT and RoBERTa "pooler", DistilBERT "none".
-    `activation` is the nonlinearity of the MLP by transformers' name.
+    `activation` is transformers' name for the nonlinearity of the MLP.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Shape:
         return cls(name=name, family=family, **FAMILIES[family](fields))
 
     def without_head(self) -> "Shape":
-        """The same model without what stands on the last hidden state."""
+        """The shape of the same model without its head."""
         return replace(self, head="none")
 
     @property
@@ -87,26 +87,26 @@ class Shape:
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """The linear maps that an adapter can go to."""
+        """The linear maps that an adapter can reach."""
         return ATTENTION + (GATED_MLP if self.gated else MLP)
 
     @property
     def fused(self) -> tuple[str, ...]:
-        """The targets that this family holds in one matrix."""
+        """The targets that this family stores in one matrix."""
         return FUSED if self.family in FUSING else ()
 
     @property
     def blocks(self) -> int:
-        """Transformer blocks, both stacks together."""
+        """The number of transformer blocks in all stacks."""
         return self.layers + self.decoder_layers
 
     @property
     def attentions(self) -> int:
-        """Attention sublayers: one a block, and a second, to the encoder, in T5's decoder."""
+        """The number of attention sublayers: one a block, two (self and cross) in T5's decoder."""
         return self.layers + 2 * self.decoder_layers
 
     def sublayers(self, kind: str) -> int:
-        """Sublayers of a kind: "attention" (to itself), "cross" (T5's second) or "mlp"."""
+        """The number of sublayers of a kind: "attention" (self), "cross" (T5's second) or "mlp"."""
         counts = {"attention": self.blocks, "mlp": self.blocks}
         if self.decoder_layers:
             counts["cross"] = self.decoder_layers
@@ -116,18 +116,18 @@ class Shape:
 
     @property
     def norms(self) -> int:
-        """Normalisation layers: one a sublayer, one for every stack, one in a masked-LM head."""
+        """The number of norms: one for each sublayer and each stack, one in a masked-LM head."""
         stacks = 2 if self.decoder_layers else 1
         return self.attentions + self.blocks + stacks + (self.head == "masked_lm")
 
     @property
     def norm_size(self) -> int:
-        """Parameters of one: LayerNorm has a scale and a shift, RMSNorm only a scale."""
+        """Parameters of one norm: LayerNorm has a scale and a shift, RMSNorm only a scale."""
         return (1 if self.family in RMS_NORMED else 2) * self.d_model
 
     @property
     def biases(self) -> int:
-        """Numbers in all biases: of linear maps, of LayerNorms, and of the head."""
+        """Numbers in all biases: those of linear maps, LayerNorms and the head."""
         maps = sum(n * d_out for t in self.biased for n, _, d_out in self.matrices(t))
         norms = self.norms * (self.norm_size - self.d_model)
         head = {"pooler": self.d_model, "masked_lm": self.d_model + self._head_biases}
@@ -135,13 +135,13 @@ class Shape:
 
     @property
     def _head_biases(self) -> int:
-        """Numbers in the bias of a masked-LM head's decoder: there are two, tied as a rule."""
+        """Numbers in the bias of a masked-LM head's decoder: it has two, which are usually tied."""
         twice = not self.tied and self.family != "distilbert"
         return self.vocab * (2 if twice else 1)
 
     @property
     def d_kv(self) -> int:
-        """Width of all keys of one token, smaller than the queries' under grouped heads."""
+        """Width of all keys of one token; with grouped heads it is smaller than the queries'."""
         return self.kv_heads * self.head_dim
 
     def matrices(self, target: str) -> list[tuple[int, int, int]]:
@@ -163,8 +163,8 @@ class Shape:
         return [(copies, d_in, d_out)]
 
     def modules(self, targets: tuple[str, ...]) -> list[tuple[int, int, str]]:
-        """`(copies, weights, target)` of the whole modules that hold these targets; of GPT-2's q, k
-        and v there is one."""
+        """`(copies, weights, target)` of the whole modules that hold these targets; GPT-2 has one
+        module for q, k and v."""
         found = []
         if set(self.fused) & set(targets):
             parts = [matrix for target in self.fused for matrix in self.matrices(target)]
@@ -195,7 +195,7 @@ class Shape:
         return tables + linear + self.norms * self.norm_size + self._head_parameters()
 
     def _head_parameters(self) -> int:
-        """Parameters of the head, its norm apart."""
+        """Parameters of the head without its norm."""
         d, untied = self.d_model, 0 if self.tied else self.vocab * self.d_model
         if self.head == "lm":
             return untied
@@ -244,7 +244,7 @@ def _llama(c: Mapping) -> dict:
 
 
 def _qwen2(c: Mapping) -> dict:
-    return _llama(c) | dict(biased=("q", "k", "v"))  # always, no option of the config
+    return _llama(c) | dict(biased=("q", "k", "v"))  # always: the config has no option for it
 
 
 def _gpt_neox(c: Mapping) -> dict:
@@ -285,7 +285,7 @@ def _bert(c: Mapping) -> dict:
 
 
 def _roberta(c: Mapping) -> dict:
-    padding = c.get("pad_token_id", 1)  # positions are counted from behind it: 514 rows, 512 used
+    padding = c.get("pad_token_id", 1)  # positions start after it: 512 of 514 rows are used
     return _bert(c) | dict(context=c["max_position_embeddings"] - padding - 1)
 
 
@@ -346,7 +346,7 @@ def _files() -> dict:
 
 
 def names() -> list[str]:
-    """Every model whose shape is known by name."""
+    """The names of all models whose shape is known."""
     return sorted(_files())
 
 

@@ -2,26 +2,30 @@
 
 A lesson's module defines its exercises with `@exercise` and its predict-first questions with
 `@question`. In the notebook the learner hands over a function (or a letter) and sees a `Verdict`:
-passed, not attempted yet, or a diagnosis of the probable mistake. A check never raises into the
+passed, not attempted yet, or a diagnosis of the probable mistake. Nothing raises into the
 notebook, so Run All goes on.
 
-An exercise carries its own solution and a set of wrong answers with the words that their diagnosis
-must contain; the tests run all of them.
+An exercise tries the answer, and compares what comes out with what comes out of its own solution
+and of its table of wrong answers, each with its diagnosis; the tests run all of them.
 """
 
 from __future__ import annotations
 
 import html
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from numbers import Number
 from typing import Any
+
+import torch
 
 MARKS = {"passed": "✓", "wrong": "✗", "open": "…"}
 
 
 class Wrong(Exception):
-    """Raised inside a check, with the diagnosis for the learner."""
+    """Raised inside a trial, with the diagnosis for the learner."""
 
 
 def expect(condition: Any, diagnosis: str) -> None:
@@ -45,20 +49,80 @@ class Verdict:
         return self.status == "passed"
 
 
+def same(a: Any, b: Any, atol: float = 1e-6) -> bool:
+    """Whether two answers are equal: numbers up to rounding, and everything else exactly.
+
+    Tensors by shape and values, whatever their dtype; lists, tuples and dictionaries item by item;
+    exceptions by type. NaN equals NaN.
+    """
+    if isinstance(a, Exception) or isinstance(b, Exception):
+        return type(a) is type(b)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y, atol) for x, y in zip(a, b, strict=True))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key], atol) for key in a)
+    if not all(isinstance(x, (torch.Tensor, Number)) for x in (a, b)):
+        return type(a) is type(b) and bool(a == b)
+    if all(isinstance(x, int) for x in (a, b)):
+        return a == b
+    if all(isinstance(x, Number) for x in (a, b)):
+        return math.isclose(a, b, abs_tol=atol) or (a != a and b != b)
+    a, b = (torch.as_tensor(x).detach().cpu().double() for x in (a, b))
+    return a.shape == b.shape and torch.allclose(a, b, atol=atol, equal_nan=True)
+
+
+def a_tensor(made: Any) -> torch.Tensor:
+    """What an answer returned, if it is a tensor; else the learner is told what it is."""
+    expect(isinstance(made, torch.Tensor), f"return a tensor; yours is {type(made).__name__}")
+    return made
+
+
+def a_number(made: Any) -> Number | torch.Tensor:
+    """What an answer returned, if it is a number or a tensor of one; else the learner is told."""
+    one = isinstance(made, torch.Tensor) and made.numel() == 1
+    expect(one or isinstance(made, Number), f"return a number; yours is {type(made).__name__}")
+    return made
+
+
+def after(function: Callable, change: Callable) -> Callable:
+    """A function with its result changed: a wrong answer that differs from the solution at its end.
+
+    `change` gets the result, or its items if it is a tuple.
+    """
+
+    def changed(*args):
+        made = function(*args)
+        return change(*made) if isinstance(made, tuple) else change(made)
+
+    return changed
+
+
 @dataclass(frozen=True, repr=False)
 class Exercise:
-    """A check of the learner's answer; call it with the answer.
+    """A trial of the learner's answer; call it with the answer.
 
-    `check(answer)` raises `Wrong` with a diagnosis, or returns words of confirmation. `solution`
-    passes; each of `mistakes` is an answer learners write, and words its diagnosis contains.
-    Difficulty and importance go from 1 to 5.
+    `trial(answer)` runs the answer and returns what it gives, or raises `Wrong` if that has the
+    wrong form. What the solution gives passes. Each of `mistakes` is (wrong answer, diagnosis) or
+    (wrong answer, diagnosis, recogniser): the first row whose wrong answer gives the same, or whose
+    recogniser says yes to (given, right), has the diagnosis; `otherwise` is said if none does.
+    A wrong answer whose form is wrong has words of what the trial says to it for its diagnosis.
+
+    Diagnoses, `otherwise` and `praise` are words, with {given} and {right} where the two are to be
+    quoted, or functions of (given, right) that return words. Without `praise` the trial says all
+    that is wrong, and returns the praise. `right()` is computed in place of what the solution
+    gives, if there is an independent way to it. `atol` is the tolerance of `same`. Difficulty and
+    importance go from 1 to 5.
     """
 
     name: str
     title: str
-    check: Callable[[Any], str | None]
+    trial: Callable[[Any], Any]
     solution: Any
-    mistakes: tuple[tuple[Any, str], ...] = ()
+    mistakes: tuple[tuple, ...] = ()
+    praise: str | Callable | None = None
+    otherwise: str | Callable = "the result is another, and none of the usual mistakes gives it"
+    right: Callable[[], Any] | None = None
+    atol: float = 1e-6
     difficulty: int = 2
     importance: int = 3
     minutes: int = 5
@@ -68,14 +132,38 @@ class Exercise:
         if answer is None or answer is ...:
             return Verdict("open", f"{self.title}: not attempted yet")
         try:
-            praise = self.check(answer)
+            status, words = "passed", self.judge(answer)
         except Wrong as wrong:
-            return Verdict("wrong", f"{self.title}: {wrong}")
+            status, words = "wrong", str(wrong)
         except NotImplementedError:
-            return Verdict("open", f"{self.title}: not attempted yet")
+            status, words = "open", "not attempted yet"
         except Exception as error:  # the learner's code may fail in any way: say how, go on
-            return Verdict("wrong", f"{self.title}: your code stopped with {describe(error)}")
-        return Verdict("passed", f"{self.title}: {praise or 'correct'}")
+            status, words = "wrong", f"your code stopped with {describe(error)}"
+        return Verdict(status, f"{self.title}: {words}")
+
+    def wanted(self) -> Any:
+        """What the trial of a right answer gives."""
+        return self.right() if self.right else self.trial(self.solution)
+
+    def judge(self, answer: Any) -> str:
+        """The praise for a right answer. Raises `Wrong` with the diagnosis, or what stops it."""
+        given = _outcome(self.trial, answer)
+        stopped = isinstance(given, Exception)
+        if stopped and (self.praise is None or isinstance(given, (Wrong, NotImplementedError))):
+            raise given
+        if self.praise is None:
+            return given or "correct"
+        right = self.wanted()
+        if same(given, right, self.atol):
+            return fill(self.praise, given, right)
+        for wrong, diagnosis, *recogniser in self.mistakes:
+            if recogniser and not stopped:
+                found = recogniser[0](given, right)
+            else:
+                found = same(given, _outcome(self.trial, wrong), self.atol)
+            if found:
+                raise Wrong(fill(diagnosis, given, right))
+        raise given if stopped else Wrong(fill(self.otherwise, given, right))
 
     def __repr__(self) -> str:
         return f"Exercise: {self.title}"  # the solution stays folded
@@ -100,6 +188,30 @@ class Exercise:
         )
 
 
+def _outcome(trial: Callable, answer: Any) -> Any:
+    """What the trial of an answer gives, or the exception that stops it."""
+    try:
+        return trial(answer)
+    except Exception as error:
+        return error
+
+
+def fill(words: str | Callable, given: Any, right: Any) -> str:
+    """Words with what was given and what is right in the places of {given} and {right}.
+
+    If a trial gives a dictionary of cases, both are those of the first case that is wrong, which
+    is {case}.
+    """
+    if callable(words):
+        return words(given, right)
+    case = None
+    if isinstance(given, dict) and isinstance(right, dict):
+        case = next((case for case in right if not same(given.get(case), right[case])), None)
+    if case is not None:
+        given, right = given.get(case), right[case]
+    return words.format(given=given, right=right, case=case)
+
+
 def describe(error: Exception) -> str:
     """An exception in one line, for a learner."""
     text = str(error).strip().splitlines()
@@ -107,10 +219,10 @@ def describe(error: Exception) -> str:
 
 
 def exercise(title: str, solution: Any, **options) -> Callable[[Callable], Exercise]:
-    """Turn a check function into an `Exercise` named after it."""
+    """Turn a trial into an `Exercise` named after it."""
 
-    def wrap(check: Callable) -> Exercise:
-        return Exercise(check.__name__, title, check, solution, **options)
+    def wrap(trial: Callable) -> Exercise:
+        return Exercise(trial.__name__, title, trial, solution, **options)
 
     return wrap
 
@@ -168,39 +280,3 @@ def collect(module) -> list[Exercise | Question]:
 def finding(statement: str, holds: Any) -> None:
     """Print a statement about a run, and whether it held in this one."""
     print("✓" if holds else "✗ not in this run:", statement)
-
-
-def swapped(right: dict[str, str], first: str, second: str) -> dict[str, str]:
-    """A right answer with two of its names exchanged: a mistake that learners make."""
-    return right | {first: right[second], second: right[first]}
-
-
-def match(
-    answer: dict,
-    right: dict[str, str],
-    known: dict[str, str],
-    signs: dict[str, str],
-    where: str = "patient ",
-    what: str = "fault",
-    word: str = "diagnosis",
-) -> str:
-    """Grade names that were given to letters: each of `known` belongs to one letter of `right`.
-
-    `signs` says what gives a name away: a whole sentence, shown for the first letter that is wrong.
-    Returns the right names in words.
-    """
-    if all(answer.get(letter) in (None, ...) for letter in right):
-        raise NotImplementedError
-    for letter in right:
-        given = answer.get(letter)
-        expect(given not in (None, ...), f"{where}{letter} has no {word} yet")
-        expect(
-            given in known, f"{given!r} is none of the four {what}s, which are {', '.join(known)}"
-        )
-    expect(
-        len({answer[letter] for letter in right}) == len(right),
-        f"you named one {what} twice: each of the four occurs once",
-    )
-    for letter, name in right.items():
-        expect(answer[letter] == name, f"Look again at {where}{letter}. {signs[name]}")
-    return "; ".join(f"{letter}: {known[name]}" for letter, name in right.items())

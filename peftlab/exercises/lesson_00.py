@@ -22,63 +22,42 @@ def trainable_percent(model):
     return 100 * trained / sum(p.numel() for p in model.parameters())
 
 
-def _fraction(model):
-    return trainable_percent(model) / 100
-
-
 def _tensors(model):
     parameters = list(model.parameters())
     return 100 * sum(p.requires_grad for p in parameters) / len(parameters)
 
 
 def _of_frozen(model):
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    return 100 * trained / frozen
-
-
-def _frozen_share(model):
-    return 100 - trainable_percent(model)
+    share = trainable_percent(model)
+    return 100 * share / (100 - share)
 
 
 @exercise(
-    "How much of a model trains?",
-    solution=trainable_percent,
-    difficulty=1,
-    importance=4,
-    minutes=3,
+    "How much of a model trains?", solution=trainable_percent,
+    difficulty=1, importance=4, minutes=3,
     hints=(
         "`model.parameters()` gives tensors; `p.numel()` is how many numbers one holds.",
         "A parameter trains if `p.requires_grad` is true.",
     ),
     mistakes=(
-        (_fraction, "a fraction"),
-        (_tensors, "tensors"),
-        (_of_frozen, "by the frozen ones"),
-        (_frozen_share, "the frozen share"),
+        (lambda model: trainable_percent(model) / 100,
+         "{given:.3f} is a fraction; for a percentage, multiply by 100"),
+        (_tensors,
+         "{given:.1f}% is the share of the tensors, large and small alike. Count their numbers"),
+        (_of_frozen, "you divided by the frozen ones; divide by all"),
+        (lambda model: 100 - trainable_percent(model),
+         "{given:.1f}% is the frozen share; take the other one"),
     ),
-)
+    otherwise="420 of 1,660 numbers train, {right:.2f}%; yours says {given:.2f}%",
+    praise="{right:.2f}% of this little network trains",
+)  # fmt: skip
 def share_that_trains(answer):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(30, 40), nn.Linear(40, 10, bias=False), nn.LayerNorm(10))
     model[0].requires_grad_(False)  # 1,240 numbers frozen, 400 and 20 train
-    given, wanted = answer(model), trainable_percent(model)
+    given = answer(model)
     expect(isinstance(given, (int, float)), f"return one number; yours is {given!r}")
-
-    def near(other):
-        return abs(given - other) < 1e-6
-
-    expect(
-        not near(_fraction(model)), f"{given:.3f} is a fraction; for a percentage, multiply by 100"
-    )
-    expect(
-        not near(_tensors(model)),
-        f"{given:.1f}% is the share of the tensors, large and small alike. Count their numbers",
-    )
-    expect(not near(_of_frozen(model)), "you divided by the frozen ones; divide by all")
-    expect(not near(_frozen_share(model)), f"{given:.1f}% is the frozen share; take the other one")
-    expect(near(wanted), f"420 of 1,660 numbers train, {wanted:.2f}%; yours says {given:.2f}%")
-    return f"{wanted:.2f}% of this little network trains"
+    return given
 
 
 # --- 2 · bit for bit ---------------------------------------------------------------------------
@@ -107,56 +86,48 @@ def _the_unchanged(before, model):
     return [name for name in before if name not in changed]
 
 
+def _wrong_first_at(change):
+    return lambda given, right: given[:change] == right[:change] and given[change] != right[change]
+
+
 @exercise(
-    "Is it still the same model?",
-    solution=changed_tensors,
-    difficulty=2,
-    importance=5,
-    minutes=5,
+    "Is it still the same model?", solution=changed_tensors,
+    difficulty=2, importance=5, minutes=5,
     hints=(
         "`model.state_dict()` names every tensor of a model, buffers included.",
         "`torch.equal(a, b)` is true only if every single number is the same.",
     ),
     mistakes=(
-        (_close_enough, "close is not the same"),
-        (_parameters_only, "buffer"),
-        (_by_sum, "the same sum"),
-        (_the_unchanged, "the unchanged"),
+        (_the_unchanged, "nothing has changed yet and you name every tensor: these are the "
+         "unchanged ones"),
+        (_by_sum, "two rows changed places, and you missed it: other numbers can have the same "
+         "sum", _wrong_first_at(1)),
+        (_close_enough, "one weight changed by a millionth of itself, and you missed it: close is "
+         "not the same", _wrong_first_at(2)),
+        (_parameters_only, "a running mean changed, and you missed it. It is a buffer: no "
+         "parameter, but part of what the model computes", _wrong_first_at(3)),
     ),
-)
+    otherwise="nothing has changed yet, and you name {given[0]}",
+    praise="every tensor is compared, bit for bit",
+)  # fmt: skip
 def same_model(answer):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     with torch.no_grad():
         model[2].weight.copy_(torch.arange(8.0).view(2, 4))
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    given = answer(before, model)
-    expect(isinstance(given, list), f"return a list of names; yours is a {type(given).__name__}")
-    expect(
-        given != list(before), "nothing has changed yet and you name every tensor: these are "
-        "the unchanged ones",
-    )  # fmt: skip
-    expect(not given, f"nothing has changed yet, and you name {given}")
-    with torch.no_grad():
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        named = [answer(before, model)]
+        expect(
+            isinstance(named[0], list),
+            f"return a list of names; yours is a {type(named[0]).__name__}",
+        )
         model[2].weight.copy_(before["2.weight"].flip(0))
-    expect(
-        answer(before, model) == ["2.weight"],
-        "two rows changed places, and you missed it: other numbers can have the same sum",
-    )
-    with torch.no_grad():
+        named.append(answer(before, model))
         model[0].weight[0, 0] *= 1 + 1e-6
-    expect(
-        answer(before, model) == ["0.weight", "2.weight"],
-        "one weight changed by a millionth of itself, and you missed it: close is not the same",
-    )
-    with torch.no_grad():
+        named.append(answer(before, model))
         model[1].running_mean += 0.5
-    expect(
-        answer(before, model) == ["0.weight", "1.running_mean", "2.weight"],
-        "a running mean changed, and you missed it. It is a buffer: no parameter, but part of "
-        "what the model computes",
-    )
-    return "every tensor is compared, bit for bit"
+        named.append(answer(before, model))
+    return named
 
 
 # --- 3 · the shape of attention ----------------------------------------------------------------
@@ -167,39 +138,27 @@ def attention_shape(batch, heads, seq, virtual):
 
 
 @exercise(
-    "Read the shape of attention",
-    solution=attention_shape,
-    difficulty=1,
-    importance=3,
-    minutes=3,
+    "Read the shape of attention", solution=attention_shape,
+    difficulty=1, importance=3, minutes=3,
     hints=(
         "One attention map has a row for each token that looks and a column for each token that "
         "is looked at.",
         "Each head of each text in the batch has a map of its own.",
     ),
     mistakes=(
-        (lambda b, h, t, p: (b, h, t, t), "left out the virtual tokens"),
-        (lambda b, h, t, p: (b, h, t, p + t), "only as columns"),
-        (lambda b, h, t, p: (b, p + t, p + t), "one map a head"),
-        (lambda b, h, t, p: (b, p + t, p + t, h), "the heads come second"),
+        (lambda b, h, t, p: (b, h, t, t), "you left out the virtual tokens"),
+        (lambda b, h, t, p: (b, h, t, p + t), "you count the virtual tokens only as columns. In "
+         "front of the input they are tokens: they look, too. (Prefix tuning has the shape you "
+         "wrote)"),
+        (lambda b, h, t, p: (b, p + t, p + t), "there is one map a head; say how many heads"),
+        (lambda b, h, t, p: (b, p + t, p + t, h),
+         "right numbers, other order: the heads come second"),
     ),
-)
+    otherwise="{given} for {right}: one row and one column a token",
+    praise="{right}: every token, real or virtual, has a row and a column",
+)  # fmt: skip
 def shape_of_attention(answer):
-    batch, heads, seq, virtual = 2, 4, 5, 3
-    given = tuple(answer(batch, heads, seq, virtual))
-    all_tokens = virtual + seq
-    right = (batch, heads, all_tokens, all_tokens)
-    diagnoses = {
-        (batch, heads, seq, seq): "you left out the virtual tokens",
-        (batch, heads, seq, all_tokens): "you count the virtual tokens only as columns. In front "
-        "of the input they are tokens: they look, too. (Prefix tuning has the shape you wrote)",
-        (batch, all_tokens, all_tokens): "there is one map a head; say how many heads",
-        (batch, all_tokens, all_tokens, heads): "right numbers, other order: the heads come second",
-    }
-    expect(
-        given == right, diagnoses.get(given, f"{given} for {right}: one row and one column a token")
-    )
-    return f"{right}: every token, real or virtual, has a row and a column"
+    return tuple(answer(2, 4, 5, 3))  # texts, heads, tokens, virtual tokens
 
 
 # --- predict first -----------------------------------------------------------------------------
@@ -210,20 +169,14 @@ def shape_of_attention(answer):
     f"{percent(LoRA(r=8), 'llama-3-8b'):.2f}% of Llama-3-8B and {percent(LoRA(r=8), 'gpt2'):.2f}% "
     "of GPT-2. Which share of tiny-gpt is it?",
     {
-        "a": (
-            "about the same as of GPT-2",
-            "The share depends on the width: LoRA grows with the width, the base with its square.",
-        ),
-        "b": (
-            "more than twice as large a share",
-            "A narrow base has few numbers of its own, and the adapter stands out among them.",
-        ),
-        "c": (
-            "less than half of it, since the model is small",
-            "Both shrink, but the base shrinks faster: its matrices have the width squared.",
-        ),
+        "a": ("about the same as of GPT-2", "The share depends on the width: LoRA grows with the "
+              "width, the base with its square."),
+        "b": ("more than twice as large a share", "A narrow base has few numbers of its own, and "
+              "the adapter stands out among them."),
+        "c": ("less than half of it, since the model is small", "Both shrink, but the base shrinks "
+              "faster: its matrices have the width squared."),
     },
-)
+)  # fmt: skip
 def predict_share():
     shares = {name: percent(LoRA(r=8), name) for name in ("llama-3-8b", "gpt2", "tiny-gpt")}
     times = shares["tiny-gpt"] / shares["gpt2"]
@@ -235,20 +188,14 @@ def predict_share():
     "The base is frozen and LoRA trains beside it, at a high learning rate. How well does the "
     "model then predict the text that it was pre-trained on?",
     {
-        "a": (
-            "as well as before: what is frozen cannot forget",
-            "The weights are safe. What you run is base plus adapter: another function.",
-        ),
-        "b": (
-            "worse while the adapter is on, and exactly as before once it is off",
-            "Freezing protects the base, not the sum of base and adapter.",
-        ),
-        "c": (
-            "worse, and it stays worse after the adapter is off",
-            "Detaching gives the base back bit for bit: nothing in it was ever written to.",
-        ),
+        "a": ("as well as before: what is frozen cannot forget", "The weights are safe. What you "
+              "run is base plus adapter: another function."),
+        "b": ("worse while the adapter is on, and exactly as before once it is off", "Freezing "
+              "protects the base, not the sum of base and adapter."),
+        "c": ("worse, and it stays worse after the adapter is off", "Detaching gives the base back "
+              "bit for bit: nothing in it was ever written to."),
     },
-)
+)  # fmt: skip
 def predict_forgetting():
     base, task = load("tiny-gpt"), load_task("sentiment")
     people = json.loads(data_path("world", "world.json").read_text())["people"][:16]

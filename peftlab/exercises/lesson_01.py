@@ -1,12 +1,15 @@
 """Lesson 01, full fine-tuning: bytes a parameter, a step of Adam, what is kept, four leaks."""
 
+import math
+
 import pandas as pd
 import torch
 from torch import nn
 
 from peftlab.accounting import saved_activations, step_bytes, training_bytes
 from peftlab.bases.shapes import Shape
-from peftlab.exercises import Wrong, exercise, expect, match, question, swapped
+from peftlab.exercises import exercise, expect, question, same
+from peftlab.exercises.clinic import Ward
 from peftlab.memory import Live
 from peftlab.methods import FullFineTuning, PromptTuning
 
@@ -37,12 +40,10 @@ def how_many_bytes():
         "a": ("less than 1%", "What trains is small. What a gradient passes on its way is not."),
         "b": ("about a tenth", "The gradient enters below the first block and crosses all twelve."),
         "c": ("about half", "A frozen linear layer keeps no input; everything else is kept."),
-        "d": (
-            "about nine tenths",
-            "Every layer is crossed, and there are 20 more tokens in a row.",
-        ),
+        "d": ("about nine tenths", "Every layer is crossed, and there are 20 more tokens in a "
+              "row."),
     },
-)
+)  # fmt: skip
 def what_a_prompt_keeps():
     full, prompt = (_in_blocks(m) for m in (FullFineTuning(), PromptTuning(20)))
     share = prompt / full
@@ -60,15 +61,13 @@ def _in_blocks(method) -> int:
     "A source says that full fine-tuning needs 7 times the memory of prompt tuning. GPT-2 trains "
     "on 64 rows of 512 tokens, in float32, without recomputing anything. How many times is it?",
     {
-        "a": (
-            "about 7 times",
-            "That leaves out the activations, and counts the weights in 16 bits.",
-        ),
+        "a": ("about 7 times", "That leaves out the activations, and counts the weights in 16 "
+              "bits."),
         "b": ("about 4 times", "That is 16 bytes against 4: right, if there were no activations."),
         "c": ("1 to 1.5 times", "The activations of so many tokens are most of it in both."),
         "d": ("less than 1", "It would take more virtual tokens than that: 20 beside 512 are few."),
     },
-)
+)  # fmt: skip
 def how_many_times():
     full, prompt = (step_bytes(m, "gpt2", 64, 512) for m in (FullFineTuning(), PromptTuning(20)))
     times = (full.peak - full.aside) / prompt.peak
@@ -88,47 +87,30 @@ def adam_bytes_solution(total, trained):
 
 
 @exercise(
-    "Bytes of training in float32",
-    solution=adam_bytes_solution,
+    "Bytes of training in float32", solution=adam_bytes_solution,
     mistakes=(
-        (lambda total, trained: 16 * total, "gave the frozen ones"),
-        (lambda total, trained: 16 * trained, "still there"),
-        (lambda total, trained: 4 * total + 8 * trained, "one of the three"),
-        (lambda total, trained: 4 * total + 4 * trained, "no memory of its own"),
-        (lambda total, trained: 4 * total + 16 * trained, "twice"),
-        (lambda total, trained: total + 3 * trained, "counted numbers"),
+        (lambda total, trained: total + 3 * trained,
+         "you counted numbers: each of them takes 4 bytes"),
+        (lambda total, trained: 16 * total, "you gave the frozen ones a gradient and moments too"),
+        (lambda total, trained: 16 * trained, "the frozen weights are still there, 4 bytes each"),
+        (lambda total, trained: 4 * total + 8 * trained, "beside its weight, a trained one has a "
+         "gradient and two moments: you left out one of the three"),
+        (lambda total, trained: 4 * total + 4 * trained,
+         "your optimiser has no memory of its own: Adam has"),
+        (lambda total, trained: 4 * total + 16 * trained,
+         "you counted the trained weights twice: they are among the total"),
     ),
-    difficulty=1,
-    importance=5,
-    minutes=3,
+    otherwise="of {case[0]:,} with {case[1]:,} trained: {right:,} bytes, yours {given:,}",
+    praise="4 bytes each, and 12 more for each that trains: 16 if all do",
+    difficulty=1, importance=5, minutes=3,
     hints=(
         "Every weight of the model takes 4 bytes, whether it trains or not.",
         "A weight that trains has three more numbers: its gradient, and Adam's two moments.",
     ),
-)
+)  # fmt: skip
 def adam_bytes(answer):
-    for total, trained in ((1000, 1000), (1000, 10), (124_439_808, 294_912)):
-        mine, right = answer(total, trained), adam_bytes_solution(total, trained)
-        if mine == right:
-            continue
-        if total == trained:  # here several mistakes look alike: the next case tells them apart
-            total, trained = 1000, 10
-            mine, right = answer(total, trained), adam_bytes_solution(total, trained)
-        expect(mine != total + 3 * trained, "you counted numbers: each of them takes 4 bytes")
-        expect(mine != 16 * total, "you gave the frozen ones a gradient and moments too")
-        expect(mine != 16 * trained, "the frozen weights are still there, 4 bytes each")
-        expect(
-            mine != 4 * total + 8 * trained,
-            "beside its weight, a trained one has a gradient and two moments: you left out one of "
-            "the three",
-        )
-        expect(mine != 4 * total + 4 * trained, "your optimiser has no memory of its own: Adam has")
-        expect(
-            mine != 4 * total + 16 * trained,
-            "you counted the trained weights twice: they are among the total",
-        )
-        raise Wrong(f"of {total:,} with {trained:,} trained: {right:,} bytes, yours {mine:,}")
-    return "4 bytes each, and 12 more for each that trains: 16 if all do"
+    cases = (1000, 1000), (1000, 10), (124_439_808, 294_912)
+    return {case: answer(*case) for case in cases}
 
 
 # --- a step of Adam ----------------------------------------------------------------------------
@@ -142,19 +124,9 @@ def adam_step_solution(w, g, m, v, t, lr):
     return w - lr * mean / (square.sqrt() + 1e-8), m, v
 
 
-def _uncorrected(w, g, m, v, t, lr):
-    m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
-    return w - lr * m / (v.sqrt() + 1e-8), m, v
-
-
 def _rootless(w, g, m, v, t, lr):
     _, m, v = adam_step_solution(w, g, m, v, t, lr)
     return w - lr * m / (1 - 0.9**t) / (v / (1 - 0.999**t) + 1e-8), m, v
-
-
-def _uphill(w, g, m, v, t, lr):
-    new, m, v = adam_step_solution(w, g, m, v, t, lr)
-    return 2 * w - new, m, v
 
 
 def _unsquared(w, g, m, v, t, lr):
@@ -162,92 +134,63 @@ def _unsquared(w, g, m, v, t, lr):
     return w - lr * m / (1 - 0.9**t) / ((v / (1 - 0.999**t)).sqrt() + 1e-8), m, v
 
 
-def _forgetful(w, g, m, v, t, lr):
-    new, _, _ = adam_step_solution(w, g, m, v, t, lr)
-    return new, m, v
-
-
-def _plain(w, g, m, v, t, lr):
-    _, m, v = adam_step_solution(w, g, m, v, t, lr)
-    return w - lr * g, m, v
-
-
-def _three_steps(step):
-    """w, m and v after three steps of `step` on three gradients."""
+def _drawn():
+    """A weight and three gradients."""
     generator = torch.Generator().manual_seed(1)
-    w, *gradients = torch.randn(4, 5, generator=generator, dtype=torch.float64).unbind()
-    m = v = torch.zeros_like(w)
-    for t, g in enumerate(gradients, 1):
-        w, m, v = step(w, g, m, v, t, 0.1)
-    return w, m, v
+    return torch.randn(4, 5, generator=generator, dtype=torch.float64).unbind()
 
 
-_STEP_FAULTS = (
-    (
-        _uncorrected,
-        "correct the bias: both means start at zero, so divide by 1 − 0.9^t, 1 − 0.999^t",
-    ),
-    (_rootless, "divide by the root of the mean square, not by the mean square"),
-    (_uphill, "your step goes uphill: subtract it"),
-    (_unsquared, "v is the mean of the gradient's squares, and you took its size"),
-    (_forgetful, "return the new m and v: yours never change, so every step is the first"),
-    (_plain, "that is gradient descent: the step is the corrected m over the root of v"),
-)
+def _torch_adam():
+    """w, m and v after three steps of torch's own."""
+    w, *gradients = _drawn()
+    w = nn.Parameter(w)
+    optimizer = torch.optim.Adam([w], lr=0.1)
+    for g in gradients:
+        w.grad = g
+        optimizer.step()
+    return w.detach(), optimizer.state[w]["exp_avg"], optimizer.state[w]["exp_avg_sq"]
+
+
+def _other_step(given, right):
+    for name, a, b in zip(("m", "v"), given[1:], right[1:], strict=True):
+        if not same(a, b):
+            return f"after three steps {name} is {b[0]:.4f} …, yours {a[0]:.4f} …"
+    return f"m and v are right; w is {right[0][0]:.4f} … after three steps, not {given[0][0]:.4f}"
 
 
 @exercise(
-    "One step of Adam",
-    solution=adam_step_solution,
+    "One step of Adam", solution=adam_step_solution,
     mistakes=(
-        (_uncorrected, "correct the bias"),
-        (_rootless, "not by the mean square"),
-        (_uphill, "uphill"),
-        (_unsquared, "took its size"),
-        (_forgetful, "yours never change"),
-        (_plain, "gradient descent"),
+        (lambda w, g, m, v, t, lr: adam_step_solution(w, g, m, v, math.inf, lr),
+         # at t = ∞ nothing is left to correct
+         "correct the bias: both means start at zero, so divide by 1 − 0.9^t, 1 − 0.999^t"),
+        (_rootless, "divide by the root of the mean square, not by the mean square"),
+        (lambda w, g, m, v, t, lr: adam_step_solution(w, g, m, v, t, -lr),
+         "your step goes uphill: subtract it"),
+        (_unsquared, "v is the mean of the gradient's squares, and you took its size"),
+        (lambda w, g, m, v, t, lr: (adam_step_solution(w, g, m, v, t, lr)[0], m, v),
+         "return the new m and v: yours never change, so every step is the first"),
+        (lambda w, g, m, v, t, lr: (w - lr * g, *adam_step_solution(w, g, m, v, t, lr)[1:]),
+         "that is gradient descent: the step is the corrected m over the root of v"),
     ),
-    difficulty=3,
-    importance=4,
-    minutes=8,
+    otherwise=_other_step,
+    praise="three steps, and torch.optim.Adam is at the same place",
+    right=_torch_adam,
+    difficulty=3, importance=4, minutes=8,
     hints=(
         "m is a running mean of the gradients, with 0.9 of the old one; v of their squares, 0.999.",
         "After one step m is a tenth of the gradient. Divide by 1 − 0.9^t to make up for the start "
         "at zero, and v by 1 − 0.999^t.",
         "The step is lr · mean / (√square + 1e-8).",
     ),
-)
+)  # fmt: skip
 def adam_step(answer):
-    mine, right = _three_steps(answer), _three_steps(adam_step_solution)
-    expect(len(mine) == 3, "return w, m and v")
-    if all(torch.allclose(a, b) for a, b in zip(mine, right, strict=True)):
-        theirs = _three_steps(_TorchAdam())
-        expect(torch.allclose(mine[0], theirs[0]), "three steps of torch.optim.Adam end elsewhere")
-        return "three steps, and torch.optim.Adam is at the same place"
-    for step, diagnosis in _STEP_FAULTS:
-        if torch.allclose(mine[0], _three_steps(step)[0]):
-            raise Wrong(diagnosis)
-    for name, a, b in zip(("m", "v"), mine[1:], right[1:], strict=True):
-        expect(
-            torch.allclose(a, b), f"after three steps {name} is {b[0]:.4f} …, yours {a[0]:.4f} …"
-        )
-    raise Wrong(
-        f"m and v are right; w is {right[0][0]:.4f} … after three steps, not {mine[0][0]:.4f}"
-    )
-
-
-class _TorchAdam:
-    """torch's own, as a step function."""
-
-    def __init__(self):
-        self.optimizer = None
-
-    def __call__(self, w, g, m, v, t, lr):
-        if self.optimizer is None:
-            self.w = nn.Parameter(w.clone())
-            self.optimizer = torch.optim.Adam([self.w], lr=lr)
-        self.w.grad = g.clone()
-        self.optimizer.step()
-        return self.w.detach().clone(), m, v
+    """w, m and v after three steps on three gradients."""
+    w, *gradients = _drawn()
+    m, v = torch.zeros_like(w), torch.zeros_like(w)
+    for t, g in enumerate(gradients, 1):
+        w, m, v = answer(w, g, m, v, t, 0.1)
+    return w, m, v
 
 
 # --- what a linear layer keeps -----------------------------------------------------------------
@@ -279,46 +222,33 @@ def _autograd_keeps(x_has_gradient: bool, W_trains: bool) -> set[str]:
 
 
 @exercise(
-    "What a linear layer keeps",
-    solution=linear_keeps_solution,
+    "What a linear layer keeps", solution=linear_keeps_solution,
     mistakes=(
-        (lambda x, W: ({"x"} if x else set()) | ({"W"} if W else set()), "the other way round"),
-        (lambda x, W: {"x", "W"} if x or W else set(), "only one of the two"),
-        (lambda x, W: {"x", "W"}, "nothing has a gradient"),
-        (lambda x, W: {"x"} if W else set(), "what reaches x"),
-        (lambda x, W: {"x"} if x or W else set(), "needs x for nothing"),
+        (lambda x, W: {"x", "W"}, "nothing has a gradient in the first case: nothing is kept",
+         lambda given, right: given[False, False]),
+        (lambda x, W: ({"x"} if x else set()) | ({"W"} if W else set()), "it is the other way "
+         "round: the gradient of W is made of x, and that of x of W"),
+        (lambda x, W: {"x"} if x or W else set(), "a frozen W needs x for nothing: dL/dx = g W has "
+         "no x in it", lambda given, right: given[True, False] == {"x"}),
+        (lambda x, W: {"x", "W"} if x or W else set(), "where only one of the two derivatives is "
+         "asked for, only one of the two tensors is kept",
+         lambda given, right: given[True, False] == {"x", "W"}),
+        (lambda x, W: {"x"} if W else set(), "what reaches x is g W: W is kept where x has a "
+         "gradient", lambda given, right: "W" not in given[True, False]),
     ),
-    difficulty=2,
-    importance=5,
-    minutes=5,
+    otherwise="for x_has_gradient, W_trains = {case} it is {right}, yours {given}",
+    praise="checked against autograd in all four cases: a frozen W does not need its input",
+    right=lambda: linear_keeps.trial(_autograd_keeps),
+    difficulty=2, importance=5, minutes=5,
     hints=(
         "y = x Wᵀ, and g is the gradient of y. Then dL/dW = gᵀ x and dL/dx = g W.",
         "Which of the two derivatives is asked for, and what stands in it beside g?",
     ),
-)
+)  # fmt: skip
 def linear_keeps(answer):
-    cases = [(x, W) for x in (False, True) for W in (False, True)]
-    mine = {case: answer(*case) for case in cases}
-    right = {case: _autograd_keeps(*case) for case in cases}
-    expect(all(isinstance(kept, set) for kept in mine.values()), 'return a set, such as {"x"}')
-    if mine == right:
-        return "checked against autograd in all four cases: a frozen W does not need its input"
-    expect(not mine[False, False], "nothing has a gradient in the first case: nothing is kept")
-    expect(
-        (mine[True, False], mine[False, True]) != ({"x"}, {"W"}),
-        "it is the other way round: the gradient of W is made of x, and that of x of W",
-    )
-    expect(
-        mine[True, False] != {"x"},
-        "a frozen W needs x for nothing: dL/dx = g W has no x in it",
-    )
-    expect(
-        mine[True, False] != {"x", "W"},
-        "where only one of the two derivatives is asked for, only one of the two tensors is kept",
-    )
-    expect("W" in mine[True, False], "what reaches x is g W: W is kept where x has a gradient")
-    case = next(case for case in cases if mine[case] != right[case])
-    raise Wrong(f"for x_has_gradient, W_trains = {case} it is {right[case]}, yours {mine[case]}")
+    kept = {(x, W): answer(x, W) for x in (False, True) for W in (False, True)}
+    expect(all(isinstance(names, set) for names in kept.values()), 'return a set, such as {"x"}')
+    return kept
 
 
 # --- what a block keeps ------------------------------------------------------------------------
@@ -343,20 +273,29 @@ def _numbers_kept(d: int, heads: int, trains: bool) -> int:
 
 
 @exercise(
-    "What one block of GPT-2 keeps",
-    solution=block_numbers_solution,
+    "What one block of GPT-2 keeps", solution=block_numbers_solution,
     mistakes=(
-        (lambda d, h, trains: block_numbers_solution(d, h, True), "frozen linear layers"),
-        (lambda d, h, trains: block_numbers_solution(d, h, trains) - 3 * d, "q, k and v"),
-        (lambda d, h, trains: block_numbers_solution(d, h, trains) - 4 * d, "four times as wide"),
-        (lambda d, h, trains: block_numbers_solution(d, h, trains) - 4, "mean and deviation"),
-        (lambda d, h, trains: block_numbers_solution(d, h, trains) - h, "one number a head"),
-        (lambda d, h, trains: 6 * d if trains else 0, "frozen block keeps nothing"),
-        (lambda d, h, trains: block_numbers_solution(d, h, trains) + d, "counted twice"),
+        (lambda d, h, trains: 6 * d if trains else 0, "you say that a frozen block keeps nothing: "
+         "a gradient still passes through its norms, its attention and its GELU",
+         lambda given, right: not any(frozen for _, frozen in given.values())),
+        (lambda d, h, trains: block_numbers_solution(d, h, True), "that is the same for both: "
+         "frozen linear layers do not keep their inputs"),
+        (lambda d, h, trains: block_numbers_solution(d, h, trains) - 3 * d,
+         "attention's backward pass needs q, k and v"),
+        (lambda d, h, trains: block_numbers_solution(d, h, trains) - 4 * d,
+         "the input of GELU is missing, which is four times as wide as the block"),
+        (lambda d, h, trains: block_numbers_solution(d, h, trains) - 4,
+         "each norm keeps two numbers for every token: its mean and deviation"),
+        (lambda d, h, trains: block_numbers_solution(d, h, trains) - h,
+         "attention keeps one number a head: the logarithm of its softmax's sum"),
+        (lambda d, h, trains: block_numbers_solution(d, h, trains) + d,
+         "you have d too many: attention's output is its c_proj's input, counted twice"),
     ),
-    difficulty=4,
-    importance=3,
-    minutes=12,
+    otherwise="for d = {case[0]}, {case[1]} heads: {right[0]} if it trains and {right[1]} if not; "
+              "{given}",
+    praise="16 d + 4 + heads numbers a token if it trains, 10 d + 4 + heads if it is frozen",
+    right=lambda: block_numbers.trial(_numbers_kept),
+    difficulty=4, importance=3, minutes=12,
     hints=(
         "Go through the block in order: norm, c_attn, attention, c_proj, norm, c_fc, GELU, c_proj. "
         "A linear layer keeps its input if it trains.",
@@ -364,43 +303,28 @@ def _numbers_kept(d: int, heads: int, trains: bool) -> int:
         "Attention keeps q, k, v, its output, and one number a head.",
         "The output of attention is the input of its c_proj: one tensor.",
     ),
-)
+)  # fmt: skip
 def block_numbers(answer):
-    for d, heads in ((24, 3), (768, 12)):
-        full, frozen = (_numbers_kept(d, heads, trains) for trains in (True, False))
-        mine = answer(d, heads, True), answer(d, heads, False)
-        if mine == (full, frozen):
-            continue
-        expect(
-            mine[1] != 0 or frozen == 0,
-            "you say that a frozen block keeps nothing: a gradient still passes through its norms, "
-            "its attention and its GELU",
-        )
-        expect(
-            mine != (full, full),
-            "that is the same for both: frozen linear layers do not keep their inputs",
-        )
-        for missing, diagnosis in (
-            (3 * d, "attention's backward pass needs q, k and v"),
-            (4 * d, "the input of GELU is missing, which is four times as wide as the block"),
-            (4, "each norm keeps two numbers for every token: its mean and deviation"),
-            (heads, "attention keeps one number a head: the logarithm of its softmax's sum"),
-            (-d, "you have d too many: attention's output is its c_proj's input, counted twice"),
-        ):
-            expect(mine != (full - missing, frozen - missing), diagnosis)
-        raise Wrong(f"for d = {d}, {heads} heads: {full} if it trains and {frozen} if not; {mine}")
-    return "16 d + 4 + heads numbers a token if it trains, 10 d + 4 + heads if it is frozen"
+    return {case: (answer(*case, True), answer(*case, False)) for case in ((24, 3), (768, 12))}
 
 
 # --- four leaks --------------------------------------------------------------------------------
 
-FAULTS = {
-    "losses": "every step's loss is put into a list with its graph",
-    "gradients": "the gradients are never taken away",
-    "everything": "the frozen layers were not frozen",
-    "evaluation": "the evaluation builds a graph, and its result is kept",
-}
-WARD = {"A": "gradients", "B": "evaluation", "C": "everything", "D": "losses"}
+LEAKS = Ward({
+    "losses": ("D", "every step's loss is put into a list with its graph",
+        "It ends every step with more than the step before, by the same amount each time: "
+        "something of every step stays."),
+    "gradients": ("A", "the gradients are never taken away",
+        "Its first step starts as the sound one's, and from the second on its forward pass ends "
+        "higher by as much as a backward pass adds."),
+    "everything": ("C", "the frozen layers were not frozen",
+        "It is larger than the sound one from the first forward pass on, and after every step by "
+        "the moments of layers that should have none."),
+    "evaluation": ("B", "the evaluation builds a graph, and its result is kept",
+        "Its steps are the sound one's but for what is left when the next one begins: after the "
+        "evaluation it holds what a forward pass keeps."),
+})  # fmt: skip
+FAULTS = LEAKS.faults
 MOMENTS = ("forward", "backward", "step", "evaluation")
 
 
@@ -438,44 +362,15 @@ def _charted(fault: str | None, steps: int = 4) -> pd.DataFrame:
 
 def clinic() -> pd.DataFrame:
     """Bytes held by a sound training and by four patients, at four moments of four steps."""
-    charts = {"sound": None, **{f"patient {letter}": fault for letter, fault in WARD.items()}}
-    found = []
-    for name, fault in charts.items():
-        found.append(_charted(fault).assign(patient=name))
-    return pd.concat(found, ignore_index=True)
+    return LEAKS.examine(_charted, name="patient ")
 
 
-_SIGNS = {
-    "losses": "It ends every step with more than the step before, by the same amount each time: "
-    "something of every step stays.",
-    "gradients": "Its first step starts as the sound one's, and from the second on its forward "
-    "pass ends higher by as much as a backward pass adds.",
-    "everything": "It is larger than the sound one from the first forward pass on, and after every "
-    "step by the moments of layers that should have none.",
-    "evaluation": "Its steps are the sound one's but for what is left when the next one begins: "
-    "after the evaluation it holds what a forward pass keeps.",
-}
-
-
-@exercise(
-    "Find the leak",
-    solution=WARD,
-    mistakes=(
-        (swapped(WARD, "A", "D"), "Look again at patient A"),
-        (swapped(WARD, "B", "C"), "Look again at patient B"),
-        (swapped(WARD, "C", "D"), "Look again at patient C"),
-        (WARD | {"B": "losses"}, "twice"),
-        (WARD | {"B": "too large"}, "none of the four faults"),
-        ({"A": "gradients"}, "has no diagnosis yet"),
-    ),
-    difficulty=3,
-    importance=5,
-    minutes=8,
+find_the_leak = LEAKS.exercise(
+    "find_the_leak", "Find the leak",
+    confused=("AD", "BC", "CD"), unknown="too large",
+    difficulty=3, importance=5, minutes=8,
     hints=(
         "Compare the first steps with the sound training, then the later ones.",
         "Does it grow from step to step, or is it larger once and stays so? At which moment?",
     ),
-)
-def find_the_leak(answer):
-    expect(isinstance(answer, dict), 'answer with a dict, such as {"A": "losses", ...}')
-    return match(answer, WARD, FAULTS, _SIGNS)
+)  # fmt: skip

@@ -3,17 +3,21 @@
 import pandas as pd
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from peftlab.accounting import count
 from peftlab.bases.shapes import Shape
-from peftlab.exercises import Wrong, exercise, expect, match, question, swapped
+from peftlab.exercises import a_tensor, after, exercise, expect, question, same
+from peftlab.exercises.clinic import Ward, course
 from peftlab.methods import PromptTuning
 from peftlab.training import target_loss
 from peftlab.tuned import attach
 
 # --- 1 · in front ------------------------------------------------------------------------------
+
+P = 3  # virtual tokens
 
 
 def prepend(prompt, embedded, mask):
@@ -24,40 +28,9 @@ def prepend(prompt, embedded, mask):
     return x, longer, positions
 
 
-def _appended(prompt, embedded, mask):
-    batch, count = embedded.shape[0], prompt.shape[0]
-    x = torch.cat([embedded, prompt.expand(batch, -1, -1)], dim=1)
-    longer = torch.cat([mask, mask.new_ones(batch, count)], dim=1)
-    return x, longer, (longer.cumsum(dim=1) - 1).clamp(min=0)
-
-
-def _short_mask(prompt, embedded, mask):
-    x, longer, positions = prepend(prompt, embedded, mask)
-    return x, mask, positions
-
-
-def _masked_out(prompt, embedded, mask):
-    x, longer, positions = prepend(prompt, embedded, mask)
-    return x, torch.cat([torch.zeros_like(longer[:, : len(prompt)]), mask], dim=1), positions
-
-
-def _unshifted(prompt, embedded, mask):
-    x, longer, _ = prepend(prompt, embedded, mask)
-    first = torch.arange(len(prompt)).expand(len(mask), -1)
-    return x, longer, torch.cat([first, (mask.cumsum(dim=1) - 1).clamp(min=0)], dim=1)
-
-
-def _counts_padding(prompt, embedded, mask):
-    x, longer, _ = prepend(prompt, embedded, mask)
-    return x, longer, torch.arange(x.shape[1]).expand(len(mask), -1)
-
-
 @exercise(
-    "Put the prompt in front",
-    solution=prepend,
-    difficulty=3,
-    importance=5,
-    minutes=10,
+    "Put the prompt in front", solution=prepend,
+    difficulty=3, importance=5, minutes=10,
     hints=(
         "Three things get longer by P along the sequence: the vectors, the mask, the positions.",
         "The virtual tokens are there for everybody: their part of the mask is ones.",
@@ -65,60 +38,54 @@ def _counts_padding(prompt, embedded, mask):
         "that is a cumulative sum less one; clamp it, so that padding does not get −1.",
     ),
     mistakes=(
-        (_appended, "behind the input"),
-        (_short_mask, "the mask still has"),
-        (_masked_out, "hides the virtual tokens"),
-        (_unshifted, "start again at 0"),
-        (_counts_padding, "counted through the padding"),
+        (after(prepend, lambda x, mask, at: (x.roll(-P, 1), mask.roll(-P, 1), at)), "you put the "
+         "prompt behind the input. A causal model reads from left to right: no real token would "
+         "ever see it", lambda given, right: same(given[0][:, :-P], right[0][:, P:])),
+        (after(prepend, lambda x, mask, at: (x.flip(1), mask, at)),
+         "the vectors are not [P; E], prompt rows first, in order",
+         lambda given, right: not same(given[0], right[0])),
+        (after(prepend, lambda x, mask, at: (x, mask[:, P:], at)), "the mask still has"),
+        (after(prepend, lambda x, mask, at: (x, F.pad(mask[:, P:], (P, 0)), at)),
+         "your mask hides the virtual tokens: attention would pass them by, and they would get no "
+         "gradient. Their part of the mask is ones",
+         lambda given, right: not given[1][:, :P].all()),
+        (after(prepend, lambda x, mask, at: (x, torch.ones_like(mask), at)),
+         "the real tokens' part of the mask has changed",
+         lambda given, right: not same(given[1], right[1])),
+        (after(prepend, lambda x, mask, at: (x, mask, torch.cat([at[:, :P], at[:, P:] - P], 1))),
+         "your real tokens start again at 0: two tokens would share each of the first positions. "
+         "The real ones come after the virtual ones, from P on",
+         lambda given, right: given[2][0, P] == 0),
+        (after(prepend, lambda x, mask, at: (x, mask, torch.arange(x.shape[1]).expand_as(mask))),
+         "right for the row without padding, but in the padded row you counted through the "
+         "padding. A position counts the unmasked tokens before it",
+         lambda given, right: same(given[2][0], right[2][0])),
     ),
-)
+    otherwise="the positions are {given[2]}; those of what is not padding are {right[2]}",
+    praise="vectors, mask and positions are right, with padding on the left as well",
+)  # fmt: skip
 def put_in_front(answer):
+    """Vectors, mask, and positions: those of padding, which may have any, are set to 0."""
     generator = torch.Generator().manual_seed(0)
-    P, batch, seq, d_model = 3, 2, 4, 5
-    prompt = torch.randn(P, d_model, generator=generator)
-    embedded = torch.randn(batch, seq, d_model, generator=generator)
+    prompt, embedded = (torch.randn(*s, generator=generator) for s in ((P, 5), (2, 4, 5)))
     mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])  # the second row is padded on the left
+    real = F.pad(mask, (P, 0), value=1)
     given = answer(prompt, embedded, mask)
     expect(
         isinstance(given, tuple) and len(given) == 3,
         "return three tensors: the vectors, the mask, the positions",
     )
     x, longer, positions = given
-    wanted = prepend(prompt, embedded, mask)
     expect(
-        x.shape == wanted[0].shape,
-        f"the vectors should be {tuple(wanted[0].shape)}, batch first; yours are {tuple(x.shape)}. "
+        x.shape == (2, P + 4, 5),
+        f"the vectors should be {(2, P + 4, 5)}, batch first; yours are {tuple(x.shape)}. "
         "Did you join along the sequence axis?",
     )
     expect(
-        not torch.equal(x[:, :seq], embedded),
-        "you put the prompt behind the input. A causal model reads from left to right: "
-        "no real token would ever see it",
+        longer.shape == real.shape,
+        f"the mask still has {longer.shape[-1]} columns and there are {P + 4} vectors",
     )
-    expect(torch.equal(x, wanted[0]), "the vectors are not [P; E], prompt rows first, in order")
-    expect(
-        longer.shape == wanted[1].shape,
-        f"the mask still has {longer.shape[-1]} columns and there are {P + seq} vectors",
-    )
-    expect(
-        longer[:, :P].all(),
-        "your mask hides the virtual tokens: attention would pass them by, and they would "
-        "get no gradient. Their part of the mask is ones",
-    )
-    expect(torch.equal(longer, wanted[1]), "the real tokens' part of the mask has changed")
-    rows, columns = torch.nonzero(wanted[1], as_tuple=True)  # padding may have any position
-    real, right = positions.expand_as(longer)[rows, columns], wanted[2][rows, columns]
-    if not torch.equal(real, right):
-        expect(
-            not torch.equal(positions[0, P:], torch.arange(seq)),
-            "your real tokens start again at 0: two tokens would share each of the first "
-            "positions. The real ones come after the virtual ones, from P on",
-        )
-        raise Wrong(
-            "right for the row without padding, but in the padded row you counted through the "
-            "padding. A position counts the unmasked tokens before it"
-        )
-    return "vectors, mask and positions are right, with padding on the left as well"
+    return x, longer, positions.expand_as(real) * real
 
 
 # --- 2 · count ---------------------------------------------------------------------------------
@@ -128,71 +95,44 @@ def affordable(budget, d_model, context):
     return min(budget // d_model, context - 1)
 
 
-def _all_layers(budget, d_model, context):
-    return min(budget // (24 * d_model), context - 1)
-
-
-def _rounded_up(budget, d_model, context):
-    return min(-(-budget // d_model), context - 1)
-
-
-def _no_room(budget, d_model, context):
-    return min(budget // d_model, context)
-
-
-def _boundless(budget, d_model, context):
-    return budget // d_model
+BUDGETS = {
+    f"for {budget:,} parameters on {name}": (budget, shape.d_model, shape.context)
+    for name, shape in ((name, Shape.named(name)) for name in ("gpt2", "gpt2-medium", "llama-3-8b"))
+    for budget in (shape.d_model, 300_000, 1_000_000, 10**8)
+}
 
 
 @exercise(
-    "How long a prompt can you afford?",
-    solution=affordable,
-    difficulty=2,
-    importance=3,
-    minutes=5,
+    "How long a prompt can you afford?", solution=affordable,
+    difficulty=2, importance=3, minutes=5,
     hints=(
         "Turn the closed form around: P · d_model numbers train.",
         "Two limits hold: the budget, and the context, where at least one real token must fit.",
     ),
     mistakes=(
-        (_all_layers, "every layer"),
-        (_rounded_up, "over the budget"),
-        (_no_room, "no room for a single real one"),
-        (_boundless, "longer than the context"),
-        (lambda budget, d_model, context: budget / d_model, "whole number"),
+        (lambda budget, d, context: affordable(budget // 24, d, context),
+         "{given} tokens {case} is too short. Did you pay for every layer? Prompt tuning adds "
+         "vectors to the input alone",
+         lambda given, right: any(given[case] < right[case] / 4 for case in right)),
+        (lambda budget, d, context: affordable(budget, d, context + 1),
+         "{given} virtual tokens fill gpt2's context: no room for a single real one"),
+        (lambda budget, d, context: budget // d,
+         "{given} tokens {case} is longer than the context of 1024"),
+        (lambda budget, d, context: affordable(budget + d - 1, d, context),
+         "{given} tokens {case} are 300,288 numbers: over the budget"),
+        (lambda budget, d, context: budget / d, "a prompt has a whole number of tokens"),
     ),
-)
+    otherwise="{given} tokens {case}; {right} fit",
+    praise="the budget and the context both hold",
+)  # fmt: skip
 def prompt_for_a_budget(answer):
-    for name in ("gpt2", "gpt2-medium", "llama-3-8b"):
-        shape = Shape.named(name)
-        for budget in (shape.d_model, 300_000, 1_000_000, 10**8):
-            given = answer(budget, shape.d_model, shape.context)
-            wanted = affordable(budget, shape.d_model, shape.context)
-            case = f"for {budget:,} parameters on {name}"
-            expect(
-                isinstance(given, int) and not isinstance(given, bool),
-                f"a prompt has a whole number of tokens; yours is {given!r}",
-            )
-            if given != wanted:
-                expect(
-                    given >= wanted / 4,
-                    f"{given} tokens {case} is too short. Did you pay for every layer? "
-                    "Prompt tuning adds vectors to the input alone",
-                )
-                expect(
-                    given != shape.context,
-                    f"{given} virtual tokens fill {name}'s context: no room for a single real one",
-                )
-                expect(
-                    given < shape.context,
-                    f"{given} tokens {case} is longer than the context of {shape.context}",
-                )
-                expect(
-                    given * shape.d_model <= budget,
-                    f"{given} tokens {case} are {given * shape.d_model:,} numbers: over the budget",
-                )
-                raise Wrong(f"{given} tokens {case}; {wanted} fit")
-    return "the budget and the context both hold"
+    made = {case: answer(*sizes) for case, sizes in BUDGETS.items()}
+    for given in made.values():
+        expect(
+            isinstance(given, int) and not isinstance(given, bool),
+            f"a prompt has a whole number of tokens; yours is {given!r}",
+        )
+    return made
 
 
 # --- 3 · start from the vocabulary -------------------------------------------------------------
@@ -202,28 +142,9 @@ def start_from_vocabulary(embedding, first, length):
     return nn.Parameter(embedding.weight[first : first + length].detach().clone())
 
 
-def _shares(embedding, first, length):
-    return nn.Parameter(embedding.weight[first : first + length])
-
-
-def _noise(embedding, first, length):
-    return nn.Parameter(torch.randn(length, embedding.weight.shape[1]))
-
-
-def _ids(embedding, first, length):
-    return nn.Parameter(torch.arange(first, first + length).float())
-
-
-def _frozen(embedding, first, length):
-    return embedding.weight[first : first + length].clone()
-
-
 @exercise(
-    "Start from the vocabulary",
-    solution=start_from_vocabulary,
-    difficulty=2,
-    importance=4,
-    minutes=5,
+    "Start from the vocabulary", solution=start_from_vocabulary,
+    difficulty=2, importance=4, minutes=5,
     hints=(
         "Row i of `embedding.weight` is the vector of token i.",
         "A slice of a tensor is a window onto the same numbers: whoever trains the slice, trains "
@@ -231,20 +152,20 @@ def _frozen(embedding, first, length):
         "`nn.Parameter` says that a tensor is to be trained. It does not copy it.",
     ),
     mistakes=(
-        (_shares, "shares its storage"),
-        (_noise, "noise"),
-        (_ids, "the ids themselves"),
-        (_frozen, "would not train"),
+        (lambda embedding, i, n: nn.Parameter(embedding.weight[i : i + n]), "shares its storage"),
+        (lambda embedding, i, n: nn.Parameter(torch.randn(n, embedding.embedding_dim)), "noise"),
+        (lambda embedding, i, n: nn.Parameter(torch.arange(i, i + n).float()),
+         "the ids themselves"),
+        (lambda embedding, i, n: embedding.weight[i : i + n].clone(), "would not train"),
     ),
-)
+)  # fmt: skip
 def initialise(answer):
     torch.manual_seed(0)
     embedding = nn.Embedding(50, 8)
     nn.init.normal_(embedding.weight, std=0.02)
     embedding.requires_grad_(False)
     before = embedding.weight.clone()
-    prompt = answer(embedding, 10, 4)
-    expect(torch.is_tensor(prompt), f"return a tensor; yours is a {type(prompt).__name__}")
+    prompt = a_tensor(answer(embedding, 10, 4))
     wanted = before[10:14]
     expect(
         prompt.shape == wanted.shape,
@@ -273,13 +194,23 @@ def initialise(answer):
 
 # --- 4 · debug the broken adapter --------------------------------------------------------------
 
-FAULTS = {
-    "optimiser": "the optimiser was never given the prompt",
-    "mask": "the mask is zero over the virtual tokens",
-    "detached": "the prompt was cut off from the graph",
-    "rate": "the learning rate is a thousand times too small",
-}
-WARD = {"A": "rate", "B": "mask", "C": "optimiser", "D": "detached"}
+CLINIC = Ward({
+    "optimiser": (
+        "C", "the optimiser was never given the prompt",
+        "Its prompt has a gradient like the sound one and does not move at all: the gradient is "
+        "computed and nobody uses it"),
+    "mask": (
+        "B", "the mask is zero over the virtual tokens",
+        "Its prompt has a gradient of exactly zero: the prompt is in the graph, but no real token "
+        "looks at it"),
+    "detached": (
+        "D", "the prompt was cut off from the graph",
+        "Its prompt has no gradient at all: the path from the loss back to the prompt is cut"),
+    "rate": (
+        "A", "the learning rate is a thousand times too small",
+        "Its prompt has a gradient and moves, but by a thousandth of what the sound one does"),
+})  # fmt: skip
+WARD = CLINIC.right
 
 
 def clinic(base, task, steps: int = 10, lr: float = 0.1, seed: int = 0) -> pd.DataFrame:
@@ -288,79 +219,47 @@ def clinic(base, task, steps: int = 10, lr: float = 0.1, seed: int = 0) -> pd.Da
     One row a step: patient, step, loss, gradient (norm of the prompt's; NaN: there is none) and
     moved (how far the prompt is from where it started, per vector).
     """
-    patients = {"sound": None, **WARD}
-    return pd.concat(
-        [_examine(name, fault, base, task, steps, lr, seed) for name, fault in patients.items()],
-        ignore_index=True,
-    )
+    return CLINIC.examine(lambda fault: _examine(fault, base, task, steps, lr, seed))
 
 
-def _examine(patient, fault, base, task, steps, lr, seed):
+def _examine(fault, base, task, steps, lr, seed):
+    def disturb(model, args, kwargs):
+        if fault == "mask":
+            mask = kwargs["attention_mask"].clone()
+            mask[:, :8] = 0
+            return args, kwargs | {"attention_mask": mask}
+        if fault == "detached":
+            return args, kwargs | {"inputs_embeds": kwargs["inputs_embeds"].detach()}
+
+    def loss_of(examples):
+        batch = task.batch(examples, base.tokenizer, base.device)
+        return target_loss(tuned(batch["input_ids"], batch["attention_mask"]), batch["labels"])
+
+    def moved(prompt, start):
+        return (prompt[0].detach() - start[0]).norm(dim=1).mean().item()
+
     with attach(base, PromptTuning(8), seed=seed) as tuned:
-        prompt, start = tuned.prompt, tuned.prompt.detach().clone()
-
-        def disturb(model, args, kwargs):
-            if fault == "mask":
-                mask = kwargs["attention_mask"].clone()
-                mask[:, : len(prompt)] = 0
-                return args, kwargs | {"attention_mask": mask}
-            if fault == "detached":
-                return args, kwargs | {"inputs_embeds": kwargs["inputs_embeds"].detach()}
-
         stack = next(iter(base.anatomy.stacks.values()))  # behind the hook that puts the prompt in
         hook = stack.register_forward_pre_hook(disturb, with_kwargs=True)
+        prompt = tuned.prompt
         trained = prompt.detach().clone() if fault == "optimiser" else prompt
         rate = lr / 1000 if fault == "rate" else lr
         optimiser = torch.optim.AdamW([trained], lr=rate, weight_decay=0.0)
-        order = torch.Generator().manual_seed(seed)
-        rows = []
-        for step in range(1, steps + 1):
-            chosen = torch.randperm(len(task.train), generator=order)[:16].tolist()
-            batch = task.batch([task.train[i] for i in chosen], base.tokenizer, base.device)
-            loss = target_loss(tuned(batch["input_ids"], batch["attention_mask"]), batch["labels"])
-            if loss.requires_grad:  # else PyTorch would refuse to go backwards
-                loss.backward()
-            gradient = float("nan") if prompt.grad is None else prompt.grad.norm().item()
-            optimiser.step()
-            prompt.grad = None
-            moved = (prompt.detach() - start).norm(dim=1).mean().item()
-            rows.append((patient, step, loss.item(), gradient, moved))
+        rows = [*course({"{}": [prompt]}, optimiser, loss_of, task, steps, 16, seed, moved)]
         hook.remove()
-    return pd.DataFrame(rows, columns=["patient", "step", "loss", "gradient", "moved"])
+    return rows
 
 
-SYMPTOMS = {
-    "optimiser": "has a gradient like the sound one and does not move at all: the gradient is "
-    "computed and nobody uses it",
-    "mask": "has a gradient of exactly zero: the prompt is in the graph, but no real token looks "
-    "at it",
-    "detached": "has no gradient at all: the path from the loss back to the prompt is cut",
-    "rate": "has a gradient and moves, but by a thousandth of what the sound one does",
-}
-
-
-@exercise(
-    "Debug the broken adapter",
-    solution=dict(WARD),
-    difficulty=3,
-    importance=5,
-    minutes=10,
+diagnose = CLINIC.exercise(
+    "diagnose", "Debug the broken adapter",
+    confused=("AC", "BD"), unknown="too few virtual tokens",
+    difficulty=3, importance=5, minutes=10,
     hints=(
         "Look at the gradient first. None, exactly zero and an ordinary number have three "
         "different causes.",
         "Two patients have an ordinary gradient. Ask whether their prompts moved, and how far.",
     ),
-    mistakes=(
-        (swapped(WARD, "A", "C"), "Look again at patient A"),
-        (swapped(WARD, "B", "D"), "Look again at patient B"),
-        (WARD | {"C": "rate", "A": "rate"}, "twice"),
-        (WARD | {"D": "too few virtual tokens"}, "none of the four faults"),
-        ({"A": "rate"}, "has no diagnosis yet"),
-    ),
-)
-def diagnose(answer):
-    signs = {fault: f"Its prompt {sign}" for fault, sign in SYMPTOMS.items()}
-    return match(answer, WARD, FAULTS, signs)
+)  # fmt: skip
 
 
 # --- predict first -----------------------------------------------------------------------------
@@ -379,20 +278,14 @@ def _small(layers: int = 2) -> GPT2LMHeadModel:
     "20 virtual tokens on Llama-3-70B (80 layers, d_model 8,192). How many numbers train?",
     {
         "a": ("163,840", "That is one vector a virtual token, at the input."),
-        "b": (
-            "13,107,200",
-            "You counted one vector a layer and token: that is a prompt in every layer.",
-        ),
-        "c": (
-            "26,214,400",
-            "You counted a key and a value in every layer: that is prefix tuning with full heads.",
-        ),
-        "d": (
-            "1,000,000,000",
-            "More layers make the base larger, not the prompt: its size depends on d_model alone.",
-        ),
+        "b": ("13,107,200", "You counted one vector a layer and token: that is a prompt in every "
+              "layer."),
+        "c": ("26,214,400", "You counted a key and a value in every layer: that is prefix tuning "
+              "with full heads."),
+        "d": ("1,000,000,000", "More layers make the base larger, not the prompt: its size depends "
+              "on d_model alone."),
     },
-)
+)  # fmt: skip
 def predict_count():
     shape = Shape.named("llama-3-70b")
     measured = count(PromptTuning(20), shape)
@@ -409,21 +302,15 @@ def predict_count():
     "You put one virtual token of zeros in front of the input, and train nothing. "
     "What happens to the output of the real tokens?",
     {
-        "a": (
-            "nothing: a zero vector adds nothing",
-            "A zero vector is still a token: it gets a position, a key and a value, and softmax "
-            "gives it a share of the attention that the others lose.",
-        ),
-        "b": (
-            "it changes",
-            "There is one more token to attend to, and every position has moved by one.",
-        ),
-        "c": (
-            "it changes only if the token is trained",
-            "Training changes the vector. The place that the vector takes is there before.",
-        ),
+        "a": ("nothing: a zero vector adds nothing", "A zero vector is still a token: it gets a "
+              "position, a key and a value, and softmax gives it a share of the attention that the "
+              "others lose."),
+        "b": ("it changes", "There is one more token to attend to, and every position has moved by "
+              "one."),
+        "c": ("it changes only if the token is trained", "Training changes the vector. The place "
+              "that the vector takes is there before."),
     },
-)
+)  # fmt: skip
 def predict_zero_prompt():
     model = _small()
     ids = torch.arange(10)[None]
@@ -448,18 +335,14 @@ def predict_zero_prompt():
 @question(
     "20 virtual tokens in front of 40 real ones. How much more work is one forward pass?",
     {
-        "a": (
-            "under 1%: the prompt is under 1% of the parameters",
-            "Work does not follow the trained parameters. Each virtual token runs through every "
-            "frozen weight, like a real token.",
-        ),
+        "a": ("under 1%: the prompt is under 1% of the parameters", "Work does not follow the "
+              "trained parameters. Each virtual token runs through every frozen weight, like a "
+              "real token."),
         "b": ("about 50%", "There are 60 tokens to compute instead of 40."),
-        "c": (
-            "none: the prompt can be merged into the weights after training",
-            "There is no ΔW to merge. The virtual tokens are there in every call.",
-        ),
+        "c": ("none: the prompt can be merged into the weights after training",
+              "There is no ΔW to merge. The virtual tokens are there in every call."),
     },
-)
+)  # fmt: skip
 def predict_work():
     model = _small()
     flops = {}

@@ -19,7 +19,8 @@ from transformers.masking_utils import eager_mask
 from peftlab.accounting import count
 from peftlab.attention import cache_name
 from peftlab.bases.shapes import Shape
-from peftlab.exercises import Wrong, exercise, expect, match, question, swapped
+from peftlab.exercises import after, exercise, expect, question, same
+from peftlab.exercises.clinic import Ward, course, distance
 from peftlab.methods import DeepPromptTuning, PrefixTuning
 from peftlab.methods.soft import initial_prefix
 from peftlab.training import target_loss
@@ -41,34 +42,16 @@ def _two_softmaxes(query, key, value, mask, P_k, P_v):
     return text + (query @ P_k.transpose(1, 2) / scale).softmax(-1) @ P_v
 
 
-def _queries_too(query, key, value, mask, P_k, P_v):
-    batch = len(key)
-    query = torch.cat([P_k.expand(batch, -1, -1, -1), query], dim=2)
-    mask = F.pad(mask, (0, 0, P_k.shape[1], 0))
-    return attend_with_prefix(query, key, value, mask, P_k, P_v)
-
-
-def _unscaled(query, key, value, mask, P_k, P_v):
-    return attend_with_prefix(query * math.sqrt(query.shape[-1]), key, value, mask, P_k, P_v)
-
-
-def _hidden(query, key, value, mask, P_k, P_v):
-    return (query @ key.transpose(2, 3) / math.sqrt(query.shape[-1]) + mask).softmax(-1) @ value
-
-
 def _wrong_side(query, key, value, mask, P_k, P_v):
     key = torch.cat([P_k.expand(len(key), -1, -1, -1), key], dim=2)
     value = torch.cat([P_v.expand(len(value), -1, -1, -1), value], dim=2)
-    scores = query @ key.transpose(2, 3) / math.sqrt(query.shape[-1])
-    return (scores + F.pad(mask, (0, P_k.shape[1]))).softmax(dim=-1) @ value
+    mask = F.pad(mask, (0, P_k.shape[1]))
+    return attend_with_prefix(query, key, value, mask, P_k[:, :0], P_v[:, :0])
 
 
 @exercise(
-    "Attend with a prefix",
-    solution=attend_with_prefix,
-    difficulty=3,
-    importance=5,
-    minutes=12,
+    "Attend with a prefix", solution=attend_with_prefix,
+    difficulty=3, importance=5, minutes=12,
     hints=(
         "Keys and values get P rows more, along the axis of the sequence (dim 2). Queries do not.",
         "`P_k.expand(batch, -1, -1, -1)` gives each row of the batch the same prefix.",
@@ -77,13 +60,23 @@ def _wrong_side(query, key, value, mask, P_k, P_v):
         "One softmax over all P + T scores. Two of them would give the prefix a weight of 1.",
     ),
     mistakes=(
-        (_two_softmaxes, "two softmaxes"),
-        (_queries_too, "rows of output"),
-        (_unscaled, "square root"),
-        (_hidden, "as if there were no prefix"),
-        (_wrong_side, "on the right"),
+        (_two_softmaxes, "you took two softmaxes and added the results: prefix and text must "
+         "share one softmax, so that what the prefix takes, the text loses"),
+        (lambda q, k, v, mask, P_k, P_v: attend_with_prefix(
+            torch.cat([P_k.expand(len(k), -1, -1, -1), q], dim=2), k, v,
+            F.pad(mask, (0, 0, P_k.shape[1], 0)), P_k, P_v), "rows of output"),
+        (lambda q, *others: attend_with_prefix(q * math.sqrt(q.shape[-1]), *others),
+         "the scores are too large: divide them by the square root of head_dim"),
+        (lambda q, k, v, mask, P_k, P_v: attend_with_prefix(q, k, v, mask, P_k[:, :0], P_v[:, :0]),
+         "the output is as if there were no prefix: its columns of the mask must be 0, and a very "
+         "negative number hides it"),
+        (_wrong_side, "you lengthened the mask on the right. The prefix's columns are the first "
+         "ones, so the causal triangle must move to the right: pad on the left"),
     ),
-)
+    otherwise="the shape is right and the numbers are not",
+    praise="one softmax over prefix and text, and the causal mask holds",
+    atol=1e-5,
+)  # fmt: skip
 def attend(answer):
     draw = torch.Generator().manual_seed(0)
     batch, heads, T, P, d = 2, 3, 4, 2, 8
@@ -102,25 +95,12 @@ def attend(answer):
         given.shape == query.shape,
         f"the output should be {tuple(query.shape)}, as the queries; yours is {tuple(given.shape)}",
     )
-    for wrong, diagnosis in (
-        (_two_softmaxes, "you took two softmaxes and added the results: prefix and text must "
-         "share one softmax, so that what the prefix takes, the text loses"),
-        (_unscaled, "the scores are too large: divide them by the square root of head_dim"),
-        (_hidden, "the output is as if there were no prefix: its columns of the mask must be 0, "
-         "and a very negative number hides it"),
-        (_wrong_side, "you lengthened the mask on the right. The prefix's columns are the first "
-         "ones, so the causal triangle must move to the right: pad on the left"),
-    ):  # fmt: skip
-        expect(
-            not torch.allclose(given, wrong(query, key, value, mask, P_k, P_v), atol=1e-5),
-            diagnosis,
-        )
-    wanted = attend_with_prefix(query, key, value, mask, P_k, P_v)
-    expect(torch.allclose(given, wanted, atol=1e-5), "the shape is right and the numbers are not")
-    return "one softmax over prefix and text, and the causal mask holds"
+    return given
 
 
 # --- 2 · the mask ------------------------------------------------------------------------------
+
+MASK, P = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]]), 3  # the second row: padding on the left
 
 
 def may_see(mask, P):
@@ -135,69 +115,42 @@ def _plain_triangle(mask, P):
     return torch.ones(mask.shape[1], P + mask.shape[1], dtype=torch.bool).tril() & whole
 
 
-def _forgets_padding(mask, P):
-    return may_see(torch.ones_like(mask), P)
-
-
-def _forgets_causality(mask, P):
-    whole = F.pad(mask, (P, 0), value=1)[:, None, None, :].bool()
-    return whole.expand(-1, -1, mask.shape[1], -1)
-
-
-def _hides_prefix(mask, P):
-    return F.pad(may_see(mask, 0), (P, 0))
-
-
-def _no_columns(mask, P):
-    return may_see(mask, 0)
-
-
 @exercise(
-    "Let the mask see the prefix",
-    solution=may_see,
-    difficulty=3,
-    importance=5,
-    minutes=10,
+    "Let the mask see the prefix", solution=may_see,
+    difficulty=3, importance=5, minutes=10,
     hints=(
         "The result has a row for each of the T queries and a column for each of the P + T keys.",
         "The left block, T × P, is True throughout: every query sees the whole prefix.",
         "The right block is the usual one: not the future (`tril`), and no padding.",
     ),
     mistakes=(
-        (_plain_triangle, "triangle begins at the first column"),
-        (_forgets_padding, "padding"),
-        (_forgets_causality, "future"),
-        (_hides_prefix, "hides the prefix"),
-        (_no_columns, "there are 7 keys"),
+        (_plain_triangle, "your triangle begins at the first column: the first query sees one "
+         "virtual key, and the last tokens are seen by nobody. The triangle belongs to the text's "
+         "columns"),
+        (lambda mask, P: F.pad(may_see(mask, 0), (P, 0)), "your mask hides the prefix: it would "
+         "never be read, and never train", lambda given, right: not given[..., :P].any()),
+        (after(may_see, lambda seen: seen & (torch.arange(seen.shape[-1]) > 0)),
+         "some queries do not see all of the prefix",
+         lambda given, right: not given[..., :P].all()),
+        (lambda mask, P: F.pad(mask[:, None, None].expand(-1, 1, 4, -1), (P, 0), value=1),
+         "a token sees the future: the text's columns need the causal triangle",
+         lambda given, right: given[0, 0, :, P:].triu(1).any()),
+        (lambda mask, P: may_see(torch.ones_like(mask), P), "the second row is padded, and its "
+         "padding is seen", lambda given, right: given[1, 0, :, P : P + 2].any()),
+        (lambda mask, P: may_see(mask, 0), "there are 7 keys"),
     ),
-)
+    otherwise="the text's columns have changed",
+    praise="every query sees the prefix, nobody sees padding or the future",
+)  # fmt: skip
 def mask_for(answer):
-    mask, P = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]]), 3  # the second row: padding on the left
-    batch, T = mask.shape
-    given, wanted = answer(mask, P), may_see(mask, P)
+    given, (batch, T) = answer(MASK.clone(), P), MASK.shape
     expect(isinstance(given, torch.Tensor), "return one tensor of True and False")
     expect(
         given.ndim == 4 and given.shape[-1] == P + T,
         f"there are {P + T} keys, {P} of them virtual, and your mask has {given.shape[-1]} columns "
-        f"in a shape of {tuple(given.shape)}; wanted is {tuple(wanted.shape)}",
+        f"in a shape of {tuple(given.shape)}; wanted is {(batch, 1, T, P + T)}",
     )
-    given = given.bool().expand(batch, 1, T, P + T)
-    expect(
-        not torch.equal(given, _plain_triangle(mask, P)),
-        "your triangle begins at the first column: the first query sees one virtual key, and the "
-        "last tokens are seen by nobody. The triangle belongs to the text's columns",
-    )
-    expect(
-        given[..., :P].any(), "your mask hides the prefix: it would never be read, and never train"
-    )
-    expect(given[..., :P].all(), "some queries do not see all of the prefix")
-    expect(
-        not given[0, 0, :, P:].triu(1).any(),
-        "a token sees the future: the text's columns need the causal triangle",
-    )
-    expect(not given[1, 0, :, P : P + 2].any(), "the second row is padded, and its padding is seen")
-    expect(torch.equal(given, wanted), "the text's columns have changed")
-    return "every query sees the prefix, nobody sees padding or the future"
+    return given.bool().expand(batch, 1, T, P + T)
 
 
 # --- 3 · fold the MLP away ---------------------------------------------------------------------
@@ -210,36 +163,9 @@ def fold(table, mlp, layers, kv_heads):
     return P_k.clone(), P_v.clone()
 
 
-def _no_permute(table, mlp, layers, kv_heads):
-    made = mlp(table).detach()
-    P_k, P_v = made.reshape(2, layers, kv_heads, len(table), -1)
-    return P_k, P_v
-
-
-def _swapped(table, mlp, layers, kv_heads):
-    return fold(table, mlp, layers, kv_heads)[::-1]
-
-
-def _still_attached(table, mlp, layers, kv_heads):
-    made = mlp(table).view(len(table), 2, layers, kv_heads, -1)
-    return tuple(made.permute(1, 2, 3, 0, 4))
-
-
-def _the_table(table, mlp, layers, kv_heads):
-    return table, table
-
-
-def _one_by_one(table, mlp, layers, kv_heads):
-    P_k, P_v = fold(table, mlp, layers, kv_heads)
-    return P_k.transpose(1, 2), P_v.transpose(1, 2)
-
-
 @exercise(
-    "Fold the MLP away",
-    solution=fold,
-    difficulty=4,
-    importance=3,
-    minutes=10,
+    "Fold the MLP away", solution=fold,
+    difficulty=4, importance=3, minutes=10,
     hints=(
         "Run the MLP once: `mlp(table)` is (P, 2 · layers · kv_heads · head_dim).",
         "A virtual token's row holds first all its keys, then all its values, layer by layer, head "
@@ -248,14 +174,29 @@ def _one_by_one(table, mlp, layers, kv_heads):
         "numbers of different virtual tokens.",
     ),
     mistakes=(
-        (_no_permute, "mixed the virtual tokens"),
-        (_swapped, "the values where the keys belong"),
-        (_still_attached, "still hangs on the MLP"),
-        (_the_table, "the table itself"),
-        (_one_by_one, "heads and virtual tokens"),
+        (lambda table, *_: (table, table), "that is the table itself: its rows go through the MLP "
+         "before anything reads them", lambda given, right: given[0].shape == (5, 6)),
+        (after(fold, lambda P_k, P_v: (P_k.transpose(1, 2), P_v.transpose(1, 2))), "the axes of "
+         "heads and virtual tokens are exchanged; wanted is (layers, kv_heads, P, head_dim)",
+         lambda given, right: given[0].shape == right[0].transpose(1, 2).shape),
+        (after(fold, lambda P_k, P_v: (P_v, P_k)), "you return the values where the keys belong: "
+         "the first half of a row is the keys", lambda given, right: same(given[0], right[1])),
+        (lambda table, mlp, layers, heads:
+         mlp(table).detach().reshape(2, layers, heads, len(table), -1),
+         "the shape is right, but you mixed the virtual tokens: one key has numbers of several "
+         "rows. Give each row its axes first, then permute",
+         lambda given, right: given[0].shape == right[0].shape and not same(given[:2], right[:2])),
+        (lambda table, mlp, layers, heads:
+         mlp(table).view(len(table), 2, layers, heads, -1).permute(1, 2, 3, 0, 4),
+         "the result still hangs on the MLP: it has a gradient, and cannot be stored without the "
+         "graph. Detach it", lambda given, right: given[2]),
     ),
-)
+    otherwise=lambda given, right: f"the keys should be {tuple(right[0].shape)}, that is (layers, "
+        f"kv_heads, P, head_dim); yours are {tuple(given[0].shape)}",
+    praise="keys and values of every layer, and the MLP is not needed any more",
+)  # fmt: skip
 def fold_the_mlp(answer):
+    """Keys, values, and whether they hang on the MLP."""
     P, d, m, layers, kv_heads, head_dim = 5, 6, 7, 3, 2, 4
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -267,37 +208,8 @@ def fold_the_mlp(answer):
         isinstance(given, (tuple, list, torch.Tensor)) and len(given) == 2,
         "return two tensors: keys, values",
     )
-    wanted = fold(table, mlp, layers, kv_heads)
     P_k, P_v = given
-    expect(
-        P_k.shape != table.shape,
-        "that is the table itself: its rows go through the MLP before anything reads them",
-    )
-    expect(
-        P_k.shape != wanted[0].transpose(1, 2).shape,
-        "the axes of heads and virtual tokens are exchanged; wanted is "
-        "(layers, kv_heads, P, head_dim)",
-    )
-    expect(
-        P_k.shape == wanted[0].shape,
-        f"the keys should be {tuple(wanted[0].shape)}, that is (layers, kv_heads, P, head_dim); "
-        f"yours are {tuple(P_k.shape)}",
-    )
-    expect(
-        not torch.equal(P_k, wanted[1]),
-        "you return the values where the keys belong: the first half of a row is the keys",
-    )
-    expect(
-        torch.allclose(P_k, wanted[0], atol=1e-6) and torch.allclose(P_v, wanted[1], atol=1e-6),
-        "the shape is right, but you mixed the virtual tokens: one key has numbers of several "
-        "rows. Give each row its axes first, then permute",
-    )
-    expect(
-        not P_k.requires_grad and not P_v.requires_grad,
-        "the result still hangs on the MLP: it has a gradient, and cannot be stored without the "
-        "graph. Detach it",
-    )
-    return "keys and values of every layer, and the MLP is not needed any more"
+    return P_k, P_v, P_k.requires_grad or P_v.requires_grad
 
 
 # --- 4 · count ---------------------------------------------------------------------------------
@@ -307,28 +219,16 @@ def numbers_in(P, layers, decoder_layers, d_model, kv_heads, head_dim):
     return 2 * P * (layers + 2 * decoder_layers) * kv_heads * head_dim
 
 
-def _keys_only(P, layers, decoder_layers, d_model, kv_heads, head_dim):
-    return P * (layers + 2 * decoder_layers) * kv_heads * head_dim
-
-
-def _width_of_the_model(P, layers, decoder_layers, d_model, kv_heads, head_dim):
-    return 2 * P * (layers + 2 * decoder_layers) * d_model
-
-
-def _one_attention(P, layers, decoder_layers, d_model, kv_heads, head_dim):
-    return 2 * P * (layers + decoder_layers) * kv_heads * head_dim
-
-
-def _one_layer(P, layers, decoder_layers, d_model, kv_heads, head_dim):
-    return 2 * P * kv_heads * head_dim
+PREFIXES = {
+    f"for P = {P} on {name},": (P, Shape.named(name))
+    for name in ("gpt2-medium", "llama-3-8b", "t5-base")
+    for P in (1, 10, 20)
+}
 
 
 @exercise(
-    "How many numbers are in a prefix?",
-    solution=numbers_in,
-    difficulty=2,
-    importance=4,
-    minutes=5,
+    "How many numbers are in a prefix?", solution=numbers_in,
+    difficulty=2, importance=4, minutes=5,
     hints=(
         "A virtual token has one key and one value in each attention.",
         "A key is as wide as the keys of the text: kv_heads · head_dim. With grouped heads that is "
@@ -336,57 +236,48 @@ def _one_layer(P, layers, decoder_layers, d_model, kv_heads, head_dim):
         "A decoder layer of T5 has two attentions: to itself and to the encoder.",
     ),
     mistakes=(
-        (_keys_only, "half of what it should be"),
-        (_width_of_the_model, "d_model wide"),
-        (_one_attention, "two attentions"),
-        (_one_layer, "for one attention alone"),
+        (lambda *sizes: numbers_in(*sizes) // 2,
+         "{case} {given:,}, is half of what it should be: there is a key and a value"),
+        (lambda P, layers, decoder_layers, d_model, kv_heads, head_dim: 2 * P * kv_heads * head_dim,
+         "{case} {given:,}, is for one attention alone; there is a prefix in each"),
+        (lambda P, layers, decoder_layers, d_model, kv_heads, head_dim:
+         2 * P * (layers + 2 * decoder_layers) * d_model, "{case} {given:,}, has keys that are "
+         "d_model wide. This model has 8 heads of 128 for keys"),
+        (lambda P, layers, decoder_layers, d_model, kv_heads, head_dim:
+         2 * P * (layers + decoder_layers) * kv_heads * head_dim,
+         "{case} {given:,}, forgets that a decoder layer of T5 has two attentions"),
         (lambda *sizes: float(numbers_in(*sizes)) + 0.5, "whole number"),
     ),
-)
+    otherwise="{case} {given:,}, is not {right:,}",
+    praise="GPT-2, grouped heads and two stacks are right",
+    right=lambda: {case: count(PrefixTuning(P), shape) for case, (P, shape) in PREFIXES.items()},
+)  # fmt: skip
 def count_the_prefix(answer):
-    for name in ("gpt2-medium", "llama-3-8b", "t5-base"):
-        for P in (1, 10, 20):
-            shape = Shape.named(name)
-            sizes = (P, shape.layers, shape.decoder_layers, shape.d_model, shape.kv_heads,
-                     shape.head_dim)  # fmt: skip
-            given, wanted = answer(*sizes), count(PrefixTuning(P), shape)
-            expect(
-                isinstance(given, int) and not isinstance(given, bool),
-                f"a prefix has a whole number of parameters; yours is {given!r}",
-            )
-            if given == wanted:
-                continue
-            case = f"for P = {P} on {name}, {given:,},"
-            expect(
-                2 * given != wanted,
-                f"{case} is half of what it should be: there is a key and a value",
-            )
-            expect(
-                given != _one_layer(*sizes),
-                f"{case} is for one attention alone; there is a prefix in each",
-            )
-            expect(
-                given != _width_of_the_model(*sizes),
-                f"{case} has keys that are d_model wide. This model has {shape.kv_heads} heads of "
-                f"{shape.head_dim} for keys",
-            )
-            expect(
-                given != _one_attention(*sizes),
-                f"{case} forgets that a decoder layer of T5 has two attentions",
-            )
-            raise Wrong(f"{case} is not {wanted:,}")
-    return "GPT-2, grouped heads and two stacks are right"
+    made = {}
+    for case, (P, shape) in PREFIXES.items():
+        sizes = shape.layers, shape.decoder_layers, shape.d_model, shape.kv_heads, shape.head_dim
+        made[case] = given = answer(P, *sizes)
+        expect(
+            isinstance(given, int) and not isinstance(given, bool),
+            f"a prefix has a whole number of parameters; yours is {given!r}",
+        )
+    return made
 
 
 # --- 5 · debug the broken adapter --------------------------------------------------------------
 
-FAULTS = {
-    "mask": "the mask is −∞ over the prefix's columns",
-    "optimiser": "the optimiser was never given the prefix",
-    "values": "the values were cut off from the graph, the keys were not",
-    "rate": "the learning rate is the MLP's, and there is no MLP",
-}
-WARD = {"A": "values", "B": "rate", "C": "mask", "D": "optimiser"}
+CLINIC = Ward({
+    "mask": ("C", "the mask is −∞ over the prefix's columns",
+        "Its prefix has a gradient of zero, keys and values alike: nothing that reads the text "
+        "reads it"),
+    "optimiser": ("D", "the optimiser was never given the prefix",
+        "Its prefix has a gradient like the sound one's and does not move: it is computed, and "
+        "nobody uses it"),
+    "values": ("A", "the values were cut off from the graph, the keys were not",
+        "Its prefix has keys with a gradient and values without: only one half is in the graph"),
+    "rate": ("B", "the learning rate is the MLP's, and there is no MLP",
+        "Its prefix has a gradient like the sound one's and moves, but far less in as many steps"),
+})  # fmt: skip
 RATE = PrefixTuning().learning_rate
 MLP_RATE = PrefixTuning(prefix_projection=True).learning_rate
 
@@ -397,14 +288,11 @@ def clinic(base, task, steps: int = 8, seed: int = 0) -> pd.DataFrame:
     One row a step: patient, step, loss, the norms of the gradients of P_k and P_v, and how far the
     two have moved from where they started (root mean square of a number).
     """
-    patients = {"sound": None, **WARD}
-    return pd.concat(
-        [_examine(name, fault, base, task, steps, seed) for name, fault in patients.items()],
-        ignore_index=True,
-    )
+    seen = CLINIC.examine(lambda fault: _examine(fault, base, task, steps, seed))
+    return seen.fillna(0.0)  # where a half is cut off from the graph
 
 
-def _examine(patient, fault, base, task, steps, seed) -> pd.DataFrame:
+def _examine(fault, base, task, steps, seed) -> list[dict]:
     generator = torch.Generator().manual_seed(seed)
     sites = base.anatomy.attentions
     start = initial_prefix(base, sites, "vocabulary", None, 8, generator)
@@ -435,57 +323,30 @@ def _examine(patient, fault, base, task, steps, seed) -> pd.DataFrame:
     trained = [t.detach().clone() for t in (P_k, P_v)] if fault == "optimiser" else [P_k, P_v]
     rate = MLP_RATE if fault == "rate" else RATE
     optimiser = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
-    order, rows = torch.Generator().manual_seed(seed), []
+
+    def loss_of(examples):
+        batch = task.batch(examples, base.tokenizer, base.device)
+        return target_loss(base(batch["input_ids"], batch["attention_mask"]), batch["labels"])
+
+    def moved(tensors, start):
+        return distance(tensors, start) / math.sqrt(tensors[0].numel())
+
+    parts = {"{}_k": [P_k], "{}_v": [P_v]}
     try:
-        for step in range(1, steps + 1):
-            chosen = torch.randperm(len(task.train), generator=order)[:8].tolist()
-            batch = task.batch([task.train[i] for i in chosen], base.tokenizer, base.device)
-            loss = target_loss(base(batch["input_ids"], batch["attention_mask"]), batch["labels"])
-            loss.backward()
-            slopes = [0.0 if t.grad is None else t.grad.norm().item() for t in (P_k, P_v)]
-            optimiser.step()
-            P_k.grad = P_v.grad = None
-            moved = [
-                (t.detach().cpu() - start[name]).square().mean().sqrt().item()
-                for t, name in ((P_k, "P_k"), (P_v, "P_v"))
-            ]
-            rows.append((patient, step, loss.item(), *slopes, *moved))
+        return [*course(parts, optimiser, loss_of, task, steps, 8, seed, moved)]
     finally:
         base.model.set_attn_implementation(before)
-    columns = "patient step loss gradient_k gradient_v moved_k moved_v".split()
-    return pd.DataFrame(rows, columns=columns)
 
 
-SYMPTOMS = {
-    "mask": "has a gradient of zero, keys and values alike: nothing that reads the text reads it",
-    "optimiser": "has a gradient like the sound one's and does not move: it is computed, and "
-    "nobody uses it",
-    "values": "has keys with a gradient and values without: only one half is in the graph",
-    "rate": "has a gradient like the sound one's and moves, but far less in as many steps",
-}
-
-
-@exercise(
-    "Debug the broken adapter",
-    solution=dict(WARD),
-    difficulty=3,
-    importance=5,
-    minutes=10,
+diagnose = CLINIC.exercise(
+    "diagnose", "Debug the broken adapter",
+    confused=("AC", "BD"), unknown="too short a prefix",
+    difficulty=3, importance=5, minutes=10,
     hints=(
         "Look at the two gradients first. Zero in both and zero in one have different causes.",
         "Two patients have both gradients. Ask whether they moved, and how far.",
     ),
-    mistakes=(
-        (swapped(WARD, "A", "C"), "Look again at patient A"),
-        (swapped(WARD, "B", "D"), "Look again at patient B"),
-        (WARD | {"C": "values"}, "twice"),
-        (WARD | {"D": "too short a prefix"}, "none of the four faults"),
-        ({"A": "values"}, "has no diagnosis yet"),
-    ),
-)
-def diagnose(answer):
-    signs = {fault: f"Its prefix {sign}" for fault, sign in SYMPTOMS.items()}
-    return match(answer, WARD, FAULTS, signs)
+)  # fmt: skip
 
 
 # --- predict first -----------------------------------------------------------------------------
@@ -505,22 +366,16 @@ def _small(layers: int = 2) -> GPT2LMHeadModel:
     "All keys and values of a prefix are zero, and nothing is trained. "
     "What happens to the output of the text?",
     {
-        "a": (
-            "nothing: the values add zero",
-            "The values add zero, but the keys take a share all the same: a score of 0 is a weight "
-            "of e⁰ = 1 before the softmax divides. What the text adds becomes smaller.",
-        ),
-        "b": (
-            "it changes: the text loses a share of the attention to keys of zero",
-            "A key of zeros has a score of 0, and the softmax gives a score of 0 a weight.",
-        ),
-        "c": (
-            "nothing: a zero key has the lowest score of all, so the softmax leaves it out",
-            "Zero is not the lowest score: scores are negative as often as not, and no score but "
-            "−∞ is left out by a softmax.",
-        ),
+        "a": ("nothing: the values add zero", "The values add zero, but the keys take a share all "
+              "the same: a score of 0 is a weight of e⁰ = 1 before the softmax divides. What the "
+              "text adds becomes smaller."),
+        "b": ("it changes: the text loses a share of the attention to keys of zero",
+              "A key of zeros has a score of 0, and the softmax gives a score of 0 a weight."),
+        "c": ("nothing: a zero key has the lowest score of all, so the softmax leaves it out",
+              "Zero is not the lowest score: scores are negative as often as not, and no score but "
+              "−∞ is left out by a softmax."),
     },
-)
+)  # fmt: skip
 def predict_zero_prefix():
     model, ids = _small(), torch.arange(10)[None]
     shape = (1, 4, 5, 16)
@@ -545,22 +400,17 @@ def predict_zero_prefix():
     "A causal GPT reads two different texts behind the same prefix. "
     "Do the prefix's keys in its last layer differ between the two?",
     {
-        "a": (
-            "yes: by the last layer the prefix has read the text",
-            "A prefix has no queries and passes through no layer. What stands in the last layer is "
-            "what was trained for the last layer.",
-        ),
-        "b": (
-            "no, and those of a soft prompt in front of the text would not differ either",
-            "A causal model reads from left to right, so what stands in front never sees the text.",
-        ),
-        "c": (
-            "no, but those of a soft prompt in front of the text would: it goes through the layers",
-            "It does go through the layers, but in a causal model it stands in front and sees only "
-            "what is further to the left. In an encoder you would be right.",
-        ),
+        "a": ("yes: by the last layer the prefix has read the text", "A prefix has no queries and "
+              "passes through no layer. What stands in the last layer is what was trained for the "
+              "last layer."),
+        "b": ("no, and those of a soft prompt in front of the text would not differ either",
+              "A causal model reads from left to right, so what stands in front never sees the "
+              "text."),
+        "c": ("no, but those of a soft prompt in front of the text would: it goes through the "
+              "layers", "It does go through the layers, but in a causal model it stands in front "
+              "and sees only what is further to the left. In an encoder you would be right."),
     },
-)
+)  # fmt: skip
 def predict_who_reads():
     draw = torch.Generator().manual_seed(0)
     prompt = torch.randn(1, 3, 64, generator=draw)
@@ -595,21 +445,15 @@ def predict_who_reads():
     "more numbers: a prefix of 20, a key and a value in each layer; or 20 vectors as wide as the "
     "model at each layer's input?",
     {
-        "a": (
-            "the prefix, twice as many: a key and a value against one vector",
-            "That holds where each head has its own keys. Here four heads share one, so a key and "
-            "a value together are half as wide as one vector of the model.",
-        ),
-        "b": (
-            "they are equal: both stand in every layer",
-            "The layers are the same, the widths are not: 2 · 1,024 against 4,096.",
-        ),
-        "c": (
-            "the vectors at the input of each layer, twice as many",
-            "2 · d_kv is 2,048, half of d_model.",
-        ),
+        "a": ("the prefix, twice as many: a key and a value against one vector",
+              "That holds where each head has its own keys. Here four heads share one, so a key "
+              "and a value together are half as wide as one vector of the model."),
+        "b": ("they are equal: both stand in every layer", "The layers are the same, the widths "
+              "are not: 2 · 1,024 against 4,096."),
+        "c": ("the vectors at the input of each layer, twice as many",
+              "2 · d_kv is 2,048, half of d_model."),
     },
-)
+)  # fmt: skip
 def predict_larger():
     shape = Shape.named("llama-3-8b")
     prefix, vectors = count(PrefixTuning(20), shape), count(DeepPromptTuning(20), shape)

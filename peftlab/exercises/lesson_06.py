@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from peftlab.accounting import count, training_bytes
-from peftlab.exercises import Wrong, exercise, expect, question
+from peftlab.exercises import a_number, a_tensor, after, exercise, expect, question, same
+from peftlab.exercises.clinic import Ward
 from peftlab.methods import LoRA
 
 # --- predict first -----------------------------------------------------------------------------
@@ -45,12 +46,10 @@ def how_many():
         "a": ("both", "The gradient of A passes through B, and B is zero."),
         "b": ("only A", "It is the other way round: A's gradient is Bᵀ times something."),
         "c": ("only B", "B's gradient is something times the inner activation A x."),
-        "d": (
-            "neither",
-            "That happens if both start at zero. Here A x is not zero, and B sees it.",
-        ),
+        "d": ("neither",
+              "That happens if both start at zero. Here A x is not zero, and B sees it."),
     },
-)
+)  # fmt: skip
 def first_gradient():
     generator = torch.Generator().manual_seed(0)
     A = torch.randn(2, 6, generator=generator, requires_grad=True)
@@ -93,9 +92,9 @@ def factors(r: int = 3, d_in: int = 7, d_out: int = 5) -> tuple[torch.Tensor, to
     return A, B
 
 
-def near(a, b) -> bool:
-    """Same shape, same numbers up to rounding."""
-    return isinstance(a, torch.Tensor) and a.shape == b.shape and torch.allclose(a, b.to(a.dtype))
+def describe(tensor: torch.Tensor) -> str:
+    """A tensor's shape and size in a few words."""
+    return f"{tuple(tensor.shape)} with norm {tensor.norm():.3g}"
 
 
 def delta_weight_solution(A, B, alpha):
@@ -104,50 +103,28 @@ def delta_weight_solution(A, B, alpha):
 
 
 @exercise(
-    "ΔW from its factors",
-    solution=delta_weight_solution,
+    "ΔW from its factors", solution=delta_weight_solution,
     mistakes=(
-        (lambda A, B, alpha: B @ A, "forgot alpha / r"),
-        (lambda A, B, alpha: alpha * B @ A, "divide alpha by r"),
-        (lambda A, B, alpha: alpha * A.shape[0] * B @ A, "multiplied alpha by r"),
-        (lambda A, B, alpha: alpha / A.shape[1] * B @ A, "divided alpha by d_in"),
-        (lambda A, B, alpha: A @ B, "A comes first"),
-        (lambda A, B, alpha: alpha / A.shape[0] * (B @ A).T, "transposed"),
+        (lambda A, B, a: B @ A, "the product is right, but you forgot alpha / r"),
+        (lambda A, B, a: a * B @ A, "did you divide alpha by r? Your scale is alpha itself"),
+        (lambda A, B, a: a * len(A) * B @ A, "you multiplied alpha by r: the scale is alpha / r"),
+        (lambda A, B, a: a / A.shape[1] * B @ A, "you divided alpha by d_in: r is A.shape[0]"),
+        (lambda A, B, a: A @ B, "the shapes do not fit. Perhaps A comes first in your product: "
+         "with A (r, d_in) and B (d_out, r) it is B @ A"),
+        (after(delta_weight_solution, lambda delta: delta.T),
+         "yours is transposed: ΔW is (d_out, d_in), as W is"),
     ),
-    difficulty=1,
-    importance=5,
-    minutes=3,
+    praise="B A, scaled by alpha / r, in the shape of W",
+    otherwise=lambda given, right: f"ΔW should be {tuple(right.shape)} with other numbers; yours "
+        f"is {describe(given)}",
+    difficulty=1, importance=5, minutes=3,
     hints=(
         "ΔW has the shape of W: (d_out, d_in). Which order of A (r, d_in) and B (d_out, r) has it?",
         "r is the number of rows of A. The scale is alpha divided by it.",
     ),
-)
+)  # fmt: skip
 def delta_weight(answer):
-    A, B = factors()
-    alpha, right = 6.0, 2.0 * B @ A
-    try:
-        mine = answer(A, B, alpha)
-    except NotImplementedError:
-        raise
-    except RuntimeError as error:
-        raise Wrong(
-            "the shapes do not fit. Perhaps A comes first in your product: with A (r, d_in) and "
-            "B (d_out, r) it is B @ A"
-        ) from error
-    expect(isinstance(mine, torch.Tensor), f"return a tensor; yours is {type(mine).__name__}")
-    if near(mine, right):
-        return "B A, scaled by alpha / r, in the shape of W"
-    expect(not near(mine, B @ A), "the product is right, but you forgot alpha / r")
-    expect(not near(mine, alpha * B @ A), "did you divide alpha by r? Your scale is alpha itself")
-    expect(not near(mine, alpha * 3 * B @ A), "you multiplied alpha by r: the scale is alpha / r")
-    expect(not near(mine, alpha / 7 * B @ A), "you divided alpha by d_in: r is A.shape[0]")
-    expect(not near(mine.T, right), "yours is transposed: ΔW is (d_out, d_in), as W is")
-    raise Wrong(f"ΔW should be {tuple(right.shape)} with other numbers; yours is {describe(mine)}")
-
-
-def describe(tensor: torch.Tensor) -> str:
-    """A tensor's shape and size in a few words."""
-    return f"{tuple(tensor.shape)} with norm {tensor.norm():.3g}"
+    return a_tensor(answer(*factors(), 6.0))
 
 
 # --- the start ---------------------------------------------------------------------------------
@@ -161,8 +138,7 @@ def initialise_solution(r, d_in, d_out):
 
 
 @exercise(
-    "Where A and B start",
-    solution=initialise_solution,
+    "Where A and B start", solution=initialise_solution,
     mistakes=(
         (lambda r, d_in, d_out: (torch.zeros(r, d_in), torch.zeros(d_out, r)), "both are zero"),
         (lambda r, d_in, d_out: (torch.randn(r, d_in) / 9, torch.randn(d_out, r)), "not the base"),
@@ -171,15 +147,13 @@ def initialise_solution(r, d_in, d_out):
         (lambda r, d_in, d_out: (torch.ones(r, d_in) / 9, torch.zeros(d_out, r)), "rows of A"),
         (lambda r, d_in, d_out: (torch.randn(r, d_in), torch.zeros(d_out, r)), "too large"),
     ),
-    difficulty=2,
-    importance=5,
-    minutes=4,
+    difficulty=2, importance=5, minutes=4,
     hints=(
         "Before the first step the adapted model must equal the base: ΔW = 0.",
         "If both are zero, both gradients are zero, and nothing ever moves. One of them is enough.",
         "A has d_in numbers a row. Entries of about 1/√d_in keep those of A x as large as x's.",
     ),
-)
+)  # fmt: skip
 def initialise(answer):
     r, d_in, d_out = 4, 81, 50
     A, B = answer(r, d_in, d_out)
@@ -223,66 +197,51 @@ def forward_solution(x, W, A, B, alpha):
     return x @ W.T + (alpha / r) * (x @ A.T) @ B.T
 
 
+THIN = 2 * 6 * (96 * 64 + 4 * (96 + 64))  # operations for 6 tokens, d_in 96, d_out 64, r 4
+
+
 @exercise(
-    "Forward without a dense ΔW",
-    solution=forward_solution,
+    "Forward without a dense ΔW", solution=forward_solution,
     mistakes=(
-        (lambda x, W, A, B, alpha: x @ (W + alpha / len(A) * B @ A).T, "forms the dense"),
-        (lambda x, W, A, B, alpha: alpha / len(A) * (x @ A.T) @ B.T, "left out W x"),
-        (lambda x, W, A, B, alpha: x @ W.T + (x @ A.T) @ B.T, "without the scale"),
-        (lambda x, W, A, B, alpha: x @ W.T + alpha * (x @ A.T) @ B.T, "scale is alpha itself"),
-        (
-            lambda x, W, A, B, alpha: alpha / len(A) * (x @ W.T + x @ A.T @ B.T),
-            "scaled the base",
-        ),
-        (lambda x, W, A, B, alpha: W @ x + alpha / len(A) * B @ (A @ x), "features last"),
+        (lambda x, W, A, B, a: x @ (W + a / len(A) * B @ A).T,
+         "the output is right, but your code forms the dense ΔW"),
+        (lambda x, W, A, B, a: a / len(A) * (x @ A.T) @ B.T,
+         "that is the delta alone: you left out W x"),
+        (lambda x, W, A, B, a: x @ W.T + (x @ A.T) @ B.T,
+         "W x + B A x, without the scale alpha / r"),
+        (lambda x, W, A, B, a: x @ W.T + a * (x @ A.T) @ B.T,
+         "did you divide alpha by r? The scale is alpha itself"),
+        (lambda x, W, A, B, a: a / len(A) * (x @ W.T + x @ A.T @ B.T),
+         "you scaled the base too: only B A x is scaled"),
+        (lambda x, W, A, B, a: W @ x + a / len(A) * B @ (A @ x),
+         "the shapes do not fit: x is (6, 96), tokens first and features last, so each product is "
+         "x @ (matrix).T"),
     ),
-    difficulty=2,
-    importance=4,
-    minutes=5,
+    praise=f"{THIN:,} operations, and no (d_out, d_in) product in between",
+    otherwise=lambda given, right: f"the output should be {describe(right)}; yours is "
+        f"{describe(given)}",
+    difficulty=2, importance=4, minutes=5,
     hints=(
         "x comes as rows, features last: the formula W x is written x @ W.T in code.",
         "Go through the narrow middle: first x @ A.T, which has only r numbers a token.",
         "(x @ A.T) @ B.T and x @ (B @ A).T are equal on paper. Count the multiplications of each.",
     ),
-)
+)  # fmt: skip
 def forward(answer):
-    tokens, d_in, d_out, r, alpha = 6, 96, 64, 4, 12.0
     generator = torch.Generator().manual_seed(7)
-    x = torch.randn(tokens, d_in, generator=generator, dtype=torch.float64)
-    W = torch.randn(d_out, d_in, generator=generator, dtype=torch.float64)
-    A, B = factors(r, d_in, d_out)
-    try:
-        with FlopCounterMode(display=False) as counter:
-            mine = answer(x, W, A, B, alpha)
-    except NotImplementedError:
-        raise
-    except RuntimeError as error:
-        raise Wrong(
-            f"the shapes do not fit: x is {tuple(x.shape)}, tokens first and features last, so "
-            "each product is x @ (matrix).T"
-        ) from error
-    base, low = x @ W.T, (x @ A.T) @ B.T
-    if near(mine, base + alpha / r * low):
-        thin = 2 * tokens * (d_in * d_out + r * (d_in + d_out))
-        expect(
-            counter.get_total_flops() <= thin,
-            "the output is right, but your code forms the dense ΔW: it spent "
-            f"{counter.get_total_flops():,} operations where {thin:,} do",
-        )
-        return f"{thin:,} operations, and no (d_out, d_in) product in between"
-    expect(isinstance(mine, torch.Tensor), f"return a tensor; yours is {type(mine).__name__}")
-    expect(not near(mine, alpha / r * low), "that is the delta alone: you left out W x")
-    expect(not near(mine, base + low), "W x + B A x, without the scale alpha / r")
+    x = torch.randn(6, 96, generator=generator, dtype=torch.float64)
+    W = torch.randn(64, 96, generator=generator, dtype=torch.float64)
+    A, B = factors(4, 96, 64)
+    right = forward_solution(x, W, A, B, 12.0)
+    with FlopCounterMode(display=False) as counter:
+        made = a_tensor(answer(x, W, A, B, 12.0))
+    spent = counter.get_total_flops()
     expect(
-        not near(mine, base + alpha * low), "did you divide alpha by r? The scale is alpha itself"
+        spent <= THIN or not same(made, right),
+        "the output is right, but your code forms the dense ΔW: it spent "
+        f"{spent:,} operations where {THIN:,} do",
     )
-    expect(
-        not near(mine, alpha / r * (base + low)), "you scaled the base too: only B A x is scaled"
-    )
-    raise Wrong(
-        f"the output should be {describe(base + alpha / r * low)}; yours is {describe(mine)}"
-    )
+    return made
 
 
 # --- two relatives ------------------------------------------------------------------------------
@@ -300,82 +259,35 @@ def _of_factors(adapters, weights):
     return adapters[0][2] / len(A) * B @ A
 
 
-def _sum_of_factors(adapters, weights):
-    A, B = sum(A for A, _, _ in adapters), sum(B for _, B, _ in adapters)
-    return adapters[0][2] / len(A) * B @ A
-
-
 @exercise(
-    "Two adapters as one",
-    solution=combine_solution,
+    "Two adapters as one", solution=combine_solution,
     mistakes=(
-        (_of_factors, "weighed the factors"),
-        (_sum_of_factors, "added the factors"),
-        (
-            lambda adapters, weights: sum(
-                w * B @ A for (A, B, _), w in zip(adapters, weights, strict=True)
-            ),
-            "left out alpha / r",
-        ),
-        (
-            lambda adapters, weights: combine_solution(adapters, [1.0] * len(weights)),
-            "without the weights",
-        ),
-        (
-            lambda adapters, weights: combine_solution(
-                adapters, [w / sum(weights) for w in weights]
-            ),
-            "divided the weights",
-        ),
-        (
-            lambda adapters, weights: combine_solution(
-                [(A, B, adapters[0][2]) for A, B, _ in adapters], weights
-            ),
-            "alpha of the first",
-        ),
+        (_of_factors, "you weighed the factors: their product has B of one adapter times A of the "
+         "other in it, and each weight squared"),
+        (lambda some, w: _of_factors(some, [1.0] * len(w)),
+         "you added the factors: their product has B of one adapter times A of the other in it"),
+        (lambda some, w: combine_solution([(A, B, len(A)) for A, B, _ in some], w),
+         "the sum of the products B A, but you left out alpha / r of each"),
+        (lambda some, w: combine_solution(some, [1.0] * len(w)),
+         "that is the sum of both deltas, without the weights"),
+        (lambda some, w: combine_solution(some, [x / sum(w) for x in w]),
+         "you divided the weights by their sum: they are what was asked for, and need not sum "
+         "to 1"),
+        (lambda some, w: combine_solution([(A, B, some[0][2]) for A, B, _ in some], w),
+         "you used alpha of the first adapter for both: each has its own"),
     ),
-    difficulty=3,
-    importance=3,
-    minutes=6,
+    praise="the deltas weighed, each at its own scale, and no products of strangers",
+    otherwise=lambda given, right: f"the sum should be {describe(right)}; yours is "
+        f"{describe(given)}",
+    difficulty=3, importance=3, minutes=6,
     hints=(
         "What is weighed is the change of the weight: Σ w_i ΔW_i, and each ΔW has its own alpha.",
         "(B₁ + B₂)(A₁ + A₂) is B₁A₁ + B₂A₂ and two products more, which belong to neither.",
     ),
-)
+)  # fmt: skip
 def combine(answer):
     adapters = [(*factors(), 6.0), (*(2 * t.flip(0) for t in factors()), 3.0)]
-    weights = [0.75, 0.5]
-    right = combine_solution(adapters, weights)
-    mine = answer(adapters, weights)
-    if near(mine, right):
-        return "the deltas weighed, each at its own scale, and no products of strangers"
-    expect(isinstance(mine, torch.Tensor), f"return a tensor; yours is {type(mine).__name__}")
-    expect(
-        not near(mine, _of_factors(adapters, weights)),
-        "you weighed the factors: their product has B of one adapter times A of the other in it, "
-        "and each weight squared",
-    )
-    expect(
-        not near(mine, _sum_of_factors(adapters, weights)),
-        "you added the factors: their product has B of one adapter times A of the other in it",
-    )
-    expect(
-        not near(mine, sum(w * B @ A for (A, B, _), w in zip(adapters, weights, strict=True))),
-        "the sum of the products B A, but you left out alpha / r of each",
-    )
-    expect(
-        not near(mine, combine_solution(adapters, [1.0, 1.0])),
-        "that is the sum of both deltas, without the weights",
-    )
-    expect(
-        not near(mine, combine_solution(adapters, [w / sum(weights) for w in weights])),
-        "you divided the weights by their sum: they are what was asked for, and need not sum to 1",
-    )
-    expect(
-        not near(mine, combine_solution([(A, B, 6.0) for A, B, _ in adapters], weights)),
-        "you used alpha of the first adapter for both: each has its own",
-    )
-    raise Wrong(f"the sum should be {describe(right)}; yours is {describe(mine)}")
+    return a_tensor(answer(adapters, [0.75, 0.5]))
 
 
 def dora_solution(W, A, B, alpha, m):
@@ -383,94 +295,50 @@ def dora_solution(W, A, B, alpha, m):
     return m[:, None] * changed / changed.norm(dim=1, keepdim=True)
 
 
+def _dora(length):
+    """DoRA with the changed weight divided by `length(W, changed)`."""
+
+    def wrong(W, A, B, alpha, m):
+        changed = W + alpha / len(A) * B @ A
+        return m[:, None] * changed / length(W, changed)
+
+    return wrong
+
+
 @exercise(
-    "DoRA: a length for every row",
-    solution=dora_solution,
+    "DoRA: a length for every row", solution=dora_solution,
     mistakes=(
-        (
-            lambda W, A, B, alpha, m: (
-                m[:, None] * (W + alpha / len(A) * B @ A) / W.norm(dim=1, keepdim=True)
-            ),
-            "norms of W alone",
-        ),
-        (
-            lambda W, A, B, alpha, m: m[:, None] * (W + alpha / len(A) * B @ A),
-            "never divided",
-        ),
-        (
-            lambda W, A, B, alpha, m: (
-                m[:, None]
-                * (W + alpha / len(A) * B @ A)
-                / (W + alpha / len(A) * B @ A).norm(dim=0, keepdim=True)
-            ),
-            "columns",
-        ),
-        (
-            lambda W, A, B, alpha, m: (
-                m[:, None] * (W + alpha / len(A) * B @ A) / (W + alpha / len(A) * B @ A).norm()
-            ),
-            "one norm for the whole",
-        ),
-        (lambda W, A, B, alpha, m: dora_solution(W, A, B, len(A), m), "left out alpha / r"),
-        (
-            lambda W, A, B, alpha, m: (
-                W + m[:, None] * torch.nn.functional.normalize(alpha / len(A) * B @ A, dim=1)
-            ),
-            "normalised the delta",
-        ),
+        (_dora(lambda W, changed: W.norm(dim=1, keepdim=True)),
+         "you divided by the norms of W alone: as A and B train, the rows of W' would not be as "
+         "long as m says"),
+        (_dora(lambda W, changed: 1), "you never divided by the norms: m would be a scale"),
+        (_dora(lambda W, changed: changed.norm(dim=0, keepdim=True)),
+         "those are the norms of the columns (dim=0). A row makes one output; the paper says "
+         "column, but there W is transposed"),
+        (_dora(lambda W, changed: changed.norm()),
+         "that is one norm for the whole matrix: every row has its own"),
+        (lambda W, A, B, a, m: dora_solution(W, A, B, len(A), m),
+         "direction and length are right, but you left out alpha / r"),
+        (lambda W, A, B, a, m: W + m[:, None] * nn.functional.normalize(B @ A, dim=1),
+         "you normalised the delta: what has direction and length is W + ΔW"),
+        (lambda W, A, B, a, m: m * (W + a / len(A) * B @ A),
+         "the shapes do not fit: m is (d_out), one number for each row. m[:, None] makes it "
+         "a column"),
     ),
-    difficulty=3,
-    importance=2,
-    minutes=8,
+    praise=lambda given, right: "the rows of W' have the lengths "
+        f"{', '.join(f'{x:.2f}' for x in given.norm(dim=1))}, which is m",
+    otherwise=lambda given, right: f"W' should be {describe(right)}; yours is {describe(given)}",
+    difficulty=3, importance=2, minutes=8,
     hints=(
         "First the weight that LoRA would make, W + (alpha / r) B A. DoRA changes its rows.",
         "Divide each row by its own norm, then give it the length in m: every row of W' has it.",
     ),
-)
+)  # fmt: skip
 def dora(answer):
-    A, B = factors()
     generator = torch.Generator().manual_seed(8)
     W = torch.randn(5, 7, generator=generator, dtype=torch.float64)
-    m, alpha = 1 + torch.rand(5, generator=generator, dtype=torch.float64), 6.0
-    right, changed = dora_solution(W, A, B, alpha, m), W + alpha / 3 * B @ A
-    try:
-        mine = answer(W, A, B, alpha, m)
-    except NotImplementedError:
-        raise
-    except RuntimeError as error:
-        raise Wrong(
-            "the shapes do not fit: m is (d_out), one number for each row. m[:, None] makes it a "
-            "column"
-        ) from error
-    if near(mine, right):
-        lengths = ", ".join(f"{value:.2f}" for value in mine.norm(dim=1))
-        return f"the rows of W' have the lengths {lengths}, which is m"
-    expect(isinstance(mine, torch.Tensor), f"return a tensor; yours is {type(mine).__name__}")
-    long = m[:, None]
-    expect(
-        not near(mine, long * changed / W.norm(dim=1, keepdim=True)),
-        "you divided by the norms of W alone: as A and B train, the rows of W' would not be as "
-        "long as m says",
-    )
-    expect(not near(mine, long * changed), "you never divided by the norms: m would be a scale")
-    expect(
-        not near(mine, long * changed / changed.norm(dim=0, keepdim=True)),
-        "those are the norms of the columns (dim=0). A row makes one output; the paper says "
-        "column, but there W is transposed",
-    )
-    expect(
-        not near(mine, long * changed / changed.norm()),
-        "that is one norm for the whole matrix: every row has its own",
-    )
-    expect(
-        not near(mine, dora_solution(W, A, B, 3, m)),
-        "direction and length are right, but you left out alpha / r",
-    )
-    expect(
-        not near(mine, W + long * nn.functional.normalize(alpha / 3 * B @ A, dim=1)),
-        "you normalised the delta: what has direction and length is W + ΔW",
-    )
-    raise Wrong(f"W' should be {describe(right)}; yours is {describe(mine)}")
+    m = 1 + torch.rand(5, generator=generator, dtype=torch.float64)
+    return a_tensor(answer(W, *factors(), 6.0, m))
 
 
 # --- the size ----------------------------------------------------------------------------------
@@ -481,83 +349,61 @@ def count_lora_solution(r, layers, d_model, d_kv, targets):
     return layers * sum(r * (d_model + d_out[target]) for target in targets)
 
 
+def _of_llama(numbers):
+    """`numbers(r, targets)` for three adapters of Llama-3-8B."""
+    cases = (8, "q"), (8, "v"), (16, "q, k, v, o")
+    return {(r, names): numbers(r, tuple(names.split(", "))) for r, names in cases}
+
+
 @exercise(
-    "Count under grouped heads",
-    solution=count_lora_solution,
+    "Count under grouped heads", solution=count_lora_solution,
     mistakes=(
-        (lambda r, L, d, d_kv, targets: L * len(targets) * r * 2 * d, "as wide as d_model"),
-        (lambda r, L, d, d_kv, targets: count_lora_solution(r, 1, d, d_kv, targets), "one layer"),
-        (lambda r, L, d, d_kv, targets: L * len(targets) * r * d, "only A"),
-        (
-            lambda r, L, d, d_kv, targets: (
-                L * sum(r * d * (d_kv if t in "kv" else d) for t in targets)
-            ),
-            "multiplied d_in by d_out",
-        ),
-        (
-            lambda r, L, d, d_kv, targets: L * sum(r * (d_kv if t in "kv" else d) for t in targets),
-            "only B",
-        ),
-        (lambda r, L, d, d_kv, targets: L * len(targets) * r * (d + d_kv), "q and o"),
+        (lambda r, L, d, d_kv, ts: L * len(ts) * r * 2 * d,
+         "k and v are not as wide as d_model here: under grouped heads they have d_kv outputs"),
+        (lambda r, L, d, d_kv, ts: count_lora_solution(r, 1, d, d_kv, ts),
+         "that is one layer: multiply by their number"),
+        (lambda r, L, d, d_kv, ts: L * len(ts) * r * d,
+         "that is only A, (r, d_in) numbers: B has r·d_out more"),
+        (lambda r, L, d, d_kv, ts: L * sum(r * d * (d_kv if t in "kv" else d) for t in ts),
+         "you multiplied d_in by d_out: that is the size of a full ΔW, r times. A and B add up"),
+        (lambda r, L, d, d_kv, ts: L * sum(r * (d_kv if t in "kv" else d) for t in ts),
+         "that is only B, (d_out, r) numbers: A has r·d_in more"),
+        (lambda r, L, d, d_kv, ts: L * len(ts) * r * (d + d_kv),
+         "you gave every target d_kv outputs: q and o have d_model of them"),
     ),
-    difficulty=2,
-    importance=3,
-    minutes=5,
+    praise=lambda given, right: "Llama-3-8B with r = 8 on q and v: "
+        f"{count(LoRA(r=8, target_modules=['q', 'v']), 'llama-3-8b'):,}, checked against peftlab",
+    otherwise="for r = {case[0]} on {case[1]} expected {right:,}, yours {given:,}",
+    right=lambda: _of_llama(lambda r, ts: count(LoRA(r=r, target_modules=ts), "llama-3-8b")),
+    difficulty=2, importance=3, minutes=5,
     hints=(
         "Each matrix costs r·(d_in + d_out). Sum over the targets, then over the layers.",
         "With grouped heads, several query heads share one key head: k and v come out d_kv wide, "
         "smaller than d_model. All four take d_model numbers in.",
     ),
-)
+)  # fmt: skip
 def count_lora(answer):
-    layers, d, d_kv = 32, 4096, 1024  # Llama-3-8B
-
-    def ask(r, targets):
-        return answer(r, layers, d, d_kv, targets)
-
-    def truth(r, targets):
-        return count(LoRA(r=r, target_modules=targets), "llama-3-8b")
-
-    for r, targets in ((8, ("q",)), (8, ("v",)), (16, ("q", "k", "v", "o"))):
-        mine, right = ask(r, targets), truth(r, targets)
-        if mine == right:
-            continue
-        widths = [d_kv if target in "kv" else d for target in targets]
-        expect(mine != right // layers, "that is one layer: multiply by their number")
-        expect(
-            mine != layers * sum(r * d * width for width in widths),
-            "you multiplied d_in by d_out: that is the size of a full ΔW, r times. A and B add up",
-        )
-        expect(
-            mine != layers * len(targets) * r * 2 * d,
-            "k and v are not as wide as d_model here: under grouped heads they have d_kv outputs",
-        )
-        expect(
-            not (mine == layers * r * d and ask(8, ("v",)) == layers * 8 * d),
-            "that is only A, (r, d_in) numbers: B has r·d_out more",
-        )
-        expect(
-            mine != layers * sum(r * width for width in widths),
-            "that is only B, (d_out, r) numbers: A has r·d_in more",
-        )
-        expect(
-            mine != layers * len(targets) * r * (d + d_kv),
-            "you gave every target d_kv outputs: q and o have d_model of them",
-        )
-        raise Wrong(f"for r = {r} on {', '.join(targets)} expected {right:,}, yours {mine:,}")
-    return f"Llama-3-8B with r = 8 on q and v: {truth(8, ('q', 'v')):,}, checked against peftlab"
+    return _of_llama(lambda r, targets: a_number(answer(r, 32, 4096, 1024, targets)))
 
 
 # --- the clinic --------------------------------------------------------------------------------
 
-FAULTS = {
-    "healthy": "nothing is wrong",
-    "both zero": "A and B both started at zero",
-    "alpha times r": "the delta is scaled by alpha · r instead of alpha / r",
-    "not in the optimizer": "the optimizer was given no parameter of the adapter",
-    "dropout left on": "dropout still drops while the model is evaluated",
-}
-_WARDS = ("not in the optimizer", "alpha times r", "healthy", "both zero", "dropout left on")
+WARD = Ward({
+    "healthy": ("ward 3", "nothing is wrong",
+        "the loss falls smoothly, B has a gradient at once, A follows, ΔW grows: leave it"),
+    "both zero": ("ward 4", "A and B both started at zero",
+        "both gradients are exactly zero in every step, so no optimizer could move it"),
+    "alpha times r": ("ward 2", "the delta is scaled by alpha · r instead of alpha / r",
+        "ΔW jumps far beyond the size that is needed in the first steps, and the loss goes up "
+        "before it comes down"),
+    "not in the optimizer": ("ward 1", "the optimizer was given no parameter of the adapter",
+        "B has a gradient in every step, and yet ΔW stays exactly zero: somebody computes "
+        "gradients that nobody applies"),
+    "dropout left on": ("ward 5", "dropout still drops while the model is evaluated",
+        "the loss falls, but the same input gives two different losses"),
+}, where="",
+    again="{letter} is not {said!r}. For that one you would see this: {sign_of_said}")  # fmt: skip
+FAULTS = WARD.faults
 
 
 def _patient(fault: str, steps: int = 60) -> pd.DataFrame:
@@ -607,56 +453,17 @@ def clinic() -> dict[str, pd.DataFrame]:
     Every step's loss on a fixed batch, the norms of both gradients and of ΔW, and by how much two
     evaluations of that same batch differ.
     """
-    return {f"ward {n}": _patient(fault) for n, fault in enumerate(_WARDS, 1)}
+    return {ward: _patient(fault) for ward, fault in WARD.right.items()}
 
 
-_CLUES = {
-    "healthy": "the loss falls smoothly, B has a gradient at once, A follows, ΔW grows: leave it",
-    "both zero": "both gradients are exactly zero in every step, so no optimizer could move it",
-    "alpha times r": "ΔW jumps far beyond the size that is needed in the first steps, and the loss "
-    "goes up before it comes down",
-    "not in the optimizer": "B has a gradient in every step, and yet ΔW stays exactly zero: "
-    "somebody computes gradients that nobody applies",
-    "dropout left on": "the loss falls, but the same input gives two different losses",
-}
-
-
-def _swapped(first: str, second: str) -> dict[str, str]:
-    """The right diagnosis with two wards exchanged."""
-    swap = {first: second, second: first}
-    return {f"ward {n}": swap.get(fault, fault) for n, fault in enumerate(_WARDS, 1)}
-
-
-@exercise(
-    "Debug the broken adapters",
-    solution={f"ward {n}": fault for n, fault in enumerate(_WARDS, 1)},
-    mistakes=(
-        (_swapped("not in the optimizer", "both zero"), "ward 1 is not 'both zero'"),
-        (_swapped("alpha times r", "dropout left on"), "ward 2 is not 'dropout left on'"),
-        (_swapped("healthy", "dropout left on"), "ward 3 is not 'dropout left on'"),
-        ({"ward 1": "not in the optimizer"}, "no diagnosis for ward 2"),
-        ({f"ward {n}": "bad luck" for n in range(1, 6)}, "'bad luck' is not on the list"),
-    ),
-    difficulty=3,
-    importance=5,
-    minutes=10,
+debug = WARD.exercise(
+    "debug", "Debug the broken adapters",
+    confused=(("ward 1", "ward 4"), ("ward 2", "ward 5"), ("ward 3", "ward 5")), unknown="bad luck",
+    praise="all five. " + "; ".join(f"{fault}: {row[-1]}" for fault, row in WARD.table.items()),
+    difficulty=3, importance=5, minutes=10,
     hints=(
         "Look at the gradients before the loss. Zero for both, or for none?",
         "A gradient without a movement: who should have applied it?",
         "The last column is the difference between two evaluations of one and the same batch.",
     ),
-)
-def debug(answer):
-    expect(isinstance(answer, dict), 'answer with a dict, such as {"ward 1": "healthy", ...}')
-    if answer and all(value is None or value is ... for value in answer.values()):
-        raise NotImplementedError
-    for n, fault in enumerate(_WARDS, 1):
-        ward = f"ward {n}"
-        said = answer.get(ward)
-        expect(said is not None and said is not ..., f"no diagnosis for {ward} yet")
-        expect(said in FAULTS, f"{said!r} is not on the list: {', '.join(FAULTS)}")
-        expect(
-            said == fault,
-            f"{ward} is not {said!r}. For that one you would see this: {_CLUES.get(said)}",
-        )
-    return "all five. " + "; ".join(f"{fault}: {clue}" for fault, clue in _CLUES.items())
+)  # fmt: skip

@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn.functional import relu
 
 from peftlab.accounting import count
-from peftlab.exercises import Wrong, exercise, expect, match, question, swapped
+from peftlab.exercises import Wrong, a_tensor, exercise, expect, question, same
+from peftlab.exercises.clinic import Ward
 from peftlab.methods import IA3, BitFit, HoulsbyAdapter
 
 # --- predict first -----------------------------------------------------------------------------
@@ -20,16 +21,10 @@ from peftlab.methods import IA3, BitFit, HoulsbyAdapter
     "BERT-base has 12 blocks and d_model = 768. Houlsby's adapters have a bottleneck of 64 and "
     "biases. How many numbers train in them?",
     {
-        "a": (
-            "1,189,632",
-            "That is one adapter a block. Houlsby has two, one a sublayer.",
-        ),
+        "a": ("1,189,632", "That is one adapter a block. Houlsby has two, one a sublayer."),
         "b": ("2,379,264", "That is W_down, W_up and both biases, twice a block."),
         "c": ("2,359,296", "That is the matrices alone: each adapter has 64 + 768 biases."),
-        "d": (
-            "14,155,776",
-            "That is a d × d matrix for each adapter, with no bottleneck.",
-        ),
+        "d": ("14,155,776", "That is a d × d matrix for each adapter, with no bottleneck."),
     },
 )
 def how_many():
@@ -50,10 +45,7 @@ def how_many():
     {
         "a": ("0.08% of it", "That is its share on BERT, where every linear map has a bias."),
         "b": ("as many as (IA)³ has", "(IA)³ brings its own vectors. BitFit has what it finds."),
-        "c": (
-            "the shifts of the norms",
-            "An RMSNorm has a scale alone, and no shift.",
-        ),
+        "c": ("the shifts of the norms", "An RMSNorm has a scale alone, and no shift."),
         "d": ("none", "A method that picks from what is there depends on what is there."),
     },
 )
@@ -69,10 +61,7 @@ def biases_of_llama():
     "q·(k + b_k). You change b_k to anything at all. What becomes of the attention weights?",
     {
         "a": ("they become uniform", "Adding one number to all scores flattens nothing."),
-        "b": (
-            "they become sharper",
-            "Sharper needs larger differences; none changes.",
-        ),
+        "b": ("they become sharper", "Sharper needs larger differences; none changes."),
         "c": ("they stay as they are", "q·b_k is the same for every key of this query."),
         "d": ("it depends on the sign", "Either sign adds one number to all scores of a query."),
     },
@@ -91,25 +80,11 @@ def key_bias():
 # --- the adapter -------------------------------------------------------------------------------
 
 
-def parts(d: int = 5, m: int = 3) -> dict[str, torch.Tensor]:
-    """Random y (tokens, d) and the tensors of one adapter, the same at every call."""
+def parts() -> list[torch.Tensor]:
+    """Random y (4, 5), W_down (3, 5), b_down, W_up (5, 3) and b_up, the same at every call."""
     generator = torch.Generator().manual_seed(8)
-
-    def drawn(*size):
-        return torch.randn(*size, generator=generator, dtype=torch.float64)
-
-    return {
-        "y": drawn(4, d),
-        "W_down": drawn(m, d),
-        "b_down": drawn(m),
-        "W_up": drawn(d, m),
-        "b_up": drawn(d),
-    }
-
-
-def near(a, b) -> bool:
-    """Same shape, same numbers up to rounding."""
-    return isinstance(a, torch.Tensor) and a.shape == b.shape and torch.allclose(a, b.to(a.dtype))
+    sizes = (4, 5), (3, 5), (3,), (5, 3), (5,)
+    return [torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes]
 
 
 def adapter_solution(y, W_down, b_down, W_up, b_up):
@@ -118,49 +93,32 @@ def adapter_solution(y, W_down, b_down, W_up, b_up):
 
 
 @exercise(
-    "A sequential adapter",
-    solution=adapter_solution,
+    "A sequential adapter", solution=adapter_solution,
     mistakes=(
-        (lambda y, D, b, U, c: relu(y @ D.T + b) @ U.T + c, "forgot the way around"),
-        (lambda y, D, b, U, c: y + (y @ D.T + b) @ U.T + c, "nothing bends"),
-        (lambda y, D, b, U, c: y + relu((y @ D.T + b) @ U.T + c), "bend stands behind W_up"),
-        (lambda y, D, b, U, c: y + relu(y @ D.T) @ U.T, "left out the biases"),
-        (lambda y, D, b, U, c: y + relu(y @ D + b) @ U.T + c, "do not fit"),
-        (lambda y, D, b, U, c: relu(y + relu(y @ D.T + b) @ U.T + c), "the sum goes through"),
+        (lambda y, D, b, U, c: relu(y @ D.T + b) @ U.T + c,
+         "the bottleneck is right, but you forgot the way around it: y + f(y)"),
+        (lambda y, D, b, U, c: y + (y @ D.T + b) @ U.T + c,
+         "nothing bends: without σ the adapter is one matrix, LoRA's"),
+        (lambda y, D, b, U, c: y + relu((y @ D.T + b) @ U.T + c),
+         "the bend stands behind W_up; its place is in the middle"),
+        (lambda y, D, b, U, c: y + relu(y @ D.T) @ U.T, "you left out the biases b_down and b_up"),
+        (lambda y, D, b, U, c: y + relu(y @ D + b) @ U.T + c,
+         "the shapes do not fit: W_down is (m, d) and W_up is (d, m), so both are transposed when "
+         "they stand behind y"),
+        (lambda y, D, b, U, c: relu(y + relu(y @ D.T + b) @ U.T + c),
+         "the sum goes through σ; only W_down y + b_down does"),
     ),
-    difficulty=1,
-    importance=5,
-    minutes=4,
+    praise="down, bend, up, and y around it all",
+    otherwise=lambda given, right: f"expected {tuple(right.shape)} with other numbers; yours is "
+        f"{tuple(given.shape)}",
+    difficulty=1, importance=5, minutes=4,
     hints=(
         "Down, bend, up, and then add what you started from.",
         "W_down is (m, d) and y is (tokens, d): y @ W_down.T is (tokens, m).",
     ),
-)
+)  # fmt: skip
 def adapter(answer):
-    p = parts()
-    y, D, b, U, c = p.values()
-    right = adapter_solution(*p.values())
-    try:
-        mine = answer(y, D, b, U, c)
-    except RuntimeError as error:
-        if isinstance(error, NotImplementedError):
-            raise
-        raise Wrong(
-            "the shapes do not fit: W_down is (m, d) and W_up is (d, m), so both are transposed "
-            "when they stand behind y"
-        ) from error
-    expect(isinstance(mine, torch.Tensor), f"return a tensor; yours is {type(mine).__name__}")
-    if near(mine, right):
-        return "down, bend, up, and y around it all"
-    f = right - y
-    expect(not near(mine, f), "the bottleneck is right, but you forgot the way around it: y + f(y)")
-    straight = y + (y @ D.T + b) @ U.T + c
-    expect(not near(mine, straight), "nothing bends: without σ the adapter is one matrix, LoRA's")
-    late = y + relu((y @ D.T + b) @ U.T + c)
-    expect(not near(mine, late), "the bend stands behind W_up; its place is in the middle")
-    expect(not near(mine, y + relu(y @ D.T) @ U.T), "you left out the biases b_down and b_up")
-    expect(not near(mine, relu(right)), "the sum goes through σ; only W_down y + b_down does")
-    raise Wrong(f"expected {tuple(right.shape)} with other numbers; yours is {tuple(mine.shape)}")
+    return a_tensor(answer(*parts()))
 
 
 # --- its start ---------------------------------------------------------------------------------
@@ -173,8 +131,7 @@ def start_solution(d, m):
 
 
 @exercise(
-    "Start at the identity",
-    solution=start_solution,
+    "Start at the identity", solution=start_solution,
     mistakes=(
         (lambda d, m: (torch.zeros(m, d), torch.zeros(d, m)), "no gradient ever comes"),
         (lambda d, m: (torch.randn(m, d) / 3, torch.randn(d, m)), "not the base"),
@@ -182,14 +139,12 @@ def start_solution(d, m):
         (lambda d, m: (torch.randn(d, m), torch.zeros(m, d)), "W_down should be"),
         (lambda d, m: (torch.ones(m, d) / d, torch.zeros(d, m)), "all units of the bottleneck"),
     ),
-    difficulty=2,
-    importance=5,
-    minutes=5,
+    difficulty=2, importance=5, minutes=5,
     hints=(
         "y + f(y) = y for every y needs f = 0. Which matrix at zero is enough?",
         "The other one must let something through, or the first step has nothing to go by.",
     ),
-)
+)  # fmt: skip
 def start(answer):
     d, m = 6, 4
     with torch.random.fork_rng():
@@ -234,43 +189,35 @@ def count_adapters_solution(m, layers, d_model, a_block):
 
 
 @exercise(
-    "Count adapters",
-    solution=count_adapters_solution,
+    "Count adapters", solution=count_adapters_solution,
     mistakes=(
-        (lambda m, L, d, n: L * n * 2 * m * d, "left out the biases"),
-        (lambda m, L, d, n: L * n * (m * d + m + d), "one of the two matrices"),
-        (lambda m, L, d, n: L * (2 * m * d + m + d), "one adapter a block"),
-        (lambda m, L, d, n: L * n * (2 * m * d + 2 * d), "m numbers and not d_model"),
-        (lambda m, L, d, n: n * (2 * m * d + m + d), "forgot the blocks"),
+        (lambda m, L, d, n: L * n * 2 * m * d,
+         "the matrices are right, but you left out the biases"),
+        (lambda m, L, d, n: L * n * (m * d + m + d), "you counted one of the two matrices"),
+        (lambda m, L, d, n: L * (2 * m * d + m + d), "that is one adapter a block"),
+        (lambda m, L, d, n: L * n * (2 * m * d + 2 * d),
+         "the bias of W_down has m numbers and not d_model"),
+        (lambda m, L, d, n: n * (2 * m * d + m + d), "that is one block: you forgot the blocks"),
     ),
-    difficulty=1,
-    importance=3,
-    minutes=4,
+    praise=lambda given, right: "on BERT-base with m = 48, two a block: "
+        f"{count(HoulsbyAdapter(48), 'bert-base'):,}",
+    otherwise="for m = {case[0]}, {case[1]} blocks, d_model = {case[2]}, {case[3]} a block: "
+              "not {given:,}",
+    right=lambda: {
+        (48, 12, 768, 2): count(HoulsbyAdapter(48), "bert-base"),
+        (3, 6, 192, 1): count_adapters_solution(3, 6, 192, 1),
+    },
+    difficulty=1, importance=3, minutes=4,
     hints=(
         "W_down has m·d_model numbers, b_down has m. And W_up and b_up?",
         "Houlsby puts two adapters into a block, Pfeiffer one.",
     ),
-)
+)  # fmt: skip
 def count_adapters(answer):
-    m, L, d, n = 48, 12, 768, 2
-    for case in ((m, L, d, n), (3, 6, 192, 1)):
-        right, mine = count_adapters_solution(*case), answer(*case)
-        expect(isinstance(mine, int), f"return a whole number; yours is {type(mine).__name__}")
-        if mine == right:
-            continue
-        m, L, d, n = case
-        for wrong, words in (
-            (L * n * 2 * m * d, "the matrices are right, but you left out the biases"),
-            (L * n * (m * d + m + d), "you counted one of the two matrices"),
-            (L * (2 * m * d + m + d), "that is one adapter a block"),
-            (L * n * (2 * m * d + 2 * d), "the bias of W_down has m numbers and not d_model"),
-            (n * (2 * m * d + m + d), "that is one block: you forgot the blocks"),
-        ):
-            expect(mine != wrong, words)
-        raise Wrong(f"for m = {m}, {L} blocks, d_model = {d}, {n} a block: not {mine:,}")
-    houlsby = count(HoulsbyAdapter(48), "bert-base")
-    assert right and houlsby == count_adapters_solution(48, 12, 768, 2)
-    return f"on BERT-base with m = 48, two a block: {houlsby:,}"
+    numbers = {case: answer(*case) for case in ((48, 12, 768, 2), (3, 6, 192, 1))}
+    for number in numbers.values():
+        expect(isinstance(number, int), f"return a whole number; yours is {type(number).__name__}")
+    return numbers
 
 
 # --- merged factors ----------------------------------------------------------------------------
@@ -283,70 +230,69 @@ def merge_factors_solution(W, b, factors, of_input):
 
 
 @exercise(
-    "Merge (IA)³",
-    solution=merge_factors_solution,
+    "Merge (IA)³", solution=merge_factors_solution,
     mistakes=(
-        (lambda W, b, f, i: (W * f if i else W * f[:, None], b), "the bias as well"),
-        (lambda W, b, f, i: (W * f[:, None], b * f) if not i else (W * f, b * 2), "bias stays"),
-        (lambda W, b, f, i: (W * f, b * f), "columns, that is inputs"),
-        (lambda W, b, f, i: (W + f if i else W + f[:, None], b), "added the factors"),
-        (lambda W, b, f, i: (W / f, b) if i else (W / f[:, None], b / f), "divided"),
+        (lambda W, b, f, i: (W * f if i else W * f[:, None], b),
+         "W is right, but the output was l ⊙ (W x + b): the bias as well"),
+        (lambda W, b, f, i: (W * f, b * 2) if i else (W * f[:, None], b * f),
+         "W is right, but here the bias stays: x is scaled, not b"),
+        (lambda W, b, f, i: (W * f, b * f),
+         "you scaled columns, that is inputs; outputs are rows, W * l[:, None]"),
+        (lambda W, b, f, i: (W + f if i else W + f[:, None], b),
+         "you added the factors; (IA)³ multiplies"),
+        (lambda W, b, f, i: (W / f, b) if i else (W / f[:, None], b / f),
+         "you divided: that is how one would unmerge"),
     ),
-    difficulty=3,
-    importance=4,
-    minutes=8,
+    praise="rows and bias for outputs, columns alone for inputs",
+    otherwise=lambda given, right: (
+        "of inputs: each column of W belongs to one input, so W * l"
+        if given[0]
+        else "of outputs: each row of W belongs to one output, so W * l[:, None] and b * l"
+    ),
+    difficulty=3, importance=4, minutes=8,
     hints=(
         "l ⊙ (W x + b) = W' x + b' for every x. Which rows or columns of W belong to l?",
         "Output factors scale rows, l[:, None], and the bias. Input factors scale columns only.",
     ),
-)
+)  # fmt: skip
 def merge_factors(answer):
+    """Whether inputs are scaled, and W and the bias there: of the first that goes wrong, if any.
+
+    The bias is told to be right or not, and not judged (None) where W is wrong.
+    """
     generator = torch.Generator().manual_seed(3)
-    W, b, factors, x = (
+    W, b, factors = (
         torch.randn(*size, generator=generator, dtype=torch.float64)
-        for size in ((4, 4), (4,), (4,), (6, 4))
+        for size in ((4, 4), (4,), (4,))
     )
     for of_input in (False, True):
         made = answer(W.clone(), b.clone(), factors.clone(), of_input)
         expect(isinstance(made, tuple) and len(made) == 2, "return two tensors: W and b, merged")
-        W_, b_ = made
-        for name, got, old in (("W", W_, W), ("b", b_, b)):
+        for name, got, old in zip("Wb", made, (W, b), strict=True):
             expect(
                 isinstance(got, torch.Tensor) and got.shape == old.shape,
                 f"{name} keeps its shape {tuple(old.shape)} when factors are merged",
             )
-        wanted = (x * factors) @ W.T + b if of_input else factors * (x @ W.T + b)
-        if near(x @ W_.T + b_, wanted):
-            continue
-        across = factors if of_input else factors[:, None]
-        rows = W * across
-        expect(
-            not near(W_, W + across),
-            "you added the factors; (IA)³ multiplies",
-        )
-        divided = W / across
-        expect(not near(W_, divided), "you divided: that is how one would unmerge")
-        if of_input:
-            expect(not near(W_, rows), "W is right, but here the bias stays: x is scaled, not b")
-            raise Wrong("of inputs: each column of W belongs to one input, so W * l")
-        expect(not near(W_, rows), "W is right, but the output was l ⊙ (W x + b): the bias as well")
-        expect(
-            not near(W_, W * factors),
-            "you scaled columns, that is inputs; outputs are rows, W * l[:, None]",
-        )
-        raise Wrong("of outputs: each row of W belongs to one output, so W * l[:, None] and b * l")
-    return "rows and bias for outputs, columns alone for inputs"
+        right = merge_factors_solution(W, b, factors, of_input)
+        weight, bias = (same(one, other) for one, other in zip(made, right, strict=True))
+        if not (weight and bias):
+            break
+    return of_input, made[0], bias if weight else None
 
 
 # --- a clinic ----------------------------------------------------------------------------------
 
-FAULTS = {
-    "healthy": "nothing is wrong",
-    "no way around": "y is not added to f(y)",
-    "both zero": "W_down and W_up both started at zero",
-    "base not frozen": "the base's weights were given to the optimizer too",
-}
-PATIENTS = {"A": "both zero", "B": "healthy", "C": "base not frozen", "D": "no way around"}
+WARD = Ward({
+    "healthy": ("B", "nothing is wrong",
+        "Its output starts at the base's, its W_down gets a gradient, the base is still."),
+    "no way around": ("D", "y is not added to f(y)",
+        "At the start its output is gone entirely: moved by 100%."),
+    "both zero": ("A", "W_down and W_up both started at zero",
+        "Its W_down gets no gradient, so only the bias of W_up can learn."),
+    "base not frozen": ("C", "the base's weights were given to the optimizer too",
+        "Look at what the base moved by, and at how many numbers train."),
+})  # fmt: skip
+FAULTS = WARD.faults
 
 
 class Patient(nn.Module):
@@ -373,7 +319,7 @@ class Patient(nn.Module):
 def clinic(steps: int = 60) -> pd.DataFrame:
     """What four patients show: at the start, in the first gradients, and after some steps."""
     rows = {}
-    for letter, fault in PATIENTS.items():
+    for letter, fault in WARD.right.items():
         with torch.random.fork_rng():
             torch.manual_seed(8)
             model = Patient(fault)
@@ -403,32 +349,11 @@ def clinic(steps: int = 60) -> pd.DataFrame:
     return pd.DataFrame(rows).T.rename_axis("patient")
 
 
-SIGNS = {
-    "healthy": "Its output starts at the base's, its W_down gets a gradient, the base is still.",
-    "no way around": "At the start its output is gone entirely: moved by 100%.",
-    "both zero": "Its W_down gets no gradient, so only the bias of W_up can learn.",
-    "base not frozen": "Look at what the base moved by, and at how many numbers train.",
-}
-
-
-@exercise(
-    "Debug the broken adapters",
-    solution=PATIENTS,
-    mistakes=(
-        (swapped(PATIENTS, "A", "B"), "at patient A. Its W_down gets no gradient"),
-        (swapped(PATIENTS, "B", "C"), "at patient B. Its output starts at the base's"),
-        (swapped(PATIENTS, "C", "D"), "at patient C. Look at what the base moved by"),
-        (PATIENTS | {"D": "healthy"}, "one fault twice"),
-        (PATIENTS | {"B": "overfitting"}, "is none of the four"),
-    ),
-    difficulty=3,
-    importance=5,
-    minutes=8,
+debug = WARD.exercise(
+    "debug", "Debug the broken adapters", confused=("AB", "BC", "CD"), unknown="overfitting",
+    difficulty=3, importance=5, minutes=8,
     hints=(
         "Begin with the column on the base: three of the four must not move it.",
         "An output moved by 1 at the start is an output that was replaced.",
     ),
-)
-def debug(answer):
-    expect(isinstance(answer, dict), "hand over a dict: patient to diagnosis")
-    return match(answer, PATIENTS, FAULTS, SIGNS)
+)  # fmt: skip

@@ -1,8 +1,8 @@
 """One file per method: its mathematics and the sites it uses, and nothing else.
 
-What several share lies beside them: `method` what each must write, `checks` the refusals,
-`composition` what does not go together, `deltas`, `bottleneck`, `soft` and `scores` the parts of a
-kind, `heads` the trained layer over an encoder.
+Shared parts are in files beside them: `method` has the interface, `checks` the refusals,
+`composition` the methods that do not combine, `deltas`, `bottleneck`, `soft` and `scores` the
+parts of one kind of method, `heads` the trained layer over an encoder.
 """
 
 from peftlab.methods.adalora import AdaLoRA

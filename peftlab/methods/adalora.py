@@ -1,4 +1,4 @@
-"""AdaLoRA: one budget of ranks, shared out among the weights while they train."""
+"""AdaLoRA: one budget of ranks, which training distributes among the weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class TripletDelta(nn.Module):
     r"""The formula:  $\Delta W = s P \Lambda Q = s \sum_i \lambda_i p_i q_i^\top$.
 
     The columns p_i of P (d_out, r) and the rows q_i of Q (r, d_in) start orthonormal, Λ = diag(λ)
-    at zero. Where λ_i = 0 the triplet is off: it adds nothing, and λ_i alone has a gradient.
+    starts at zero. A triplet with λ_i = 0 is off: it adds nothing, and only λ_i has a gradient.
     """
 
     def __init__(self, d_in: int, d_out: int, r: int, alpha: int | float, dropout=0.0):
@@ -31,14 +31,14 @@ class TripletDelta(nn.Module):
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator | None = None) -> None:
-        """Draw the directions anew, and set λ to zero."""
+        """Draw new directions, and set λ to zero."""
         for tensor, size in ((self.P, self.P.shape), (self.Q.T, self.Q.T.shape)):
             tensor.copy_(torch.linalg.qr(torch.randn(size, generator=generator)).Q)
         self.L.zero_()
 
     @property
     def rank(self) -> int:
-        """How many triplets are switched on."""
+        """How many triplets are on."""
         return int((self.L != 0).sum())
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
@@ -46,25 +46,25 @@ class TripletDelta(nn.Module):
         return times(low * (self.scale * self.L), self.P)
 
     def delta_weight(self) -> Float[Tensor, "d_out d_in"]:
-        """ΔW itself, for merging and for looking."""
+        """ΔW itself, for merging and inspection."""
         return (self.P * (self.scale * self.L)) @ self.Q
 
 
 @dataclass(frozen=True)
 class AdaLoRA(DeltaMethod):
-    r"""Adaptive low-rank adaptation: every weight begins with init_r triplets, few are kept.
+    r"""Adaptive low-rank adaptation: every weight starts with init_r triplets and keeps fewer.
 
         h = W x + s P Λ Q x      W (d_out, d_in) frozen,  P (d_out, init_r),  Λ = diag(λ),
                                  Q (init_r, d_in),  s = α / init_r
 
     Trained and stored: P, λ and Q, init_r·(d_in + d_out + 1) numbers for each target matrix. After
-    every step a triplet is scored by how much the loss would change without it, to first order:
+    every step, the score of a triplet is the change of the loss without it, to first order:
 
         I_i ← β I_i + (1 − β) |λ_i ∂loss/∂λ_i|
 
-    and of all triplets of all weights the b with the highest I stay; the λ of the others become 0.
-    `budget` is that b: for N weights it falls from N·init_r to N·target_r, between the shares
-    `start` and `end` of the run. A λ set to 0 has a gradient still, and may come back before `end`.
+    The b triplets with the highest I, among all weights, stay; the λ of the others become 0.
+    `budget` gives b: for N weights it falls from N·init_r to N·target_r, between the shares
+    `start` and `end` of the run. A λ of 0 still has a gradient, and may grow again before `end`.
 
     Zhang et al. 2023, arXiv:2303.10512, equations 3, 5 and 12; β is β₁ there. Left out: the penalty
     that keeps P and Q orthonormal, the scores of their entries, uncertainty (equations 8 to 11).
@@ -111,7 +111,7 @@ class AdaLoRA(DeltaMethod):
         for delta in deltas:
             if step == 1:
                 delta.importance.zero_()
-            if done < self.end or step == 1:  # afterwards the choice is fixed
+            if done < self.end or step == 1:  # later the choice is fixed
                 delta.importance.lerp_((delta.L * delta.L.grad).abs(), 1 - self.beta1)
         scores = torch.cat([delta.importance for delta in deltas])
         best = scores.topk(self.budget(done, len(deltas))).indices

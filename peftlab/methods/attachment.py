@@ -1,4 +1,4 @@
-"""What a method has put on a base."""
+"""The sites and parameters that a method has put on a base."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class Attachment:
-    """What a method put on a base: the sites that it reached and the parameters that train.
+    """The sites that a method reached on a base, and the parameters that train.
 
-    `modules` holds what makes the changes, by place, and `sources` what soft prompts are read from.
-    `headless` says that a head stands in place of the language model's own. `chosen` is the method
-    with what it chose on this base said by name.
+    `modules` holds the modules that change the base, by place, and `sources` the sources of soft
+    prompts. `headless` says that a head replaces the language model's own. `chosen` is the method
+    with its choices on this base given by name.
     """
 
     method: Method
@@ -36,7 +36,7 @@ class Attachment:
     chosen: Method | None = None
 
     def enter(self, site: Site, module: nn.Module | None = None) -> Site:
-        """Enter a site. What trains there, `module` or the model's own parameters, is listed."""
+        """Enter a site and list what trains there: `module` or the model's own parameters."""
         if module is not None:
             self.hold(module, site.name)
             for key, parameter in module.named_parameters():
@@ -47,13 +47,13 @@ class Attachment:
         return site
 
     def hold(self, module: nn.Module, place: str) -> None:
-        """Move a module to the base's device, in 32 bits at least, and keep it by its place."""
+        """Move a module to the base's device, in at least 32 bits, and keep it by its place."""
         weight = self.base.anatomy.embedding.weight
         module.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
         self.modules[place] = module
 
     def leave(self) -> None:
-        """Leave every site, the last first."""
+        """Leave every site, in reverse order."""
         with ExitStack() as stack:
             for site in self.sites:
                 stack.push(site)

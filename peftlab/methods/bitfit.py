@@ -16,13 +16,13 @@ class BitFit(Method):
 
         y = W x + b,  LN(x) = g ⊙ x̂ + b        W, g frozen,  b (d_out,) or (d_model,) trained
 
-    Trained and stored: the biases of linear maps, of LayerNorms, and of the head on the model; of
-    a bias of its own for the task nothing is known here. Under a head, those of the backbone. On
-    BERT-base that is 11 L d + 2 d, on GPT-2 11 L d + d. Llama and T5 have no bias at all, so the
-    method cannot go there, and is refused; Qwen2 has those of q, k and v.
+    Trained and stored: the biases of linear maps, of LayerNorms, and of the model's own head; a
+    new head's bias counts with that head. Under a new head, only those of the backbone. BERT-base
+    has 11 L d + 2 d of them, GPT-2 11 L d + d. Llama and T5 have no bias, so the method is refused
+    there; Qwen2 has biases of q, k and v.
 
-    Of all of them the key's is idle: q·(k + b_k) adds the same to every score of a query, and
-    the softmax takes no notice. Only under virtual keys, which it does not shift, does it act.
+    The bias of the keys does nothing: q·(k + b_k) adds the same number to every score of a query,
+    and the softmax ignores it. It acts only with virtual keys, because it does not shift them.
 
     Ben Zaken et al. 2022, arXiv:2106.10199, section 2. The original tensors are kept aside.
     """
@@ -38,7 +38,7 @@ class BitFit(Method):
             name
             for name, _ in module.named_parameters()
             if name.split(".")[-1] == "bias"
-            and not (attachment.headless and name.startswith("pooler"))  # out of use, as a head
+            and not (attachment.headless and name.startswith("pooler"))  # unused, like the old head
         ]
         if not names:
             raise ValueError(
@@ -48,5 +48,5 @@ class BitFit(Method):
         attachment.enter(ExistingParameters(module, names))
 
     def parameters(self, shape: Shape) -> int:
-        """All biases; 0 where there are none."""
+        """The number of all biases; 0 if there are none."""
         return shape.biases

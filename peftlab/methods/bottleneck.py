@@ -1,4 +1,4 @@
-"""The small module that all adapters share, and how it comes onto a base."""
+"""The small module that all adapters share, and how it is attached to a base."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ def _zeros(size: int) -> nn.Parameter:
 
 @dataclass(frozen=True)
 class Adapter(Method, listed=False):
-    """What the adapters have in common.
+    """The common part of the adapters.
 
-    They differ in the sublayers that get one, in what it reads, and in how it starts.
+    They differ in their sublayers, in their input and in their initial values.
     `non_linearity`: relu, gelu, silu (also called swish) or tanh. `sublayers`: any of attention,
-    mlp, and cross, the attention of T5's decoder to its encoder. Two adapters go together where
+    mlp, and cross, the attention of T5's decoder to its encoder. Two adapters can be combined if
     they are at different sublayers.
     """
 
@@ -58,7 +58,7 @@ class Adapter(Method, listed=False):
     scaling: int | float = 1.0
     sublayers: tuple[str, ...] | list[str] = ("mlp",)
 
-    beside: ClassVar[bool] = False  # True: f reads what the sublayer reads, not what it gives
+    beside: ClassVar[bool] = False  # True: f reads the input of the sublayer, not its output
 
     limits: ClassVar[dict] = {"bottleneck": (1,), "scaling": (0.0,)}
 
@@ -79,7 +79,7 @@ class Adapter(Method, listed=False):
 
     def reach(self, base, attachment, generator):
         shape = base.anatomy.shape
-        self.parameters(shape)  # refuses a sublayer that the base has not
+        self.parameters(shape)  # raises for a sublayer that the base does not have
         for sublayer in base.anatomy.sublayers:
             if sublayer.kind not in self.sublayers:
                 continue
@@ -88,6 +88,6 @@ class Adapter(Method, listed=False):
             attachment.enter(SublayerOutput(sublayer, f, self.beside), f)
 
     def parameters(self, shape: Shape) -> int:
-        """2 m d_model + m + d_model at every sublayer that has one."""
+        """2 m d_model + m + d_model for every sublayer with an adapter."""
         m, d = self.bottleneck, shape.d_model
         return sum(map(shape.sublayers, self.sublayers)) * (2 * m * d + m + d)

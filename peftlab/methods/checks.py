@@ -1,4 +1,4 @@
-"""Refusing bad hyper-parameters, in words that say what is allowed."""
+"""Checks of hyper-parameters, with messages that say what is allowed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def check_choice(name: str, value, allowed: tuple) -> None:
 
 
 def check_texts(texts, score: str, needed: str) -> tuple[str, ...]:
-    """The calibration texts. Raises ValueError unless they are texts, for this score alone."""
+    """The calibration texts. Raises ValueError unless they are texts, and only `needed` has any."""
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"calibration={texts!r}: a list of texts is needed")
     if (score == needed) != bool(texts):
@@ -32,7 +32,7 @@ def check_texts(texts, score: str, needed: str) -> tuple[str, ...]:
 
 
 def check_rank(name: str, r: int, d_in: int, d_out: int, where: str) -> None:
-    """Raise ValueError if a rank is above what a matrix of this size can have."""
+    """Raise ValueError if a rank is above the largest rank of a matrix of this size."""
     most = min(d_in, d_out)
     if r > most:
         raise ValueError(f"{name}={r} at {where} ({d_out}×{d_in}): allowed is 1 to {most}")
@@ -48,14 +48,14 @@ def check_context(count: int, shape: Shape) -> None:
 
 
 def check_init(init: str, text: str | None, allowed: tuple[str, ...]) -> None:
-    """Raise ValueError for an unknown start, or a text without its start or the other way round."""
+    """Raise ValueError for an unknown init, for init "text" without a text, or the reverse."""
     check_choice("init", init, allowed)
     if (init == "text") != bool(text):
         raise ValueError('init="text" and a non-empty init_text go together')
 
 
 def checked_targets(targets) -> tuple[str, ...] | str:
-    """Targets once each, or "all-linear". Raises ValueError for anything else."""
+    """The targets, each once, or "all-linear". Raises ValueError for anything else."""
     if targets == "all-linear":
         return targets
     if not isinstance(targets, list | tuple) or not targets:
@@ -67,9 +67,9 @@ def checked_targets(targets) -> tuple[str, ...] | str:
 
 
 def checked_placement(placement, total: int) -> tuple[tuple[int, str], ...] | None:
-    """The blocks of a placement as (count, where) pairs, None for none.
+    """The blocks of a placement as (count, place) pairs; None if there is no placement.
 
-    Raises ValueError unless they are such pairs, of places that exist, with `total` virtual tokens.
+    Raises ValueError unless they are pairs with known places and `total` virtual tokens together.
     """
     if placement is None:
         return None

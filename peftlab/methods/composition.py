@@ -1,4 +1,4 @@
-"""Which methods do not go together on one base, and why: one table for all of them."""
+"""Which methods cannot be combined on one base, and why: one table for all of them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ ANY = None
 
 @dataclass(frozen=True)
 class Rule:
-    """`method` does not go where one of `others` stands before it, or after it; ANY is any.
+    """`method` is refused if a method in `before` precedes it or one in `after` follows it.
 
-    Those in `but` may stand there all the same.
+    ANY stands for every method; the methods in `but` are allowed all the same.
     """
 
     method: str
@@ -69,7 +69,7 @@ RULES = (
 
 
 def check_composition(methods: list[Method]) -> None:
-    """Raise ValueError unless these methods go together in this order."""
+    """Raise ValueError unless these methods can be combined in this order."""
     for i, method in enumerate(methods):
         before, after = methods[:i], methods[i + 1 :]
         for rule in (rule for rule in RULES if rule.method == method.name):

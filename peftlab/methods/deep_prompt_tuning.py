@@ -1,4 +1,4 @@
-"""Deep prompt tuning: virtual tokens anew at the input of every layer."""
+"""Deep prompt tuning: new virtual tokens at the input of every layer."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from peftlab.sites import InputEmbeddings
 
 @dataclass(frozen=True)
 class DeepPromptTuning(Method):
-    """Virtual tokens at the input, and anew at the input of every layer.
+    """Virtual tokens at the input, and new ones at the input of every layer.
 
         [h_l of the virtual tokens; h_l of the text] → [P_l; h_l of the text]      P_l (P, d_model)
 
-    The frozen W_k and W_v make keys and values of each P_l, so one vector stands where prefix
-    tuning has two: P · L · d_model numbers, trained and stored. The virtual tokens still cost
+    The frozen W_k and W_v make the keys and values of each P_l, so one vector replaces the two of
+    prefix tuning: P · L · d_model numbers, trained and stored. The virtual tokens still cost
     queries and an MLP in every layer.
 
-    Sources call this prefix tuning or P-tuning v2. It is the "prefix-layer" baseline of Hu et al.
-    2021, arXiv:2106.09685, section 5.1, and the prompt-deep of vision transformers. T5: in the
-    encoder alone.
+    Some sources call this prefix tuning or P-tuning v2. It is the "prefix-layer" baseline of Hu et
+    al. 2021, arXiv:2106.09685, section 5.1, and the prompt-deep of vision transformers. On T5 it is
+    only in the encoder.
     """
 
     num_virtual_tokens: int = 20

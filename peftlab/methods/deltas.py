@@ -1,4 +1,4 @@
-"""What the methods at linear weights share: targets, and one delta for each weight."""
+"""The common part of the methods at linear weights: targets, and one delta for each weight."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Targeted(Method, listed=False):
         object.__setattr__(self, "target_modules", checked_targets(self.target_modules))
 
     def targets(self, available: tuple[str, ...]) -> tuple[str, ...]:
-        """The targets on a model that has these; ValueError for one that it has not."""
+        """The targets on a model with the available ones; ValueError for an unavailable target."""
         if self.target_modules == "all-linear":
             return available
         for target in self.target_modules:
@@ -48,8 +48,8 @@ class DeltaMethod(Targeted, listed=False):
     """A method that puts a delta beside every target weight.
 
     Subclasses make the delta (`delta`) and say how many numbers it trains (`size`). `rank` names
-    the field with the delta's rank, which no target matrix may be too small for; None if any rank
-    goes on any matrix.
+    the field with the delta's rank, which every target matrix must allow; None if any matrix
+    allows any rank.
     """
 
     rank: ClassVar[str | None] = "r"
@@ -57,7 +57,7 @@ class DeltaMethod(Targeted, listed=False):
     def delta(
         self, linear: Linear, attachment: Attachment, generator: torch.Generator
     ) -> nn.Module:
-        """The delta for this weight as it starts."""
+        """The delta for this weight, with its initial values."""
         raise NotImplementedError
 
     def size(self, d_in: int, d_out: int) -> int:
@@ -86,7 +86,7 @@ class DeltaMethod(Targeted, listed=False):
 
 
 def sharing(targets: tuple[str, ...], shape: Shape) -> list[str]:
-    """The targets that this family holds in one matrix. ValueError unless there are two."""
+    """The targets that this family stores in one matrix. ValueError for fewer than two."""
     shared = [target for target in targets if target in shape.fused]
     if len(shared) < 2:
         have = f"holds {', '.join(shape.fused)} in one" if shape.fused else "has none in common"

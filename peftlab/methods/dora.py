@@ -1,4 +1,4 @@
-"""DoRA: the length of every row of a weight apart from its direction."""
+"""DoRA: the length of every row of a weight is trained separately from its direction."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from peftlab.methods.lora import LowRankDelta
 class MagnitudeDelta(LowRankDelta):
     r"""The formula:  $W' = m \odot \frac{W + sBA}{n}$,  $n$ the norms of the rows of $W + sBA$.
 
-    m (d_out) starts as the norms of W's rows, so W' starts as W. In the output it is
+    m (d_out) starts as the norms of W's rows, so W' starts as W. The output is
 
         W' x = W x + (m/n − 1) ⊙ W x + (m/n) ⊙ s B (A x)
 
-    of which W x is there already. `frozen()` gives W.
+    where the frozen module computes W x already. `frozen()` returns W.
     """
 
     of_output = True  # called with x and W x
@@ -33,13 +33,13 @@ class MagnitudeDelta(LowRankDelta):
         self.frozen = frozen
 
     def initialise(self, generator: torch.Generator | None = None) -> None:
-        """As in LoRA, and m from W."""
+        """Initialise A and B as LoRA does, and m from W."""
         super().initialise(generator)
         with torch.no_grad():
             self.m = nn.Parameter(self.norms())
 
     def norms(self) -> Float[Tensor, " d_out"]:
-        """n, out of W Aᵀ (d_out, r) and A Aᵀ (r, r), so that no second W is held:
+        """n, from W Aᵀ (d_out, r) and A Aᵀ (r, r), so that no second W is held:
 
         ‖w + s b A‖² = ‖w‖² + 2 s b · (A w) + s² b (A Aᵀ) bᵀ      w and b rows of W and B
         """
@@ -49,7 +49,7 @@ class MagnitudeDelta(LowRankDelta):
         return (W.square().sum(dim=1) + 2 * s * crossed + s**2 * squared).clamp(min=0).sqrt()
 
     def ratio(self) -> Float[Tensor, " d_out"]:
-        """m / n. The gradient does not pass through n; a row of zeros stays one."""
+        """m / n. The gradient does not pass through n; a row of zeros stays a row of zeros."""
         with torch.no_grad():
             n = self.norms()
         return self.m / n.clamp(min=torch.finfo(n.dtype).tiny)
@@ -61,22 +61,22 @@ class MagnitudeDelta(LowRankDelta):
         return (ratio - 1) * Wx + ratio * super().forward(x)
 
     def delta_weight(self) -> Float[Tensor, "d_out d_in"]:
-        """W' − W, for merging and for looking."""
+        """W' − W, for merging and inspection."""
         W, ratio = self.frozen().to(self.m), self.ratio()[:, None]
         return (ratio - 1) * W + ratio * super().delta_weight()
 
 
 @dataclass(frozen=True)
 class DoRA(DeltaMethod):
-    r"""Weight-decomposed low-rank adaptation: a direction that LoRA changes, and its length.
+    r"""Weight-decomposed low-rank adaptation: LoRA changes the direction, m gives the length.
 
         h = m ⊙ ((W + s B A) x) / n      W (d_out, d_in) frozen,  A (r, d_in),  B (d_out, r),
                                          m (d_out),  n_i = ‖row i of W + s B A‖,  s = α / r
 
     Trained and stored: A, B and m, r·(d_in + d_out) + d_out numbers for each target matrix.
-    The paper writes W with its outputs in columns and calls n a column-wise norm; a row here is
-    what makes one output. n is a constant to the gradient, as in section 4.3, which saves memory
-    and changes little. `dropout` goes before A alone. A merged DoRA is one dense matrix.
+    The paper writes W with its outputs in columns and calls n a column-wise norm; here a row
+    computes one output. The gradient treats n as a constant, as in section 4.3, which saves memory
+    and changes little. `dropout` acts only before A. A merged DoRA is one dense matrix.
 
     Liu et al. 2024, arXiv:2402.09353, equations 5 and 11.
     """
@@ -99,7 +99,7 @@ class DoRA(DeltaMethod):
     def reach(self, base, attachment, generator):
         super().reach(base, attachment, generator)
         for site in attachment.sites:
-            site.delta.frozen = site.frozen  # W alone also while it is merged
+            site.delta.frozen = site.frozen  # W alone, even while the delta is merged
 
     def size(self, d_in, d_out):
         return self.r * (d_in + d_out) + d_out

@@ -17,9 +17,9 @@ class FullFineTuning(Method):
         θ ← θ − η · g(∇L(θ))        θ: all parameters, tied ones once
 
     Trained: all of θ. Stored: all of θ, one full model for every task. Under a head, θ is the
-    backbone: the language model's own head is out of use and stays as it was.
+    backbone: the language model's own head is unused and does not change.
     The original tensors are kept aside while it is attached, so detaching restores them.
-    It is the yardstick that every parameter-efficient method is measured against.
+    Every parameter-efficient method is measured against it.
     """
 
     name: ClassVar[str] = "full_fine_tuning"
@@ -29,7 +29,7 @@ class FullFineTuning(Method):
 
     def reach(self, base, attachment, generator):
         module = base.anatomy.backbone if attachment.headless else base.model
-        names = [  # a tied tensor comes once; under a head, a pooler is as unused as the old head
+        names = [  # a tied tensor comes once; a pooler under a head is as unused as the old head
             name
             for name, _ in module.named_parameters()
             if not (attachment.headless and name.startswith("pooler."))
@@ -37,5 +37,5 @@ class FullFineTuning(Method):
         attachment.enter(ExistingParameters(module, names))
 
     def parameters(self, shape: Shape) -> int:
-        """Everything: the base's own size."""
+        """The number of all parameters of the base."""
         return shape.parameters()

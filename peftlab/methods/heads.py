@@ -1,7 +1,7 @@
-"""Heads: a small trained layer over the last hidden states, in place of the language model's own.
+"""Heads: small trained layers on the last hidden states, in place of the language model's own.
 
-A head is described by a frozen dataclass and counted apart from the method. It starts at random,
-as in P-tuning v2, and reads the hidden states of the real tokens alone.
+A frozen dataclass describes a head; its parameters are counted apart from the method's. It starts
+at random, as in P-tuning v2, and reads only the hidden states of the real tokens.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Head:
 
     @property
     def classes(self) -> int:
-        """Outputs for each token, or for each text."""
+        """The number of outputs for each token, or for each text."""
         raise NotImplementedError
 
     def parameters(self, d_model: int) -> int:
@@ -34,7 +34,7 @@ class Head:
 
     def build(self, d_model: int, generator: torch.Generator) -> nn.Linear:
         """The layer: weights normal with σ = 0.02, biases zero."""
-        linear = nn.utils.skip_init(nn.Linear, d_model, self.classes)  # torch's own would draw
+        linear = nn.utils.skip_init(nn.Linear, d_model, self.classes)  # skips torch's own draw
         nn.init.normal_(linear.weight, std=0.02, generator=generator)
         nn.init.zeros_(linear.bias)
         return linear
@@ -45,7 +45,7 @@ class Head:
         hidden: Float[Tensor, "batch seq d_model"],
         mask: Int[Tensor, "batch seq"],
     ) -> Tensor:
-        """(batch, seq, classes), or (batch, classes) of a head that reads the whole text."""
+        """(batch, seq, classes), or (batch, classes) if the head reads the whole text."""
         return linear(hidden.to(linear.weight.dtype))
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class Head:
         return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten())
 
     def to_dict(self) -> dict:
-        """Ready for JSON."""
+        """The kind and the fields, ready for JSON."""
         return {"head": self.kind, **asdict(self)}
 
     @staticmethod
@@ -81,14 +81,14 @@ class _Labelled(Head):
 
 @dataclass(frozen=True)
 class Tagging(_Labelled):
-    """A label for each token. Labels of a batch are (batch, seq), −100 where none is asked."""
+    """A label for each token. Labels of a batch are (batch, seq), −100 at unlabelled tokens."""
 
     kind: ClassVar[str] = "tagging"
 
 
 @dataclass(frozen=True)
 class Classification(_Labelled):
-    """One label for the whole text, read off the mean of its hidden states, or its first one.
+    """One label for the whole text, from the mean of its hidden states or from the first one.
 
     Labels of a batch are (batch,).
     """

@@ -1,4 +1,4 @@
-"""The adapter of Houlsby et al.: a bottleneck behind every attention and every MLP."""
+"""The adapter of Houlsby et al.: a bottleneck after every attention and every MLP."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ class HoulsbyAdapter(Adapter):
 
         y ← y + W_up σ(W_down y + b_down) + b_up      W_down (m, d_model),  W_up (d_model, m)
 
-    y is what a sublayer's last linear map gives, before dropout, the residual sum and, in BERT,
+    y is the output of a sublayer's last linear map, before dropout, the residual sum and, in BERT,
     the layer norm. Trained and stored: 2 m d_model + m + d_model numbers for each of two sublayers
     a block; m is `bottleneck`. The attention of T5's decoder to its encoder gets none, as in most
-    work on T5, unless "cross" is among the `sublayers`.
+    work on T5, unless `sublayers` contains "cross".
 
-    It starts near the identity: W_down and W_up from a Gaussian of standard deviation σ₀ =
-    `init_std`, truncated at 2 σ₀, which leaves s = 0.880 σ₀; biases zero. Near zero GELU halves, so
-    f(y) is about s² √(m d_model) / 2 times as large as y, 0.9% on BERT-base at m = 64; and never
-    is an entry above (2 σ₀)² m ‖y‖₁.
+    It starts near the identity: W_down and W_up are drawn from a Gaussian of standard deviation
+    σ₀ = `init_std`, truncated at 2 σ₀, which leaves s = 0.880 σ₀; biases are zero. GELU halves
+    small inputs, so f(y) is about s² √(m d_model) / 2 times as large as y, 0.9% on BERT-base at
+    m = 64; no entry is ever above (2 σ₀)² m ‖y‖₁.
 
-    Houlsby et al. 2019, arXiv:1902.00751, section 2. The text has 1e-2 for σ₀, the authors' code
-    1e-3; their σ is GELU, in the adapters library it is swish ("silu"). The paper trains the layer
-    norms as well: [HoulsbyAdapter(), LayerNormTuning()] does. The task head is counted apart.
+    Houlsby et al. 2019, arXiv:1902.00751, section 2. The text gives σ₀ = 1e-2, the authors' code
+    1e-3; their σ is GELU, that of the adapters library swish ("silu"). The paper also trains the
+    layer norms, as [HoulsbyAdapter(), LayerNormTuning()] does. The task head is counted apart.
     """
 
     bottleneck: int = 64

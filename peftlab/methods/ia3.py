@@ -14,7 +14,7 @@ from peftlab.sites import Scale
 
 
 class Factors(nn.Module):
-    """The formula's l: one factor for each column, all of them 1 at the start."""
+    """The formula's l: one factor for each column, initially 1."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -28,15 +28,15 @@ class IA3(Method):
         softmax(q (l_k ⊙ k)ᵀ / √d) (l_v ⊙ v)      l_k, l_v (d_kv,)
         W_down (l_ff ⊙ σ(W_up x))                  l_ff (d_ff,)
 
-    Trained and stored: one vector for each scaled weight, as long as what it scales, 1 at the
-    start, so the output at the start is the base's exactly. `target_modules` are logical; those
-    that are also in `feedforward_modules` have their input scaled, the others their output, bias
-    included. By the defaults: keys, values, and what `down` reads. Merging scales rows or columns
-    of the weights, and the biases of scaled outputs.
+    Trained and stored: one vector for each scaled weight, as long as the scaled input or output.
+    It starts at 1, so the output starts exactly as the base's. `target_modules` are logical. The
+    factors scale the input of those that are also in `feedforward_modules`, and the output, bias
+    included, of the others. The defaults scale keys, values and the input of `down`. Merging scales
+    rows or columns of the weights, and the biases of scaled outputs.
 
-    Liu et al. 2022, arXiv:2205.05638, section 3.3. On GPT-2, PEFT scales all of the fused
-    `c_attn`, the queries too: 64,512 numbers for the small one in place of the paper's 55,296.
-    `IA3(target_modules=["q", "k", "v", "down"])` is that.
+    Liu et al. 2022, arXiv:2205.05638, section 3.3. On GPT-2, PEFT scales the whole fused `c_attn`,
+    queries included: 64,512 numbers on the small GPT-2 instead of the paper's 55,296. That is
+    `IA3(target_modules=["q", "k", "v", "down"])`.
     """
 
     target_modules: tuple[str, ...] | list[str] = ("k", "v", "down")
@@ -66,7 +66,7 @@ class IA3(Method):
             attachment.enter(Scale(linear, factors, of_input), factors)
 
     def parameters(self, shape: Shape) -> int:
-        """The width of what is scaled, over all scaled weights."""
+        """The sum of the scaled widths over all scaled weights."""
         return sum(
             copies * (d_in if target in self.feedforward_modules else d_out)
             for target in self.target_modules

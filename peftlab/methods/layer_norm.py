@@ -18,11 +18,11 @@ class LayerNormTuning(Method):
         RMSNorm(x) = g ⊙ x / √(mean(x²) + ε)           g (d_model,) trained: there is no shift
 
     Trained and stored: 2 d_model numbers a LayerNorm, d_model an RMSNorm (Llama, Qwen2, T5); every
-    norm that the model has, the last one and a masked-LM head's included. Under a head, those of
-    the backbone. The original tensors are kept aside.
+    norm of the model, including the last one and that of a masked-LM head. Under a head, only those
+    of the backbone. The original tensors are kept aside.
 
-    Zhao et al. 2023, arXiv:2312.11420; PEFT's LNTuning. Houlsby et al. 2019 have it as a baseline
-    (arXiv:1902.00751), and train the norms along with their adapters.
+    Zhao et al. 2023, arXiv:2312.11420; PEFT's LNTuning. Houlsby et al. 2019, arXiv:1902.00751, use
+    it as a baseline, and train the norms together with their adapters.
     """
 
     name: ClassVar[str] = "layer_norm"
@@ -41,5 +41,5 @@ class LayerNormTuning(Method):
         attachment.enter(ExistingParameters(module, names))
 
     def parameters(self, shape: Shape) -> int:
-        """The size of a norm times their number."""
+        """The size of a norm times the number of norms."""
         return shape.norms * shape.norm_size

@@ -39,19 +39,19 @@ class LowRankDelta(nn.Module):
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator | None = None) -> None:
-        """Draw A anew, on the CPU, so that a seed means the same anywhere; set B to zero."""
+        """Draw A on the CPU, so that a seed gives the same A on any device; set B to zero."""
         bound = 1 / math.sqrt(self.A.shape[1])
         self.A.copy_(torch.empty(self.A.shape).uniform_(-bound, bound, generator=generator))
         self.B.zero_()
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
-        if not torch.is_autocast_enabled(x.device.type):  # which chooses the precision itself
+        if not torch.is_autocast_enabled(x.device.type):  # autocast chooses the precision itself
             x = x.to(self.A.dtype)  # a base in 16 bits still trains factors in 32
         low = nn.functional.linear(self.dropout(x), self.A) * self.scale  # *batch r
         return nn.functional.linear(low, self.B)
 
     def delta_weight(self) -> Float[Tensor, "d_out d_in"]:
-        """ΔW itself, for merging and for looking."""
+        """ΔW itself, for merging and inspection."""
         return self.scale * self.B @ self.A
 
 
@@ -62,20 +62,20 @@ class LoRA(DeltaMethod):
         h = W x + s B A x      W (d_out, d_in) frozen,  A (r, d_in),  B (d_out, r),  s = α / r
 
     Trained and stored: A and B of every target matrix, r·(d_in + d_out) numbers each.
-    `target_modules` are logical: any of q k v o up down gate, or "all-linear". On GPT-2, whose
-    q, k and v are one fused matrix, each target has its own A and B on its own rows. With `fused`,
-    targets that share a matrix share one A, and B has a row for each of theirs: with q, k and v
-    that is what PEFT does with c_attn. Every A that is shared saves r·d_in numbers, and
-    the method is another one: all of them read the same r numbers out of x.
+    `target_modules` are logical: any of q k v o up down gate, or "all-linear". GPT-2 has q, k and
+    v in one fused matrix; each target still has its own A, and its own B for its own rows. With
+    `fused`, targets that share a matrix share one A, and B has a row for each of their rows; for
+    q, k and v PEFT does the same with c_attn. Every shared A saves r·d_in numbers, but it is a
+    different method: all these targets read the same r numbers from x.
 
     Hu et al. 2021, arXiv:2106.09685, section 4.1. The paper draws A from a Gaussian; the authors'
     code draws it uniformly, as here. Defaults: q and v as in the paper, alpha = 2 r.
 
-    `use_rslora`: s = α / √r, with which neither the output nor the gradients shrink or grow with
+    `use_rslora` sets s = α / √r, so that neither the output nor the gradients shrink or grow with
     r. Kalajdzievski 2023, arXiv:2312.03732, theorem 3.2.
 
-    `loraplus_lr_ratio` is λ: B learns at λ times the rate of A. In a wide model one rate for both
-    moves B too little. Hayou et al. 2024, arXiv:2402.12354, section 4; λ = 16 there.
+    `loraplus_lr_ratio` is λ: the rate of B is λ times the rate of A. In a wide model one rate for
+    both moves B too little. Hayou et al. 2024, arXiv:2402.12354, section 4, with λ = 16.
     """
 
     r: int = 8
@@ -114,7 +114,7 @@ class LoRA(DeltaMethod):
         return self.r * (d_in + d_out)
 
     def parameters(self, shape: Shape) -> int:
-        """Σ r (d_in + d_out) over the target matrices, less r d_in for every A that is shared."""
+        """Σ r (d_in + d_out) over the target matrices, minus r d_in for every shared A."""
         shared = sharing(self.targets(shape.targets), shape)[1:] if self.fused else []
         less = [n * self.r * d_in for t in shared for n, d_in, _ in shape.matrices(t)]
         return super().parameters(shape) - sum(less)

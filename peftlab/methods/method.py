@@ -1,4 +1,4 @@
-"""What every method has: hyper-parameters, a closed form for its size, and a way onto a base."""
+"""The interface of a method: hyper-parameters, a closed form for its size, and its sites."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ METHODS: dict[str, type[Method]] = {}
 class Method:
     """A method's hyper-parameters. Subclasses are frozen dataclasses, so they print and compare.
 
-    A subclass writes `reach` and `parameters`; what else it may write has a default that holds for
-    most. Its `name` stands for it in `METHODS`, and so in saved adapters, unless `listed=False`: an
-    experiment's or a test's own method is nobody else's.
+    A subclass implements `reach` and `parameters`; everything else has a default that fits most
+    methods. `METHODS`, and thus saved adapters, list it by its `name`, unless it has
+    `listed=False`, as a method of a single experiment or test does.
     """
 
     name: ClassVar[str] = ""
     title: ClassVar[str] = ""
     learning_rate: ClassVar[float] = 1e-3
-    in_place: ClassVar[bool] = False  # True: what trains are the base's own parameters
+    in_place: ClassVar[bool] = False  # True: the base's own parameters train
     limits: ClassVar[dict[str, tuple]] = {}  # the range of a hyper-parameter: lowest, highest
     choices: ClassVar[dict[str, tuple]] = {}  # or its allowed values
-    start_is_stored: ClassVar[bool] = False  # True: where each trained number started is saved too
-    stored_width: ClassVar[int | None] = None  # bytes of a stored number that is no float
+    start_is_stored: ClassVar[bool] = False  # True: the initial value of each number is saved too
+    stored_width: ClassVar[int | None] = None  # bytes of a stored number that is not a float
     codes: ClassVar[Method | None] = None  # the method that holds the base's weights as codes
 
     def __init_subclass__(cls, listed: bool = True, **kwargs):
@@ -46,7 +46,7 @@ class Method:
             check_choice(name, getattr(self, name), allowed)
 
     def attach(self, base: Base, generator: torch.Generator, headless: bool = False) -> Attachment:
-        """Reach the sites and create the parameters. On an error nothing stays behind."""
+        """Reach the sites and create the parameters. On an error nothing stays attached."""
         attachment = Attachment(self, base, headless)
         try:
             self.reach(base, attachment, generator)
@@ -56,7 +56,7 @@ class Method:
         return attachment
 
     def reach(self, base: Base, attachment: Attachment, generator: torch.Generator) -> None:
-        """Enter this method's sites on the attachment, and draw what trains from the generator."""
+        """Enter this method's sites, and draw the initial values from the generator."""
         raise NotImplementedError
 
     def parameters(self, shape: Shape) -> int:
@@ -64,7 +64,7 @@ class Method:
         raise NotImplementedError
 
     def folded(self) -> Method:
-        """The method that the stored tensors belong to: itself, unless something is left behind."""
+        """The method that the stored tensors belong to: itself, unless a part is not stored."""
         return self
 
     def stored(self, shape: Shape) -> int:
@@ -72,19 +72,19 @@ class Method:
         return self.folded().parameters(shape) * (2 if self.start_is_stored else 1)
 
     def file_bytes(self, shape: Shape, width: int = 4) -> int:
-        """Bytes of what is stored, with `width` bytes for a trained number."""
+        """Bytes of the stored numbers, with `width` bytes for a trained one."""
         return self.stored(shape) * (self.stored_width or width)
 
     def coded(self, shape: Shape) -> tuple[int, int]:
-        """How many weights of the base are held as codes, and the bytes of those."""
+        """How many weights of the base are held as codes, and the bytes of those codes."""
         return (0, 0) if self.codes is None else self.codes.coded(shape)
 
     def rate(self, name: str) -> float:
-        """The learning rate of this trained tensor, as a multiple of the method's."""
+        """The learning rate of this trained tensor, as a multiple of the method's rate."""
         return 1.0
 
     def after_step(self, attachment: Attachment, step: int, steps: int) -> None:
-        """Act after each training step, from 1 to `steps`, while the gradients are still there."""
+        """Called after each training step, from 1 to `steps`, before the gradients are cleared."""
 
     def to_dict(self) -> dict:
         """Name and hyper-parameters, ready for JSON."""

@@ -18,14 +18,14 @@ class NF4(Targeted):
         W̃ = m · T[c]      c (d_out, d_in) codes of 4 bits,  T the 16 levels,  m one a block
         y = W̃ x + b       W̃ is decoded for this product, and again for its gradient
 
-    Trained and stored: nothing; the codes are made of the base's own weights. It stands before a
-    method that trains: `[NF4(), LoRA(r=8)]`. A block is `block_size` numbers along a row of W, and
-    the next row where it ends; `double_quant` writes the m's in 8 bits. `quant_type` is nf4, or
-    for comparison fp4, e2m1 or int4. Biases, norms and embeddings stay as they are, and so does
-    the language model's head.
+    Trained and stored: nothing; the codes come from the base's own weights. List it before a
+    method that trains: `[NF4(), LoRA(r=8)]`. A block is `block_size` numbers along a row of W,
+    continued in the next row; `double_quant` writes the m's in 8 bits. `quant_type` is nf4, or
+    for comparison fp4, e2m1 or int4. Biases, norms, embeddings and the language model's head stay
+    as they are.
 
-    `target_modules` are logical, but what is coded is the module: GPT-2's q, k and v are one, and
-    naming one of them codes all three. The originals wait on the CPU for `detach`.
+    `target_modules` are logical, but whole modules are coded: GPT-2 has one for q, k and v, so
+    naming one of them codes all three. The originals are kept on the CPU for `detach`.
 
     Dettmers et al. 2023, arXiv:2305.14314, section 3: 4-bit NormalFloat, double quantisation.
     """
@@ -46,7 +46,7 @@ class NF4(Targeted):
 
     @property
     def codes(self) -> NF4:
-        """It is the method itself that holds the base's weights as codes."""
+        """This method itself: it holds the base's weights as codes."""
         return self
 
     def reach(self, base, attachment, generator):
@@ -64,13 +64,13 @@ class NF4(Targeted):
             )
 
     def places(self, base):
-        """The whole modules that play a target's role."""
+        """The whole modules that contain a target."""
         modules = {linear.module for linear in super().places(base)}
         whole = fused(list(base.anatomy.linears.values()))
         return [linear for linear in whole if linear.module in modules]
 
     def parameters(self, shape: Shape) -> int:
-        """None."""
+        """Nothing trains."""
         return 0
 
     def coded(self, shape: Shape) -> tuple[int, int]:

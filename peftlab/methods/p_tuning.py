@@ -1,4 +1,4 @@
-"""P-tuning (v1): a prompt that a small network makes, placed where a template says."""
+"""P-tuning (v1): a small network makes a prompt, and a template places it."""
 
 from __future__ import annotations
 
@@ -21,20 +21,19 @@ class PTuning(Method):
 
         P = g(E)      E (num_virtual_tokens, d_model) and g train, all else is frozen
 
-    Trained: the table E and the network g. Stored: P alone, num_virtual_tokens · d_model numbers;
-    g is run a last time and thrown away. Only the input layer is touched.
+    Trained: the table E and the network g. Stored: only P, num_virtual_tokens · d_model numbers;
+    g runs one last time and is thrown away. Only the input layer changes.
 
-    `encoder` is g: "lstm" (two directions, then an MLP), "mlp", "attention" (a variant that
-    sources describe, in neither the paper nor its code), or "embedding" for none, which is what
-    is left after training. `sizes` follows the paper's code for LAMA (LSTM of d_model / 2 in each
-    direction, MLP d → d → d), that for few-shot SuperGLUE (LSTM of d_model in each direction, MLP
-    2 d → d → d) or PEFT's (hidden `encoder_hidden_size`, by default d_model; MLP 2 h → 2 h → d
-    behind the LSTM, d → h → h → d alone).
+    `encoder` is g: "lstm" (two directions, then an MLP), "mlp", "attention" (a variant that some
+    sources describe, but neither the paper nor its code has), or "embedding" for no network, the
+    form that remains after training. `sizes` follows the paper's code for LAMA (LSTM of d_model / 2
+    in each direction, MLP d → d → d), that for few-shot SuperGLUE (LSTM of d_model in each
+    direction, MLP 2 d → d → d) or PEFT's (h = `encoder_hidden_size`, by default d_model; MLP
+    2 h → 2 h → d after the LSTM, d → h → h → d alone).
 
-    `placement` puts blocks of virtual tokens where a template has them: (count, where) pairs,
-    where being "front", "back" (not on decoders), "before X" or "after X" of the first token X.
-    The paper's (3, 3, 3) around a cloze is
-    [(3, "front"), (3, "before [MASK]"), (3, "after [MASK]")].
+    `placement` lists the blocks of virtual tokens in the template as (count, place) pairs: place
+    is "front", "back" (not on decoders), or "before X" or "after X" for the first token X. The
+    paper's (3, 3, 3) around a cloze is [(3, "front"), (3, "before [MASK]"), (3, "after [MASK]")].
 
     Liu et al. 2021, arXiv:2103.10385, section 3; numbers from the authors' code.
     """
@@ -67,11 +66,11 @@ class PTuning(Method):
 
     @property
     def learning_rate(self) -> float:
-        """The step size that works: a network magnifies its own steps."""
+        """The learning rate; smaller with a network, which magnifies its own steps."""
         return 0.1 if self.encoder == "embedding" else 1e-2
 
     def hidden(self, d_model: int) -> int:
-        """The width of the encoder's middle."""
+        """The hidden width of the encoder."""
         if self.encoder == "lstm" and self.sizes == "lama" and d_model % 2:
             raise ValueError(f'd_model={d_model} is odd: sizes="lama" halves it')
         if self.sizes == "peft":
@@ -94,7 +93,7 @@ class PTuning(Method):
         attachment.virtual_tokens = count
 
     def parameters(self, shape: Shape) -> int:
-        """The table and the network; see the class for the sizes."""
+        """The table and the network, of the sizes that the class describes."""
         check_context(self.num_virtual_tokens, shape)
         d = shape.d_model
         total = self.num_virtual_tokens * d

@@ -15,12 +15,12 @@ class PTuningV2(PrefixTuning):
 
         h = softmax(q [P_k; K]ᵀ / √d) [P_v; V]
 
-    Without `prefix_projection` and at full depth these are prefix tuning's own tensors: what the
-    paper adds is where they are used (tagging and classification by a small head that starts at
-    random, see `heads`), a length for each task, no reparameterisation by default, and several
-    tasks on one base. The input is not touched.
+    Without `prefix_projection` and at full depth it has prefix tuning's own tensors. The paper adds
+    their use (tagging and classification by a small head that starts at random, see `heads`), a
+    length for each task, no reparameterisation by default, and several tasks on one base. The
+    input does not change.
 
-    `depth` counts layers from the last one down; of T5, in each stack.
+    `depth` counts layers from the last one down, on T5 in each stack.
 
     Liu et al. 2022, arXiv:2110.07602, section 3.
     """
@@ -36,7 +36,7 @@ class PTuningV2(PrefixTuning):
             require("depth", self.depth, 1)
 
     def reaches(self, site, layers):
-        """The upper `depth` of them."""
+        """Whether the sublayer is in the upper `depth` layers."""
         return self.depth is None or site.layer >= layers - self.depth
 
     def sublayers(self, shape):

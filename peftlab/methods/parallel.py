@@ -17,17 +17,17 @@ class ParallelAdapter(Adapter):
 
         y ← y + s (W_up σ(W_down x + b_down) + b_up)      W_down (m, d_model),  W_up (d_model, m)
 
-    x is what the MLP's first linear map reads, y what its last one gives; s is `scaling`. Trained
-    and stored: 2 m d_model + m + d_model numbers a block; m is `bottleneck`. W_down starts uniform
-    in ±1/√d_model, W_up and both biases at zero, so at the start the output is the base's exactly:
-    LoRA's start, as the authors chose it.
+    The MLP's first linear map reads x, its last one computes y; s is `scaling`. Trained and
+    stored: 2 m d_model + m + d_model numbers a block; m is `bottleneck`. W_down starts uniform in
+    ±1/√d_model, W_up and both biases start at zero, so the output starts exactly as the base's. The
+    authors chose this start, which is LoRA's.
 
-    It is LoRA's shape with a bend in the middle, around two matrices at once: with σ the identity
-    and around one matrix it would be LoRA, and could be merged. In a model that normalises first,
-    x is taken behind the norm, where the adapters library takes it in front. With a prefix beside
-    it, [PrefixTuning(30), ParallelAdapter(512)], it is the authors' MAM adapter.
+    The adapter is LoRA with a non-linearity in the middle, around two matrices at once: with σ the
+    identity and around one matrix it would be LoRA, and could be merged. In a model that normalises
+    first, x is taken after the norm; the adapters library takes it before. With a prefix beside it,
+    [PrefixTuning(30), ParallelAdapter(512)], it is the authors' MAM adapter.
 
-    He et al. 2022, arXiv:2110.04366, sections 3 and 4; m = 512 and s = 4 are theirs for XSum.
+    He et al. 2022, arXiv:2110.04366, sections 3 and 4; for XSum they use m = 512 and s = 4.
     """
 
     bottleneck: int = 512

@@ -1,4 +1,4 @@
-"""The adapter of Pfeiffer et al.: one bottleneck a block, behind the MLP."""
+"""The adapter of Pfeiffer et al.: one bottleneck a block, after the MLP."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ class PfeifferAdapter(Adapter):
 
         y ← y + W_up σ(W_down y + b_down) + b_up      W_down (m, d_model),  W_up (d_model, m)
 
-    y is what the MLP's last linear map gives. Trained and stored: 2 m d_model + m + d_model
-    numbers a block; m is `bottleneck`, 48 being BERT-base's d_model over the usual reduction
-    factor of 16. It starts near the identity: W_down and W_up from a Gaussian of standard
-    deviation σ₀ = 0.02, biases zero, as in the authors' library. ReLU passes half of the square, so
-    f(y) is about σ₀² √(m d_model / 2) times as large as y, 5% on BERT-base.
+    y is the output of the MLP's last linear map. Trained and stored: 2 m d_model + m + d_model
+    numbers a block; m is `bottleneck`; 48 is BERT-base's d_model over the usual reduction factor
+    of 16. It starts near the identity: W_down and W_up are drawn from a Gaussian of standard
+    deviation σ₀ = 0.02, biases are zero, as in the authors' library. ReLU passes half of the
+    square, so f(y) is about σ₀² √(m d_model / 2) times as large as y, 5% on BERT-base.
 
-    Pfeiffer et al. 2021, arXiv:2005.00247 (AdapterFusion). What f reads is not the same everywhere.
-    Here it is y, as in Houlsby's adapter, so the two differ in number and start alone. In the
-    authors' library it is what stands behind the residual sum: LN(y + h) on BERT, h the residual
-    stream, and y + h where the norm comes first; f's result is added to y all the same, and the
-    norm follows once more. The size is equal, the function is not.
+    Pfeiffer et al. 2021, arXiv:2005.00247 (AdapterFusion). Implementations differ in the input of
+    f. Here f reads y, as in Houlsby's adapter, so the two differ only in number and start. In the
+    authors' library f reads the result of the residual sum: LN(y + h) on BERT, with h the residual
+    stream, and y + h if the norm comes first; the output of f is still added to y, and the norm
+    follows again. The sizes are equal, the functions are not.
     """
 
     bottleneck: int = 48

@@ -1,4 +1,4 @@
-"""PiSSA: LoRA that starts on the principal singular vectors of the weight."""
+"""PiSSA: LoRA that starts at the principal singular vectors of the weight."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from peftlab.methods.deltas import DeltaMethod
 class PrincipalDelta(nn.Module):
     r"""The formula:  $\Delta W = s (B A - B_0 A_0)$,  $A_0$ and $B_0$ the frozen start.
 
-    s B₀ A₀ = U_r S_r V_rᵀ, the best approximation of W of rank r, shared out evenly:
+    s B₀ A₀ = U_r S_r V_rᵀ is the best approximation of W of rank r, split evenly:
     A₀ = √(S_r / s) V_rᵀ and B₀ = U_r √(S_r / s).
     """
 
@@ -37,7 +37,7 @@ class PrincipalDelta(nn.Module):
         return now - start  # the same operations on the same numbers: exactly 0 at the start
 
     def delta_weight(self) -> Float[Tensor, "d_out d_in"]:
-        """ΔW itself, for merging and for looking."""
+        """ΔW itself, for merging and inspection."""
         return self.scale * (self.B @ self.A - self.B0 @ self.A0)
 
 
@@ -45,9 +45,9 @@ class PrincipalDelta(nn.Module):
 def principal(
     W: Float[Tensor, "d_out d_in"], r: int
 ) -> tuple[Float[Tensor, "r d_in"], Float[Tensor, "d_out r"]]:
-    """A and B with B A the best approximation of W of rank r, and A Aᵀ = Bᵀ B = S_r.
+    """A and B such that B A is the best approximation of W of rank r, and A Aᵀ = Bᵀ B = S_r.
 
-    A singular pair has two signs. Here the entry of u that is largest in size is positive.
+    A singular pair has two possible signs. Here the largest entry of u in absolute value is > 0.
     """
     U, S, Vh = torch.linalg.svd(W.detach().double().cpu(), full_matrices=False)
     U, S, Vh = U[:, :r], S[:r], Vh[:r]
@@ -65,17 +65,17 @@ class PiSSA(DeltaMethod):
         h = W x + s (B A − B₀ A₀) x      W (d_out, d_in) frozen,  A, A₀ (r, d_in),
                                          B, B₀ (d_out, r),  s = α / r
 
-    A and B start at A₀ and B₀, the r largest singular values of W with their vectors, so what
-    trains are the directions in which W is largest, and both factors have a gradient at step 1.
-    Trained: A and B, r·(d_in + d_out) numbers each target matrix. Stored: these and the start, A₀
-    and B₀, twice as much, for a singular value decomposition on another machine ends in other
-    digits and might end in other vectors.
+    A and B start at A₀ and B₀, the r largest singular values of W with their vectors. So the
+    directions in which W is largest train, and both factors have a gradient at step 1. Trained: A
+    and B, r·(d_in + d_out) numbers for each target matrix. Stored: these and the start, A₀ and B₀,
+    twice as many numbers, because a singular value decomposition on another machine gives other
+    digits and may give other vectors.
 
-    The paper writes the residual W − s B₀ A₀ into the frozen weight and adds s B A. The function
-    is this one; here the base is not touched, and the start is subtracted in `forward`, which
-    takes twice the time of LoRA's two products. Merged it is one dense matrix.
+    The paper writes the residual W − s B₀ A₀ into the frozen weight and adds s B A. This is the
+    same function, but the base does not change: `forward` subtracts the start, which takes twice
+    the time of LoRA's two products. A merged PiSSA is one dense matrix.
 
-    Meng et al. 2024, arXiv:2404.02948, section 3. Default alpha = r, as there.
+    Meng et al. 2024, arXiv:2404.02948, section 3. The default alpha = r is theirs.
     """
 
     r: int = 8

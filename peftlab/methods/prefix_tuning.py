@@ -29,19 +29,19 @@ class PrefixTuning(Method):
 
         h = softmax(q [P_k; K]ᵀ / √d) [P_v; V]      P_k, P_v (P, d_kv) in every attention
 
-    `attention.with_prefix` is this formula's [P_k; K] and [P_v; V], and all that the base notices.
+    `attention.with_prefix` computes [P_k; K] and [P_v; V]; nothing else in the base changes.
 
     Trained: P_k and P_v, 2 · P · d_kv numbers for each attention sublayer; T5's decoder has two
-    in each layer. With `prefix_projection` they are made by an MLP from a table (P, d_model):
-    W₂ tanh(W₁ E + b₁) + b₂ with `encoder_hidden_size` numbers in the middle, trained in their
-    place and thrown away afterwards. Stored: P_k and P_v either way.
+    in each layer. With `prefix_projection` an MLP makes them from a table E (P, d_model):
+    W₂ tanh(W₁ E + b₁) + b₂ with hidden width `encoder_hidden_size`. It trains in their place and
+    is thrown away afterwards. Stored: P_k and P_v either way.
 
-    `init` is where a flat prefix starts: "text" is the keys and values of `init_text` (repeated
-    or cut to length), "vocabulary" those of tokens drawn at random, "random" N(0, 1), "zero" all
-    zeros, which is not a no-op: a key of zeros still takes its share of the softmax. With the MLP
-    the start is what torch's own initialisation of the MLP makes of a N(0, 1) table.
+    `init` chooses the initial values of a flat prefix: "text" uses the keys and values of
+    `init_text` (repeated or cut to length), "vocabulary" those of tokens drawn at random, "random"
+    draws from N(0, 1), "zero" uses zeros, which still change the output: a key of zeros takes its
+    share of the softmax. With the MLP, torch's initial MLP computes the start from a N(0, 1) table.
 
-    `shift_positions` lets the text's positions begin after the prefix, as where a library passes
+    `shift_positions` lets the text's positions begin after the prefix, as when a library passes
     the prefix as a cache.
 
     Li and Liang 2021, arXiv:2101.00190, sections 4.1 to 4.3.
@@ -66,11 +66,11 @@ class PrefixTuning(Method):
 
     @property
     def learning_rate(self) -> float:
-        """The step size that works: an MLP magnifies its own steps, so it takes smaller ones."""
+        """The learning rate; smaller with an MLP, because an MLP magnifies its own steps."""
         return 1e-3 if self.prefix_projection else 0.1
 
     def reach(self, base, attachment, generator):
-        self.parameters(base.anatomy.shape)  # refuses what does not fit
+        self.parameters(base.anatomy.shape)  # raises if the prefix does not fit
         sites, count = attentions(base, self.reaches), self.num_virtual_tokens
         if self.prefix_projection:
             table = torch.randn(count, base.anatomy.shape.d_model, generator=generator)
@@ -83,7 +83,7 @@ class PrefixTuning(Method):
         attachment.virtual_tokens = count if self.shift_positions else 0
 
     def reaches(self, site: AttentionSite, layers: int) -> bool:
-        """Whether this sublayer, in a stack of so many layers, gets a prefix: here all do."""
+        """Whether this sublayer, in a stack of `layers` layers, gets a prefix: here always."""
         return True
 
     def sublayers(self, shape: Shape) -> int:

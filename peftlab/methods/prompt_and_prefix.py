@@ -1,4 +1,4 @@
-"""A prompt and a prefix out of one table: what one source calls P-tuning v2."""
+"""A prompt and a prefix from one table, which one source calls P-tuning v2."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from peftlab.sites import InputEmbeddings, KeysValues
 
 @dataclass(frozen=True)
 class PromptAndPrefix(Method):
-    """One table E, as virtual tokens at the input and through an MLP as keys and values.
+    """One table E is the virtual tokens at the input, and an MLP makes keys and values from it.
 
         x = [E; E(tokens)],   [P_k; P_v] = W₂ tanh(W₁ E + b₁) + b₂ in every attention
 
     Trained: the table (P, d_model) and the MLP. Stored: E, P_k and P_v. Without
-    `prefix_projection` all three train as they are. A source calls this P-tuning v2; the paper of
+    `prefix_projection` all three train directly. One source calls this P-tuning v2; the paper of
     that name has neither the input tokens nor, by default, the MLP.
     """
 
@@ -49,7 +49,7 @@ class PromptAndPrefix(Method):
 
     @property
     def learning_rate(self) -> float:
-        """The step size that works: an MLP magnifies its own steps, so it takes smaller ones."""
+        """The learning rate; smaller with an MLP, because an MLP magnifies its own steps."""
         return 3e-3 if self.prefix_projection else 0.1
 
     def reach(self, base, attachment, generator):
@@ -77,5 +77,5 @@ class PromptAndPrefix(Method):
         return self.num_virtual_tokens * d + (d + 1) * m + (m + 1) * out
 
     def folded(self) -> Method:
-        """The prompt and the flat prefix that the MLP makes."""
+        """The prompt and the flat prefix, without the MLP that makes it."""
         return replace(self, prefix_projection=False) if self.prefix_projection else self

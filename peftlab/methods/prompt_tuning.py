@@ -19,13 +19,13 @@ class PromptTuning(Method):
         x = [P; E(tokens)]      P (num_virtual_tokens, d_model) trains, all else is frozen
 
     Trained and stored: P, num_virtual_tokens · d_model numbers. The virtual tokens pass through
-    every layer and cost context and time like real ones; only the input layer is touched. On an
-    encoder-decoder they stand before the encoder's input alone, as in the paper.
+    every layer and cost context and time like real ones; only the input layer changes. On an
+    encoder-decoder they are in front of the encoder's input alone, as in the paper.
 
-    `init` is where P starts: "vocabulary" copies the embeddings of tokens drawn at random,
+    `init` chooses the initial P: "vocabulary" copies the embeddings of tokens drawn at random,
     "text" those of `init_text` (repeated or cut to length; the class words make a good text),
-    "random" is uniform in ±0.5 as in the paper, "normal" is drawn with the table's own spread,
-    "zero" is all zeros. Which of them trains is a question of scale: see the lesson.
+    "random" draws uniformly from ±0.5 as in the paper, "normal" draws with the table's own standard
+    deviation, "zero" is all zeros. The scale decides which of them trains: see the lesson.
 
     Lester et al. 2021, arXiv:2104.08691, sections 2 and 3.2.
     """

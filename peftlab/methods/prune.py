@@ -18,21 +18,21 @@ from peftlab.sites import MaskedWeight
 
 @dataclass(frozen=True)
 class Prune(Targeted):
-    r"""Unstructured pruning: the entries of W that seem to matter least are zero.
+    r"""Unstructured pruning: the entries of W with the lowest scores are zero.
 
         W' = M ⊙ W,   M = 0 for the round(s · n) of every n entries with the lowest score S
         magnitude  S_ij = |W_ij|        wanda  S_ij = |W_ij| ‖X_j‖₂        W (d_out, d_in)
 
     X_j is input feature j over all tokens of the `calibration` texts, run through the dense base
-    (the paper prunes layer by layer and runs each on the pruned ones before). `scope` is what the
-    entries of a group are compared within: an output's "row" (Wanda's own), a matrix ("layer"),
-    or all of them ("global"). `pattern="2:4"` takes two of every four neighbours along the input.
-    `schedule="gradual"` starts dense and prunes while what is attached behind it trains, every
-    `every` steps until `end` of them are done: s_t = s (1 − (1 − t / end)³).
+    (the paper prunes layer by layer and runs each layer on the output of the pruned ones). `scope`
+    is the group in which entries are compared: an output's "row" (Wanda's own), a matrix ("layer"),
+    or all matrices ("global"). `pattern="2:4"` zeroes two of every four neighbours along the input.
+    `schedule="gradual"` starts dense and prunes while the methods listed after it train, every
+    `every` steps until the share `end` of the steps is done: s_t = s (1 − (1 − t / end)³).
 
-    Nothing trains. Stored: M, one bit an entry; how it was found is left behind. W' is a dense
-    tensor with zeros, no smaller and no faster. A LoRA behind it is held at zero in the same
-    places, unless `mask_deltas=False`; after full fine-tuning the zeros are still zeros.
+    Nothing trains. Stored: M, one bit an entry, but not the scores behind it. W' is a dense tensor
+    with zeros, no smaller and no faster. The same entries of a LoRA listed after it are held at
+    zero, unless `mask_deltas=False`; after full fine-tuning the zeros are still zeros.
 
     Han et al. 2015, arXiv:1506.02626 (magnitude); Sun et al. 2023, arXiv:2306.11695, section 3
     (Wanda); Zhu and Gupta 2017, arXiv:1710.01878, equation 1 (gradual); Mishra et al. 2021,
@@ -72,7 +72,7 @@ class Prune(Targeted):
             raise ValueError("schedule='gradual' goes by magnitude, taken anew, and has no pattern")
 
     def folded(self) -> Method:
-        """The mask as it is stored, whatever found it."""
+        """The method with a stored mask, without the scores that chose it."""
         return replace(self, score="stored", calibration=(), schedule="one-shot")
 
     def reach(self, base, attachment, generator):
@@ -103,7 +103,7 @@ class Prune(Targeted):
         until = max(1, math.ceil(self.end * steps))
         due = step <= until and (step % self.every == 0 or step == until)
         if self.schedule == "gradual" and due:
-            scores = {  # what was pruned stays so: its score is below all others
+            scores = {  # pruned entries stay pruned: their score is below all others
                 site: magnitude(site.now).masked_fill(~site.mask, -1) for site in attachment.sites
             }
             self.hold(scores, cubic(self.sparsity, step / until))
@@ -112,7 +112,7 @@ class Prune(Targeted):
                 site.apply()
 
     def parameters(self, shape: Shape) -> int:
-        """None: a mask is chosen and does not train."""
+        """Nothing trains: a mask is chosen."""
         return 0
 
     def stored(self, shape: Shape) -> int:

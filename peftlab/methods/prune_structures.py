@@ -1,4 +1,4 @@
-"""Structured pruning: heads, neurons and whole layers taken out, so that the model is smaller."""
+"""Structured pruning: take out heads, neurons and whole layers, so that the model is smaller."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ class PruneStructures(Method):
         Att(x) = Σ_h W_o,h head_h(x)           h over the heads that stay
 
     `heads` are key-value heads, each with every query head that reads it; `queries` are query
-    heads of grouped attention alone, as many from every group; `neurons` are an MLP's. Each is a
-    fraction of every sublayer's, the lowest by `score`, or a dict of names and indices, such as
-    {"layers.0": [2, 5]}. `layers` is a fraction of each stack, or a list of names. By magnitude a
-    structure's score is Σ w² over its own weights (a layer's: the o and down that it writes with);
-    by gradient it is |∂L/∂ξ|, the mean over the `calibration` texts, ξ = 1 being a factor on what
-    the structure adds.
+    heads of grouped attention alone, the same number from every group; `neurons` are an MLP's. Each
+    is a fraction of every sublayer's, lowest `score` first, or a dict of names and indices, such as
+    {"layers.0": [2, 5]}. `layers` is a fraction of each stack, or a list of names. By magnitude, a
+    structure's score is Σ w² over its own weights (a layer's: its o and down, which write); by
+    gradient, it is the mean of |∂L/∂ξ| over the `calibration` texts, where ξ = 1 is a factor on
+    the structure's output.
 
-    Nothing trains and nothing is stored but the names of what is gone: it stands before a method
-    that recovers what was lost. T5's table of relative positions, and the first layers that hold
-    it, stay. `smaller(shape)` is the shape that is left, in closed form.
+    Nothing trains; only the names of the structures taken out are stored. List it before a method
+    that recovers the lost quality. T5's table of relative positions, and the first layers, which
+    hold it, stay. `smaller(shape)` is the remaining shape, in closed form.
 
     Michel et al. 2019, arXiv:1905.10650, equation 2 (heads, by gradient); Li et al. 2017,
     arXiv:1608.08710, section 3 (whole filters by their norm); Sajjad et al. 2020,
@@ -85,7 +85,7 @@ class PruneStructures(Method):
                 return felt[kind, name].cpu()
             return importance(base.anatomy, kind, name).view(-1)
 
-        # Without numbers the first go: as many, so that what is left is as large.
+        # Without numbers the first structures go: the same count, so the rest has the same size.
         known = has_numbers(base.anatomy.embedding.weight)
         with plain():
             removed = self.removed(base.anatomy.shape, score if known else first_of)
@@ -94,16 +94,16 @@ class PruneStructures(Method):
         attachment.chosen = PruneStructures(**named)
 
     def removed(self, shape: Shape, score: Callable = first_of) -> Removed:
-        """What goes, by name: the lowest by score(kind, name, size), by default the first."""
+        """The structures to take out: those with the lowest score(kind, name, size)."""
         fractions = {kind: getattr(self, kind) for kind in (*KINDS, "layers")}
         removed = lowest_structures(shape, fractions, score)
         removed.check(shape)
         return removed
 
     def smaller(self, shape: Shape) -> Shape:
-        """The shape that is left."""
+        """The remaining shape."""
         return self.removed(shape).smaller(shape)
 
     def parameters(self, shape: Shape) -> int:
-        """None: what stays is frozen."""
+        """Nothing trains: the rest of the model is frozen."""
         return 0

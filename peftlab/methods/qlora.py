@@ -15,14 +15,14 @@ class QLoRA(LoRA):
 
         h = W̃ x + (α / r) B A x      W̃ (d_out, d_in) = m · T[c],  A (r, d_in),  B (d_out, r)
 
-    Every linear weight is held as codes, whatever `target_modules` says: they are for A and B.
-    Trained and stored: A and B, r·(d_in + d_out) numbers a target. `[NF4(...), LoRA(...)]` is the
-    same thing in two parts. The gradient goes through every W̃ on
-    its way down, but none of them has one of its own. At the start h is not the base's output but
-    that of the base in four bits. Merging into the codes rounds, so it has to be asked for.
+    Every linear weight is held as codes; `target_modules` only says which get A and B. Trained and
+    stored: A and B, r·(d_in + d_out) numbers a target. `[NF4(...), LoRA(...)]` is the same method
+    in two parts. The gradient passes through every W̃, but no W̃ has a gradient of its own. At the
+    start h is the output of the base in four bits, not of the base itself. Merging into the codes
+    rounds, so it needs `requantise`.
 
     Dettmers et al. 2023, arXiv:2305.14314, section 3, equation 5; defaults from section 5. The
-    paper keeps optimiser states in pages of host memory as well; here they stay where they are.
+    paper also keeps optimiser states in pages of host memory; here they stay on the device.
     """
 
     r: int = 64
@@ -36,7 +36,7 @@ class QLoRA(LoRA):
 
     def __post_init__(self):
         super().__post_init__()
-        _ = self.codes  # refuses what NF4 refuses
+        _ = self.codes  # raises where NF4 raises
 
     @property
     def codes(self) -> NF4:

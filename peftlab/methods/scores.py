@@ -1,4 +1,4 @@
-"""Which entries, heads, neurons or layers matter least: scores, and masks made of them.
+"""Scores of how much entries, heads, neurons and layers matter, and masks made of the scores.
 
 >>> W = torch.tensor([[1.0, -2.0, 3.0], [-4.0, 5.0, -6.0]])
 >>> lowest_out(magnitude(W).view(1, -1), 0.5).view(2, 3).int().tolist()
@@ -28,16 +28,16 @@ def magnitude(W: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:
 def wanda(
     W: Float[Tensor, "d_out d_in"], norms: Float[Tensor, " d_in"]
 ) -> Float[Tensor, "d_out d_in"]:
-    """|W_ij| ‖X_j‖: an entry counts for as much as what usually comes through it."""
+    """|W_ij| ‖X_j‖: an entry counts by its size times the usual size of its input."""
     return W.abs() * norms.to(W)
 
 
 def lowest_out(
     scores: Float[Tensor, "groups n"], sparsity: int | float
 ) -> Bool[Tensor, "groups n"]:
-    """The mask of each group by itself: exactly round(sparsity · n) of the lowest are False.
+    """The mask of each group: exactly the round(sparsity · n) lowest scores are False.
 
-    Of equal scores the first goes first, so that the same scores give the same mask anywhere.
+    Among equal scores the first goes first, so that the same scores give the same mask anywhere.
     """
     count = round(sparsity * scores.shape[1])
     order = scores.argsort(dim=1, stable=True)
@@ -60,12 +60,12 @@ def choose(scores: list[Tensor], sparsity: int | float, within: str) -> list[Ten
 
 
 def is_two_four(mask: Bool[Tensor, "d_out d_in"]) -> bool:
-    """Whether of every four neighbours along the input exactly two are held at zero."""
+    """Whether exactly two of every four neighbours along the input are held at zero."""
     return mask.shape[1] % 4 == 0 and bool((mask.view(-1, 4).sum(dim=1) == 2).all())
 
 
 def cubic(sparsity: int | float, progress: int | float) -> float:
-    """s (1 − (1 − t)³): fast while much is superfluous, slow at the end (Zhu and Gupta 2017)."""
+    """s (1 − (1 − t)³): fast at first, slow at the end (Zhu and Gupta 2017)."""
     return sparsity * (1 - (1 - min(progress, 1.0)) ** 3)
 
 
@@ -75,15 +75,15 @@ def input_norms(
 ) -> dict[nn.Module, Float[Tensor, " d_in"]]:
     """‖X_j‖₂ of every input feature of these weights, over all real tokens of the texts.
 
-    Keyed by module, for q, k and v of a fused one read the same input. An encoder reads the texts
-    as they are, T5's decoder reads them a second time behind its start token. Raises ValueError
-    if no text has a token.
+    Keyed by module, because q, k and v of a fused one read the same input. An encoder reads the
+    texts as they are; T5's decoder reads them again after its start token. Raises ValueError if no
+    text has a token.
     """
     squares: dict[nn.Module, Tensor] = {}
     mask = torch.zeros(0)
 
     def collect(module, args):
-        x = args[0][mask].double()  # real tokens alone, (tokens, d_in)
+        x = args[0][mask].double()  # only real tokens, (tokens, d_in)
         squares[module] = squares.get(module, 0) + x.square().sum(dim=0)
 
     with ExitStack() as stack, model._evaluating():
@@ -110,9 +110,9 @@ def input_norms(
 
 @torch.no_grad()
 def importance(anatomy: Anatomy, kind: str, name: str) -> Tensor:
-    """Σ w² over all weights that are a head's, a query's, a neuron's, or that a block writes with.
+    """Σ w² over all weights of each head, query or neuron of a sublayer, or of one block.
 
-    A block is told by what it adds to the residual stream: its o and down.
+    A block counts only the weights that write to the residual stream: its o and down.
     """
     shape = anatomy.shape
     if kind == "layers":
@@ -132,17 +132,17 @@ def importance(anatomy: Anatomy, kind: str, name: str) -> Tensor:
 def sensitivity(
     model: LanguageModel, texts: tuple[str, ...], batch_size: int = 16
 ) -> dict[tuple[str, str], Tensor]:
-    """|∂L/∂ξ|, the mean over the texts, where ξ = 1 multiplies what a structure adds: by (kind,
-    name), for every head, query, neuron and layer at once. Of a layer ξ is on its o and down.
+    """The mean of |∂L/∂ξ| over the texts, where ξ = 1 multiplies the output of a structure: by
+    (kind, name), for every head, query, neuron and layer at once. A layer has ξ on o and down.
 
-    L is a text's own loss: the next token of a decoder; of an encoder every seventh token, masked;
-    and T5 writes the text that it reads.
+    L is a text's own loss: a decoder predicts the next token, an encoder every seventh token,
+    masked, and T5 the text that it reads.
     """
     anatomy, gates, totals = model.anatomy, {}, {}
     counts = {"heads": anatomy.shape.kv_heads, "queries": anatomy.shape.heads}
 
     def gate(key: tuple[str, str], x: Tensor, count: int) -> Tensor:
-        """A factor for each text and structure, spread over the features: batch 1 features."""
+        """A factor for each text and structure, repeated over features: (batch, 1, features)."""
         if key not in gates:
             gates[key] = torch.ones(len(x), count, dtype=x.dtype, device=x.device).requires_grad_()
         return gates[key].repeat_interleave(x.shape[-1] // count, dim=1)[:, None]
@@ -179,7 +179,7 @@ def sensitivity(
 
 
 def own_batch(model: LanguageModel, texts: list[str]) -> dict[str, Tensor]:
-    """Texts as the model would be trained on them: see `sensitivity` for what it predicts."""
+    """The batch with which these texts would train the model; `sensitivity` has the labels."""
     batch = model.tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
     batch = batch.to(model.device)
     ids, mask, given = batch["input_ids"].long(), batch["attention_mask"], {}
@@ -204,13 +204,13 @@ def own_loss(model: LanguageModel, texts: list[str]) -> Tensor:
 
 
 def first_of(kind: str, name: str, size: int) -> Tensor:
-    """A score that is the same for all: the first go first."""
+    """The same score for all, so that the first go first."""
     return torch.zeros(size)
 
 
 def lowest_structures(shape: Shape, fractions: dict, score: Callable) -> Removed:
-    """The heads, queries, neurons and layers that go: of each kind a fraction, the lowest by
-    score(kind, name, size), or those that are named."""
+    """The heads, queries, neurons and layers to take out: the named ones, or of each kind the
+    given fraction with the lowest score(kind, name, size)."""
     layers, gone, group = fractions["layers"], {}, shape.heads // shape.kv_heads
     if not isinstance(layers, tuple):
         stacks: dict[str, list[str]] = {}
@@ -236,7 +236,7 @@ def lowest_structures(shape: Shape, fractions: dict, score: Callable) -> Removed
 
 
 def _lowest_layers(names: list[str], fraction: int | float, score: Callable) -> list[str]:
-    """Of one stack; T5's first blocks cannot go, and are not chosen."""
+    """The lowest layers of one stack, without T5's first blocks, which have to stay."""
     count = round(fraction * len(names))
     free = names[1:] if "coder" in names[0] and count < len(names) else names
     scores = torch.cat([score("layers", name, 1) for name in free]) if free else torch.empty(0)

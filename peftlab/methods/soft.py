@@ -1,8 +1,8 @@
-"""What the soft prompts share: where they start, what reads them, and what makes them.
+"""The common parts of soft prompts: their initial values, their readers and their modules.
 
-A soft prompt is made by a module whose `forward()` returns its tensors by name: {"prompt": P} at
-the input, {"P_k": …, "P_v": …} in attention. A flat module holds them as parameters. A
-reparameterised one computes them, and only what it computes is stored.
+A module makes a soft prompt: its `forward()` returns tensors by name, {"prompt": P} at the input,
+{"P_k": …, "P_v": …} in attention. A flat module holds them as parameters. A reparameterised one
+computes them, and only its results are stored.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PREFIX_INITS = ("vocabulary", "text", "random", "zero")
 
 
 class Flat(nn.Module):
-    """Tensors that train as they are."""
+    """Tensors that train directly."""
 
     def __init__(self, tensors: dict[str, Tensor]):
         super().__init__()
@@ -38,12 +38,12 @@ class Flat(nn.Module):
 
 
 class PrefixMLP(nn.Module):
-    r"""Keys and values of every sublayer from one table, through one MLP.
+    r"""One MLP makes the keys and values of every sublayer from one table.
 
     [P_k; P_v] = W₂ tanh(W₁ E + b₁) + b₂      E (P, d_model), W₁ (m, d_model), W₂ (2·S·d_kv, m)
 
-    S is the number of attention sublayers. The table may be the virtual tokens of the input as
-    well (`with_prompt`), which is then returned beside them.
+    S is the number of attention sublayers. With `with_prompt` the table is also the virtual tokens
+    of the input and is returned as the prompt.
     """
 
     def __init__(
@@ -64,13 +64,13 @@ class PrefixMLP(nn.Module):
 
 
 class PromptEncoder(nn.Module):
-    """P = g(E): a table E (P, d_model) and the network g that makes the prompt of it.
+    """P = g(E): a table E (P, d_model) and the network g that makes the prompt from it.
 
     lstm       two directions, `layers` deep, then an MLP
     mlp        an MLP on each virtual token alone
     attention  one multi-head self-attention over the virtual tokens, then the MLP
 
-    `sizes` says whose code it follows. The MLPs use ReLU.
+    `sizes` says whose code the widths follow. The MLPs use ReLU.
     """
 
     def __init__(self, table: Tensor, encoder: str, sizes: str, hidden: int, layers: int):
@@ -122,7 +122,7 @@ def seeded(generator: torch.Generator):
 
 
 def token_ids(base: Base, init: str, text: str | None, count: int, generator) -> Tensor:
-    """`count` tokens: those of a text, repeated or cut, or drawn from the vocabulary."""
+    """`count` token ids: those of a text, repeated or cut, or ids drawn from the vocabulary."""
     if init == "text":
         ids = base.tokenizer(text, add_special_tokens=False)["input_ids"]
         return torch.tensor((ids * (count // len(ids) + 1))[:count])
@@ -133,7 +133,7 @@ def token_ids(base: Base, init: str, text: str | None, count: int, generator) ->
 def initial_prompt(
     base: Base, init: str, text: str | None, count: int, generator: torch.Generator
 ) -> Float[Tensor, "virtual d_model"]:
-    """Where a prompt starts, on the CPU; see `PromptTuning` for what each `init` means."""
+    """The initial values of a prompt, on the CPU; `PromptTuning` describes each `init`."""
     table = base.anatomy.embedding.weight.detach().cpu()
     size = (count, table.shape[1])
     table = table.to(torch.promote_types(table.dtype, torch.float32))
@@ -154,7 +154,7 @@ def initial_prefix(
     count: int,
     generator: torch.Generator,
 ) -> dict[str, Float[Tensor, "sites kv_heads virtual head_dim"]]:
-    """Where a prefix starts, on the CPU; see `PrefixTuning` for what each `init` means."""
+    """The initial values of a prefix, on the CPU; `PrefixTuning` describes each `init`."""
     weight = base.anatomy.embedding.weight
     dtype = torch.promote_types(weight.dtype, torch.float32)
     size = (len(sites), sites[0].kv_heads, count, sites[0].head_dim)
@@ -171,9 +171,9 @@ def initial_prefix(
 def keys_values(
     base: Base, sites: list[AttentionSite], ids: Tensor
 ) -> dict[str, Float[Tensor, "sites kv_heads virtual head_dim"]]:
-    """The keys and values of a text's tokens in every sublayer, positions from 0 on.
+    """The keys and values of a text's tokens in every sublayer, with positions from 0 on.
 
-    An encoder-decoder reads the text on both sides. Virtual tokens of another method take no part.
+    An encoder-decoder reads the text on both sides. Virtual tokens of another method are left out.
     """
     ids = ids[None]
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -196,7 +196,7 @@ def keys_values(
 
 
 def attentions(base: Base, reaches: Callable[[AttentionSite, int], bool]) -> list[AttentionSite]:
-    """The attention sublayers that get a prefix: where reaches(sublayer, layers of its stack).
+    """The attention sublayers that get a prefix: those with reaches(sublayer, layers of its stack).
 
     Raises ValueError if the base has none.
     """
@@ -212,7 +212,7 @@ def attentions(base: Base, reaches: Callable[[AttentionSite, int], bool]) -> lis
 
 
 def put(attachment: Attachment, module: nn.Module) -> Source:
-    """Enter what makes a soft prompt, name what trains in it, and return what a site reads."""
+    """Enter the source of a soft prompt, name its trainable parameters, and return it."""
     name = attachment.method.name
     attachment.hold(module, name)
     made = "" if isinstance(module, Flat) else "encoder."
@@ -224,7 +224,7 @@ def put(attachment: Attachment, module: nn.Module) -> Source:
 
 
 def blocks(base: Base, placement: tuple | None, count: int) -> list[tuple[int, str, int | None]]:
-    """A placement with token ids. Raises ValueError for a text that is not one token."""
+    """The placement with token ids. Raises ValueError for a text that is not one token."""
     resolved = []
     for size, where in placement or [(count, "front")]:
         side, _, text = where.partition(" ")

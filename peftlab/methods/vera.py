@@ -1,4 +1,4 @@
-"""VeRA: random projections shared by every weight, and two small vectors for each."""
+"""VeRA: random projections that all weights share, and two small vectors for each weight."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from peftlab.methods.deltas import DeltaMethod
 class Projections(nn.Module):
     """A (r, d_in) and B (d_out, r), drawn once for all weights and never trained.
 
-    Uniform in ±√(6 / fan), fan being the number of columns: variance 2 / fan, as He et al. 2015.
+    Uniform in ±√(6 / fan), where fan is the number of columns: variance 2 / fan (He et al. 2015).
     """
 
     def __init__(self, d_in: int, d_out: int, r: int, key: int):
@@ -32,13 +32,13 @@ class Projections(nn.Module):
 class VectorDelta(nn.Module):
     r"""The formula:  $\Delta W = \Lambda_b B \Lambda_d A$,  the Λ diagonal.
 
-    A and B are the first columns, and the first rows, of the shared ones: as many as this weight
-    needs. b (d_out) starts at zero, d (r) at `d_initial`.
+    A is the first d_in columns of the shared A, and B the first d_out rows of the shared B. b
+    (d_out) starts at zero, d (r) at `d_initial`.
     """
 
     def __init__(self, shared: Projections, d_in: int, d_out: int, d_initial: float, dropout):
         super().__init__()
-        self.shared = (shared,)  # in a tuple it is no part of this module: it moves and counts once
+        self.shared = (shared,)  # a tuple hides it from this module: it moves and counts once
         self.d = nn.Parameter(torch.full((shared.A.shape[0],), float(d_initial)))
         self.b = nn.Parameter(torch.zeros(d_out))
         self.d_in, self.dropout = d_in, nn.Dropout(dropout)
@@ -56,7 +56,7 @@ class VectorDelta(nn.Module):
         return self.b * times(self.d * times(x, self.A), self.B)
 
     def delta_weight(self) -> Float[Tensor, "d_out d_in"]:
-        """ΔW itself, for merging and for looking."""
+        """ΔW itself, for merging and inspection."""
         return (self.b[:, None] * self.B) @ (self.d[:, None] * self.A)
 
 
@@ -68,12 +68,12 @@ class VeRA(DeltaMethod):
                                          random and frozen,  d (r),  b (d_out)
 
     Trained and stored: d and b, r + d_out numbers for each target matrix. A and B are drawn once,
-    as wide and as high as the largest target needs, and every target takes its first columns and
-    rows of them. They are not stored: `projection_prng_key` is their seed and part of the method,
-    so the same method draws the same A and B anywhere. r costs one number a matrix, so it is large;
-    it may be larger than the matrix.
+    as large as the largest target needs; every target uses their first columns and rows. They are
+    not stored: `projection_prng_key` is their seed and part of the method, so the same method draws
+    the same A and B anywhere. Each unit of r costs only one number a matrix, so r is large; it may
+    be larger than the matrix.
 
-    Kopiczko et al. 2024, arXiv:2310.11454, section 3.2; d_initial is 0.1 there, r is 256 or more.
+    Kopiczko et al. 2024, arXiv:2310.11454, section 3.2, with d_initial = 0.1 and r = 256 or more.
     """
 
     r: int = 256

@@ -1,17 +1,17 @@
-"""The five sites: each one changes what a frozen model computes, and undoes it bit for bit.
+"""The five sites: each changes what a frozen model computes, and undoes the change bit for bit.
 
-`Site` says on one page what each of them does. No code here knows any method.
+`Site` is their common interface. No code here depends on a method.
 
-    InputEmbeddings     virtual tokens among the embedded input, or anew at every layer
+    InputEmbeddings     virtual tokens in the embedded input, or new ones at every layer
     KeysValues          virtual keys and values in attention
     LinearWeight        a delta beside one linear weight W
     CodedWeight         the weight of one linear module held as codes of four bits
     MaskedWeight        some entries of W held at zero
     SmallerModel        heads, neurons or layers taken out
     SublayerOutput      a small module after or beside attention or the MLP
-    Scale               factors on what one linear weight gives, or reads
+    Scale               factors on the output or the input of one linear weight
     ExistingParameters  some of the model's own parameters unfrozen
-    Source              the module that makes a soft prompt, run once a forward
+    Source              the module that makes a soft prompt, run once a forward pass
 """
 
 from peftlab.sites.codes import CodedProduct, CodedWeight

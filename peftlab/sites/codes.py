@@ -14,14 +14,14 @@ from peftlab.sites.site import Site
 
 
 class CodedProduct(torch.autograd.Function):
-    """y = W̃ x with W̃ decoded for this product and again for its gradient: x̄ = W̃ᵀ ȳ.
+    """y = W̃ x, with W̃ decoded for this product and again for its gradient: x̄ = W̃ᵀ ȳ.
 
-    Between the two only the codes are there. A weight that is codes has no gradient.
+    Between the two only the codes exist. A weight held as codes has no gradient.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, codes: Quantised) -> Tensor:
-        ctx.codes = codes  # held by the site anyway: nothing is added to what a step keeps
+        ctx.codes = codes  # the site holds them anyway: the step keeps nothing more
         return nn.functional.linear(x, codes.dequantise(x.dtype))
 
     @staticmethod
@@ -32,10 +32,10 @@ class CodedProduct(torch.autograd.Function):
 class CodedWeight(Site):
     """The weight of a whole linear module held as codes:  y = W̃ x + b,  W̃ = m · T[c].
 
-    `linear` is all that the module computes, of GPT-2 q, k and v together. Codes are made of
-    (d_out, d_in), row by row, however the module stores it. The original is kept aside, on the CPU,
-    and put back on leaving. In its place is a view of a single NaN, which takes no memory: code
-    that bypasses the codes reads NaN.
+    `linear` is the whole module: in GPT-2 q, k and v together. The codes are made of W in the
+    layout (d_out, d_in), row by row, however the module stores it. The original is kept on the CPU
+    and put back on leaving. A view of a single NaN, which takes no memory, replaces it: code that
+    bypasses the codes reads NaN.
     """
 
     in_the_weight = True
@@ -81,12 +81,12 @@ class CodedWeight(Site):
         return output if bias is None else output + bias.to(dtype)
 
     def decode(self) -> Tensor:
-        """W̃ as the module stores it, in the type of the original."""
+        """W̃ in the module's layout and the dtype of the original."""
         weight = self.codes.dequantise(self.module.weight.dtype)
         return weight.T if self.transposed else weight
 
     def encode(self, weight: Tensor) -> None:
-        """Hold this weight, as the module stores it, from now on."""
+        """Replace the codes by those of this weight, given in the module's layout."""
         self.codes = quantise(weight.T if self.transposed else weight, **self.options)
 
     def snapshot(self) -> Quantised:
@@ -94,10 +94,10 @@ class CodedWeight(Site):
         return self.codes
 
     def restore(self, snapshot: Quantised) -> None:
-        """Hold these codes again, on the module's device."""
+        """Put these codes back, on the module's device."""
         self.codes = snapshot.to(self.module.weight.device)
 
     def to(self, device: torch.device | str) -> None:
-        """The codes follow the model; the original stays where it is."""
+        """Move the codes with the model; the original stays where it is."""
         self.codes = self.codes.to(device)
         self._leave_a_view(device)

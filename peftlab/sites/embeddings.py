@@ -1,4 +1,4 @@
-"""Virtual tokens among the embedded input, or anew at every layer."""
+"""Virtual tokens in the embedded input, or new ones at every layer."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from peftlab.attention import cache_in
 from peftlab.bases import Anatomy
 from peftlab.sites.site import Site
 
-Read = Callable[[], dict[str, Tensor]]  # the tensors of a soft prompt, now
+Read = Callable[[], dict[str, Tensor]]  # returns the current tensors of a soft prompt
 
 
 class InputEmbeddings(Site):
-    """Virtual tokens among the embedded input of one stack of layers.
+    """Virtual tokens in the embedded input of one stack of layers.
 
         x = [P; E(tokens)]        positions 0 … P−1 for the virtual tokens, P … for the real ones
 
     `read()["prompt"]` is P (P, d_model), or (batch, P, d_model) with one prompt for each row.
-    `placement` lists blocks as (count, where), where being "front", "back", "before X" or
-    "after X" of the first X, a token's id. A hook before the stack's forward puts the virtual
-    tokens in, and one behind it takes their hidden states out, so that heads, losses and callers
-    see the real tokens alone. T5's decoder is the exception: it attends to the virtual tokens'
-    states as well, as in the paper. While decoding with a cache the virtual tokens are inside the
-    cache: only the mask and the positions are extended.
+    `placement` lists blocks as (count, place, token): place is "front", "back", or "before" or
+    "after" the first token with the id `token`. A hook before the stack's forward inserts the
+    virtual tokens, and a hook after it removes their hidden states, so that heads, losses and
+    callers see only the real tokens. T5's decoder is the exception: it attends to the states of
+    the virtual tokens as well, as in the paper. When a cache is used for decoding, it contains the
+    virtual tokens: only the mask and the positions are extended.
 
-    With `every_layer`, `read()["prompt"]` is (layers, P, d_model): what the virtual tokens have
-    become at a layer's input is dropped, and that layer's own vectors stand in their place.
+    With `every_layer`, `read()["prompt"]` is (layers, P, d_model): at the input of each layer,
+    that layer's own vectors replace the hidden states of the virtual tokens.
     """
 
     def __init__(
@@ -46,9 +46,9 @@ class InputEmbeddings(Site):
         self.every_layer = every_layer
         self.stack_name, self.stack = next(iter(anatomy.stacks.items()))
         self.has_positions = anatomy.takes_positions
-        # In front of everything, padding included, where positions are told and not counted.
+        # All virtual tokens in front of the text and its padding; the model takes position ids.
         self.simple = self.has_positions and all(w == "front" for _, w, _ in self.placement)
-        self.real: Tensor | None = None  # (batch, seq): where the real tokens are now, if moved
+        self.real: Tensor | None = None  # (batch, seq): where the real tokens have moved to
 
     def __enter__(self):
         hooks = [
@@ -114,20 +114,20 @@ class InputEmbeddings(Site):
         if order is None:
             here = torch.arange(self.count + length, device=embedded.device).expand(batch, -1)
         else:
-            here = order.argsort(dim=1)  # where each of [virtual; real] went
+            here = order.argsort(dim=1)  # the new place of each of [virtual; real]
         self.virtual, self.real = here[:, : self.count], here[:, self.count :]
         return (), kwargs
 
     def _positions(self, real: Tensor, at: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Positions of the real tokens and of the virtual ones, (batch, seq) and (batch, P)."""
+        """Positions of the real tokens, (batch, seq), and of the virtual ones, (batch, P)."""
         start = self.anatomy.first_position
         mine = torch.arange(self.count, device=real.device).expand(len(real), -1)
         if at is None:
             return real + self.count, mine + start
         before = (at[:, None, :] <= torch.arange(real.shape[1], device=real.device)[:, None]).sum(2)
-        earlier = at.argsort(dim=1, stable=True).argsort(dim=1)  # virtual tokens to the left
-        ahead = real.gather(1, at.clamp(max=real.shape[1] - 1))  # of the token that it precedes
-        behind = real.gather(1, (at - 1).clamp(min=0)) + 1  # padding may follow: count from before
+        earlier = at.argsort(dim=1, stable=True).argsort(dim=1)  # how many virtual tokens precede
+        ahead = real.gather(1, at.clamp(max=real.shape[1] - 1))  # position of the next real token
+        behind = real.gather(1, (at - 1).clamp(min=0)) + 1  # one after the previous real token
         where = [where for count, where, _ in self.placement for _ in range(count)]
         front = torch.tensor([w == "front" for w in where], device=real.device)
         follows = torch.tensor([w in ("after", "back") for w in where], device=real.device)
@@ -137,10 +137,10 @@ class InputEmbeddings(Site):
     def _order(
         self, mask: Tensor, ids: Tensor | None = None, inside: bool = False
     ) -> tuple[Tensor | None, Tensor | None]:
-        """How [virtual; real] is put in order, and the real token that each virtual one precedes.
+        """The order of [virtual; real], and the real token that each virtual one precedes.
 
-        Unless `inside` the text, which is not known while decoding, they all stand in front: of
-        the mask alone that is the same, for there virtual and real tokens are alike.
+        Unless they go `inside` the text, which is unknown while decoding, all are in front. The
+        mask is the same either way, because it does not tell virtual from real tokens.
         """
         if self.simple:
             return None, None
@@ -163,7 +163,7 @@ class InputEmbeddings(Site):
         return torch.cat([2 * at, 2 * tokens + 1], dim=1).argsort(dim=1, stable=True), at
 
     def _arrange(self, order: Tensor | None, real: Tensor, virtual: Tensor | int) -> Tensor:
-        """[virtual; real] of every row, in order."""
+        """[virtual; real] of every row, put in this order."""
         if isinstance(virtual, int):
             virtual = real.new_full((len(real), self.count), virtual)
         elif virtual.ndim < real.ndim:
@@ -188,7 +188,7 @@ class InputEmbeddings(Site):
         return output
 
     def _widen_mask(self, decoder, args, kwargs):
-        """T5's decoder sees the encoder's virtual tokens too."""
+        """Let T5's decoder see the encoder's virtual tokens too."""
         mask, states = kwargs.get("encoder_attention_mask"), kwargs.get("encoder_hidden_states")
         if mask is not None and states is not None and mask.shape[1] < states.shape[1]:
             order, _ = self._order(mask)
@@ -196,7 +196,7 @@ class InputEmbeddings(Site):
         return args, kwargs
 
     def _replace(self, layer: int, block, args, kwargs):
-        """The virtual tokens' hidden states give way to this layer's own vectors."""
+        """Replace the hidden states of the virtual tokens by this layer's own vectors."""
         if self.real is None:
             return args, kwargs
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -209,6 +209,6 @@ class InputEmbeddings(Site):
         return args, {**kwargs, "hidden_states": hidden}
 
     def held(self) -> Iterator[Tensor]:
-        """Where the virtual and the real tokens of the last forward pass are."""
+        """The places of the virtual and the real tokens in the last forward pass."""
         if self.real is not None:
             yield from (self.virtual, self.real)

@@ -17,9 +17,9 @@ class KeysValues(Site):
 
         softmax(q [P_k; K]ᵀ / √d) [P_v; V]
 
-    `read()` gives P_k and P_v, (sublayers, kv_heads, P, head_dim) each, or with a batch in front.
-    The queries' positions stay 0 … T−1; with `shift_positions` they begin at P, as they do when a
-    library passes the prefix as a cache; in T5's decoder the relative bias then reaches the prefix.
+    `read()` returns P_k and P_v, each (sublayers, kv_heads, P, head_dim), or with a leading batch
+    axis. The queries' positions stay 0 … T−1. With `shift_positions` they begin at P, as when a
+    library passes the prefix as a cache; the relative bias of T5's decoder then covers the prefix.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class KeysValues(Site):
 
     @property
     def count(self) -> int:
-        """How many virtual tokens there are now."""
+        """The current number of virtual tokens."""
         return self.read()["P_k"].shape[-2]
 
     def _shift_positions(self, stack, args, kwargs):
@@ -64,7 +64,7 @@ class KeysValues(Site):
 
 
 class LayerPrefix:
-    """What one attention module reads: its part of the prefix."""
+    """The part of the prefix that one attention module reads."""
 
     def __init__(self, site: KeysValues, index: int, place: AttentionSite):
         self.site, self.index = site, index
@@ -74,7 +74,7 @@ class LayerPrefix:
         self.table: nn.Module | None = biased[0] if shifted else None  # T5's relative positions
 
     def read(self) -> tuple[Tensor, Tensor]:
-        """P_k and P_v, (kv_heads, P, head_dim) each, or with a batch in front."""
+        """P_k and P_v, each (kv_heads, P, head_dim), or with a leading batch axis."""
         made = self.site.read()
         return made["P_k"][..., self.index, :, :, :], made["P_v"][..., self.index, :, :, :]
 

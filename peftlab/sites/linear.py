@@ -14,11 +14,11 @@ from peftlab.sites.site import Site
 class LinearWeight(Site):
     """A delta beside one linear weight:  y = W x + b + delta(x).
 
-    The delta is a module with `forward(x)` and `delta_weight()` (d_out, d_in); one with
-    `of_output` True is called as `forward(x, W x)`. Merging writes W + delta_weight() into the
-    model, keeps the original rows and takes the hook away; unmerging puts those back. Where
-    entries of W are held at zero by a mask M, so are the delta's: it is then (M ⊙ ΔW) x, which has
-    no low-rank form.
+    The delta is a module with `forward(x)` and `delta_weight()` (d_out, d_in); if its `of_output`
+    is True, it is called as `forward(x, W x)`. Merging writes W + delta_weight() into the model,
+    keeps the original rows and removes the hook; unmerging puts both back. If a mask M holds
+    entries of W at zero, it holds those of the delta at zero too: the delta is then (M ⊙ ΔW) x,
+    which has no low-rank form.
     """
 
     can_merge = True
@@ -41,13 +41,13 @@ class LinearWeight(Site):
         self.hook.remove()
 
     def frozen(self) -> Tensor:
-        """W alone, also while the delta is merged into it."""
+        """W alone, even while the delta is merged into it."""
         if self.merged and self.linear.code is not None:
             raise RuntimeError(f"{self.name} is merged into codes: call unmerge() first")
         return self.original if self.merged else self.linear.weight
 
     def stored(self) -> dict[str, Tensor]:
-        """The delta's buffers that do not train and cannot be made anew."""
+        """The delta's persistent buffers: they do not train and cannot be recomputed."""
         trained = dict(self.delta.named_parameters())
         state = self.delta.state_dict(keep_vars=True)
         return {f"{self.name}.{key}": t for key, t in state.items() if key not in trained}
@@ -68,7 +68,7 @@ class LinearWeight(Site):
         return self.linear.add_to(output, added.to(output.dtype))
 
     def _added(self, delta: Callable, x: Tensor, *product: Tensor) -> Tensor:
-        """What one delta adds to the output."""
+        """The output of one delta, under the mask if there is one."""
         if self.linear.mask is None:
             return delta(x, *product)
         weight = self._masked(delta.delta_weight())
@@ -76,7 +76,7 @@ class LinearWeight(Site):
 
     @property
     def _dropout(self) -> Callable[[Tensor], Tensor]:
-        """What the delta does to x before its own product, where it has that."""
+        """The delta's dropout on x, or the identity if it has none."""
         return getattr(self.delta, "dropout", nn.Identity())
 
     def _masked(self, delta: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class LinearWeight(Site):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Write W + ΔW into the model and keep the original. Codes are encoded anew."""
+        """Write W + ΔW into the model and keep the original. Codes are encoded again."""
         if not self.merged:
             code, weight = self.linear.code, self.linear.weight
             delta = self.delta if self.instead is None else self.instead
@@ -96,11 +96,11 @@ class LinearWeight(Site):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Put the kept original back: restored, not subtracted."""
+        """Put back the kept original: restored, not subtracted."""
         if self.merged:
             if self.linear.code is not None:
                 self.linear.code.restore(self.original)
-            elif isinstance(self.original, Tensor):  # or the codes went, and what was in them
-                self.linear.write(self.original)  # follows the model to its device
+            elif isinstance(self.original, Tensor):  # otherwise the codes are gone, and ΔW in them
+                self.linear.write(self.original)  # `write` moves it to the model's device
             self.original = None
             self.hook = self.linear.module.register_forward_hook(self._add)

@@ -15,10 +15,10 @@ from peftlab.sites.site import Site
 class MaskedWeight(Site):
     """Some entries of one linear weight held at zero:  y = (M ⊙ W) x + b.
 
-    The mask M is kept as bits, one an entry, and `mask` is what they say; at first all ones. The
-    zeros stand in the model's own dense tensor, whose size and speed are what they were. The
-    original rows are kept, and put back on leaving. Where W itself trains, `apply` zeroes what a
-    step has moved. With `mask_deltas` a delta beside W is held at zero in the same places.
+    The mask M is stored as bits, one an entry; `mask` unpacks them. At first all are ones. The
+    zeros are in the model's own dense tensor, whose size and speed do not change. The original
+    rows are kept, and put back on leaving. If W itself trains, `apply` zeroes the entries that a
+    step has moved. With `mask_deltas`, the same entries of a delta beside W are held at zero.
     """
 
     in_the_weight = True
@@ -36,7 +36,7 @@ class MaskedWeight(Site):
 
     def __exit__(self, *_):
         self.linear.mask = None
-        self.linear.write(self.original)  # follows the model to its device
+        self.linear.write(self.original)  # `write` moves it to the model's device
 
     @property
     def mask(self) -> Tensor:
@@ -50,12 +50,12 @@ class MaskedWeight(Site):
 
     @property
     def now(self) -> Tensor:
-        """W (d_out, d_in) that the mask is put on: as it trains, or the original."""
+        """W (d_out, d_in) before masking: the current weight if it trains, else the original."""
         return self.linear.weight.detach() if self.trains else self.original
 
     @torch.no_grad()
     def hold(self, mask: Tensor) -> None:
-        """Take this mask from now on."""
+        """Use this mask from now on."""
         self.bits.copy_(pack(mask))
         self.apply()
 
@@ -73,7 +73,7 @@ class MaskedWeight(Site):
         return {self.name: self.bits}
 
     def held(self) -> Iterator[Tensor]:
-        """The original rows, the bits, and the mask that deltas are held at zero by."""
+        """The original rows, the bits, and the mask on the deltas."""
         yield from (self.original, self.bits)
         if self.linear.mask is not None:
             yield self.linear.mask
@@ -85,7 +85,7 @@ class MaskedWeight(Site):
 
 
 def pack(mask: Bool[Tensor, "d_out d_in"]) -> UInt8[Tensor, " bytes"]:
-    """Eight entries a byte, row by row, the first in the lowest bit; the last byte is filled up."""
+    """Eight entries a byte, row by row, the first in the lowest bit; the last byte is padded."""
     bits = nn.functional.pad(mask.flatten(), (0, -mask.numel() % 8)).view(-1, 8)
     return (bits * 2 ** torch.arange(8, device=mask.device)).sum(dim=1).to(torch.uint8)
 

@@ -1,4 +1,4 @@
-"""A small module after or beside a sublayer, and factors."""
+"""A small module after or beside a sublayer, and factors on a linear weight."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class SublayerOutput(Site):
         after    y ← y + f(y)      y: what the last linear map gives, before dropout and residual
         beside   y ← y + f(x)      x: what the first linear map reads
 
-    Hooks on those two maps are all there is, so f runs wherever the sublayer does: with a cache,
+    The site has only hooks on those two maps, so f runs wherever the sublayer does: with a cache,
     in a recomputed block, under a prefix. Deltas and scales of the last map act before f reads y,
-    in whatever order they were attached: `settle` is called when all are.
+    whatever the order of attaching: `settle` is called after all methods are attached.
     """
 
     alone = "two at one sublayer would have to say which reads the other's output"
@@ -27,17 +27,17 @@ class SublayerOutput(Site):
     def __init__(self, sublayer: Sublayer, f: nn.Module, beside: bool = False):
         super().__init__(sublayer.name)
         self.sublayer, self.f, self.beside = sublayer, f, beside
-        self.x: Tensor | None = None  # between the first map and the last
+        self.x: Tensor | None = None  # kept between the first map and the last
 
     def __enter__(self):
         self.hooks = [self.sublayer.last.module.register_forward_hook(self._add)]
-        if self.beside:  # in front of other hooks: a scale on the first map is not x's
+        if self.beside:  # before other hooks, so that no scale on the first map changes x
             first = self.sublayer.first.module
             self.hooks.append(first.register_forward_pre_hook(self._read, prepend=True))
         return self
 
     def settle(self) -> None:
-        """Go behind all other hooks on the last map."""
+        """Move the hook behind all other hooks on the last map."""
         self.hooks[0].remove()
         self.hooks[0] = self.sublayer.last.module.register_forward_hook(self._add)
 
@@ -55,13 +55,13 @@ class SublayerOutput(Site):
 
 
 class Scale(Site):
-    """Factors l on what one linear weight gives, its bias included, or on what it reads.
+    """Factors l on the output of one linear weight, including its bias, or on its input.
 
         y = l ⊙ (W x + b)    l (d_out,)    merged:  W ← diag(l) W,  b ← l ⊙ b
         y = W (l ⊙ x) + b    l (d_in,)     merged:  W ← W diag(l)
 
-    `module.l` holds l. Of a fused module's input there is only one for all its weights, so there
-    only an output can be scaled. Merging keeps the original rows; unmerging puts those back.
+    `module.l` holds l. The weights of a fused module share one input, so only their outputs can
+    be scaled. Merging keeps the original rows; unmerging puts them back.
     """
 
     can_merge = True
@@ -119,13 +119,13 @@ class Scale(Site):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Put the kept originals back: restored, not divided."""
+        """Put back the kept originals: restored, not divided."""
         if not self.merged:
             return
         linear, (kept, bias) = self.linear, self.original
         if linear.code is not None:
             linear.code.restore(kept)
-        elif isinstance(kept, Tensor):  # or the codes went, and what was in them
+        elif isinstance(kept, Tensor):  # otherwise the codes are gone, and the factors in them
             linear.write(kept)
         if bias is not None:
             linear.module.bias[linear.index] = bias.to(linear.module.bias.device)

@@ -12,8 +12,8 @@ from peftlab.sites.site import Site
 class ExistingParameters(Site):
     """Some of the model's own parameters, unfrozen. The originals are kept aside.
 
-    Training happens on copies inside the same `Parameter` objects; leaving puts the original
-    tensors themselves back, so that not even their addresses have changed.
+    Training changes copies inside the same `Parameter` objects. Leaving puts back the original
+    tensors themselves, so even their addresses are unchanged.
     """
 
     in_the_weight = True

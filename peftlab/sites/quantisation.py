@@ -3,8 +3,8 @@
     w ≈ m · T[c]      T the levels in [−1, 1],  c a code of 4 bits,  m = max|w| of the block
 
 Pure functions of tensors, and `Quantised`, which holds exactly the bytes that it counts. A tensor
-is read row by row and cut into blocks; block after block has its own m. With double quantisation
-the m's are themselves codes: their mean is subtracted, and the rest is cut into blocks of 256 and
+is read row by row and cut into blocks; each block has its own m. With double quantisation the m's
+are codes too: their mean is subtracted, and the differences are cut into blocks of 256 and
 written in 8 bits. Dettmers et al. 2023, arXiv:2305.14314, section 3.
 
 The tie rule: a value exactly halfway between two levels takes the lower one. The scaled value is
@@ -25,11 +25,11 @@ from torch.nn.functional import embedding, pad
 QUANT_TYPES = ("nf4", "fp4", "e2m1", "int4")
 ABSMAX_BLOCK = 256  # how many m's share one scale under double quantisation
 
-# Where the outermost quantiles of NF4 lie. At probability 1 the quantile is infinite, so one stops
-# short of it: cut the normal into n equally likely cells, and the middle of the outermost one is
-# 1/(2n) from the edge. All 16 levels suggest n = 16; the 15 that lie evenly around an exact zero
-# suggest n = 15. The average of the two is bitsandbytes' constant, 0.9677083; that this is where
-# it comes from is our reading, for neither the paper nor the code says.
+# The probability of NF4's outermost quantiles. At probability 1 the quantile is infinite, so the
+# table stops short of it. If the normal is cut into n equally likely cells, the middle of the
+# outermost cell is 1/(2n) from the edge. All 16 levels suggest n = 16; the 15 that lie evenly
+# around an exact zero suggest n = 15. The average of the two is bitsandbytes' constant, 0.9677083.
+# This origin is our reading: neither the paper nor the code gives one.
 NF4_OFFSET = ((1 - 1 / 30) + (1 - 1 / 32)) / 2
 
 
@@ -53,10 +53,10 @@ def normal_levels(
 
 
 def float_levels(subnormal: float) -> Float32[Tensor, " levels"]:
-    """One sign bit, two of exponent, one of mantissa: 2ᵉ (1 + m/2), and a subnormal; by size.
+    """Numbers with one sign, two exponent and one mantissa bit: 2ᵉ (1 + m/2), and a subnormal.
 
-    Every power of two from the smallest: 2, 3, 4, 6, 8, 12, and below them 0 and the subnormal,
-    which is 1 where the format is kept to the letter.
+    Sorted, and divided by the largest. Before that the positive ones are 2, 3, 4, 6, 8, 12, and
+    below them the subnormal, which is 1 in the format itself.
     """
     positive = [subnormal, *(2**e * (1 + m / 2) for e in (1, 2, 3) for m in (0, 1))]
     return torch.tensor([*(-level for level in positive[::-1]), 0.0, *positive]) / 12
@@ -64,7 +64,7 @@ def float_levels(subnormal: float) -> Float32[Tensor, " levels"]:
 
 @functools.cache
 def table(quant_type: str = "nf4") -> Float32[Tensor, " levels"]:
-    """The levels of a data type, from the lowest up, in [−1, 1]. Raises ValueError for another.
+    """The levels of a data type in [−1, 1], lowest first. Raises ValueError for an unknown type.
 
     nf4    16 levels at quantiles of the normal
     fp4    15 levels, as bitsandbytes has them: its subnormal is 1/192, where E2M1 has 1/12
@@ -99,9 +99,9 @@ def dynamic_table() -> Float32[Tensor, " levels"]:
 def nearest(
     values: Float32[Tensor, "*size"], levels: Float32[Tensor, " levels"]
 ) -> UInt8[Tensor, "*size"]:
-    """The number of the nearest level; exactly halfway, of the lower one.
+    """The index of the nearest level; a value exactly halfway takes the lower one.
 
-    Levels may come in any order. Of two equal ones the first stands for what lies below them.
+    Levels may come in any order. Of two equal levels the first takes the values below them.
     """
     ordered, order = levels.sort(stable=True)
     halfway = (ordered[:-1] + ordered[1:]) / 2
@@ -124,22 +124,22 @@ def blockwise(
 
 
 def pack(codes: UInt8[Tensor, " n"]) -> UInt8[Tensor, " bytes"]:
-    """Two codes of four bits in a byte, the first in the high half; an odd one is padded."""
+    """Two codes of four bits in a byte, the first in the high half; an odd number is padded."""
     high, low = pad(codes, (0, len(codes) % 2)).view(-1, 2).unbind(dim=1)
     return high << 4 | low
 
 
 def unpack(packed: UInt8[Tensor, " bytes"], n: int) -> UInt8[Tensor, " n"]:
-    """The first n codes again."""
+    """The first n codes of packed bytes."""
     return torch.stack([packed >> 4, packed & 15], dim=1).view(-1)[:n]
 
 
 @dataclass(frozen=True, eq=False)
 class Quantised:
-    """A tensor in 4 bits: the bytes, and what is needed to read them.
+    """A tensor in 4 bits: its codes, and the scales that decode them.
 
-    `packed` two codes a byte, `absmax` one m for each block: numbers in float32, or with double
-    quantisation the codes of m − `mean`, in blocks of 256 whose scales are `scale`.
+    `packed` has two codes a byte, `absmax` one m for each block: numbers in float32, or with
+    double quantisation the codes of m − `mean`, in blocks of 256 whose scales are `scale`.
     """
 
     packed: UInt8[Tensor, " bytes"]
@@ -152,13 +152,13 @@ class Quantised:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """All that is held. The table of levels, 64 bytes, is one for all tensors."""
+        """All tensors held here. The table of levels, 64 bytes, serves all instances."""
         held = {"packed": self.packed, "absmax": self.absmax, "scale": self.scale}
         return {k: t for k, t in (held | {"mean": self.mean}).items() if t is not None}
 
     @property
     def bytes(self) -> int:
-        """Bytes really held, by the storages themselves."""
+        """Bytes really held: the sum of the storages' sizes."""
         return sum(t.untyped_storage().nbytes() for t in self.tensors.values())
 
     @property
@@ -168,12 +168,12 @@ class Quantised:
 
     @property
     def codes(self) -> UInt8[Tensor, "*shape"]:
-        """The codes, one a byte, in the shape of the tensor: for looking."""
+        """The codes, one a byte, in the shape of the tensor, for inspection."""
         return unpack(self.packed, self.shape.numel()).view(self.shape)
 
     @property
     def scales(self) -> Float32[Tensor, " blocks"]:
-        """m of every block, as it is read back."""
+        """m of every block, as decoded."""
         if self.scale is None:
             return self.absmax
         coarse = self.scale.repeat_interleave(ABSMAX_BLOCK)[: len(self.absmax)]
@@ -200,10 +200,10 @@ def quantise(
     double_quant: bool = True,
     levels: Float32[Tensor, " levels"] | None = None,
 ) -> Quantised:
-    """Write a tensor in codes of 4 bits.
+    """Encode a tensor in codes of 4 bits.
 
-    `levels` stands in place of a data type's own table. Raises ValueError if `block_size` does
-    not divide the number of weights, or if one of them is not finite.
+    `levels` replaces the data type's own table. Raises ValueError if `block_size` does not divide
+    the number of weights, or if a weight is not finite.
     """
     levels = table(quant_type) if levels is None else levels
     check_block_size(block_size, weight.numel())
@@ -239,8 +239,8 @@ def _divisor_near(block_size: int, n: int) -> int:
 def held_bytes(n: int, block_size: int = 64, double_quant: bool = True) -> int:
     """Bytes of n weights: half a byte each, and the scales.
 
-    4 bytes a block; or with double quantisation 1 a block, 4 for every 256 blocks, and 4 for the
-    mean.
+    The scales take 4 bytes a block; with double quantisation 1 a block, 4 for every 256 blocks,
+    and 4 for the mean.
     """
     blocks = n // block_size
     scales = blocks + 4 * -(-blocks // ABSMAX_BLOCK) + 4 if double_quant else 4 * blocks
@@ -248,7 +248,7 @@ def held_bytes(n: int, block_size: int = 64, double_quant: bool = True) -> int:
 
 
 def bits_per_weight(block_size: int = 64, double_quant: bool = True) -> float:
-    """What a weight takes in a tensor so large that its mean does not count.
+    """Bits for a weight in a tensor so large that its mean does not count.
 
         4 + 32/B,  or with double quantisation  4 + 8/B + 32/(256 B)
 

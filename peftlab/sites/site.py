@@ -1,4 +1,4 @@
-"""What a site must do, on one page."""
+"""The interface of all sites."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ class Site:
             ...
                         and is what it was before, bit for bit
 
-    A site writes `__enter__` and `__exit__`. All else has a default that holds for most sites.
+    A site implements `__enter__` and `__exit__`. All else has a default that fits most sites.
 
-    name, names    what the place is called; a name for each where it is several. Two methods that
-                   reach a place of the same name are refused, and `alone` says why
-    linear         the linear weight that it is at, if it is at one
-    delta          the module that adds to that weight's output, if one does; `instead` stands in
-                   its place while kept adapters are in use
-    codes          what the weight is held as, if it is held as codes
-    parameters     the model's own parameters that it unfreezes, by name
-    in_the_weight  its change is in the model's own tensors: there is nothing to merge
-    can_merge      `merge` can write its change into the model's own tensors; `merged` once it has
+    name, names    the site's name, and the name of each of its places. Two methods may not reach a
+                   place of the same name, and `alone` says why
+    linear         the linear weight at this site, if there is one
+    delta          the module that adds to that weight's output, if there is one; `instead`
+                   replaces it while kept adapters are in use
+    codes          the codes that hold the weight, if codes hold it
+    parameters     the model's own parameters that the site unfreezes, by name
+    in_the_weight  the change is in the model's own tensors: there is nothing to merge
+    can_merge      `merge` can write the change into the model's own tensors; `merged` says it has
     """
 
     alone = ""
@@ -52,28 +52,28 @@ class Site:
         raise NotImplementedError
 
     def __exit__(self, *_):
-        """Take everything back, merged or not."""
+        """Undo every change, merged or not."""
         raise NotImplementedError
 
     def settle(self) -> None:
-        """All methods are attached now: go behind the others, where that matters."""
+        """Called after all methods are attached: move hooks behind the others, if that matters."""
 
     def merge(self) -> None:
         """Write the change into the model's own tensors, and keep the originals."""
 
     def unmerge(self) -> None:
-        """Put the originals back: restored, not subtracted."""
+        """Put back the originals: restored, not subtracted."""
 
     def stored(self) -> dict[str, Tensor]:
-        """What is saved beside the tensors that train, by name."""
+        """The tensors that are saved beside those that train, by name."""
         return {}
 
     def refresh(self) -> None:
-        """Other tensors were copied into what is stored: act on them."""
+        """Called after values were copied into the stored tensors: apply them."""
 
     def held(self) -> Iterator[Tensor]:
-        """What it keeps beside the model: originals that it will put back, masks."""
+        """The tensors that the site keeps beside the model: originals to put back, masks."""
         return iter(())
 
     def to(self, device: torch.device | str) -> None:
-        """Move what it keeps to the model's device."""
+        """Move the kept tensors to the model's device."""

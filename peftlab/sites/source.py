@@ -1,4 +1,4 @@
-"""What makes a soft prompt, run once a forward."""
+"""The module that makes a soft prompt, run once a forward pass."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from peftlab.sites.site import Site
 
 
 class Source(Site):
-    """The module whose `forward()` gives a soft prompt's tensors by name, and what reads them.
+    """A module whose `forward()` returns a soft prompt's tensors by name, and its cached result.
 
-    Sites call it as often as they like: the module runs once in a forward pass of the model, where
-    the pass begins. Hooks on the model and on its stacks tell where, for a stack may be called
-    alone. What was made stays until the next pass: gradient checkpointing reads it again.
-    `instead` are other tensors in place of the module's. Inside `once()` nothing trains, and the
-    module is run once for all passes.
+    Sites may call it any number of times: the module runs once in a forward pass of the model, at
+    the beginning. Hooks on the model and on its stacks find it, because a stack may be called
+    alone. The tensors stay until the next pass: gradient checkpointing reads them again. Other
+    tensors in `instead` replace the module's. Inside `once()` nothing trains, and the module runs
+    once for all passes.
     """
 
     def __init__(self, name: str, anatomy: Anatomy, module: nn.Module):
@@ -49,12 +49,12 @@ class Source(Site):
         return self._made
 
     def now(self) -> dict[str, Tensor]:
-        """The tensors as they are now, whatever a forward pass has read."""
+        """The current tensors, whatever tensors the last forward pass has read."""
         return self.module() if self.instead is None else self.instead
 
     @contextlib.contextmanager
     def once(self):
-        """Inside, what the module makes now is what every forward pass reads."""
+        """Inside, every forward pass reads the tensors that the module makes now."""
         self._made, self._once = self.module(), True
         try:
             yield
@@ -72,5 +72,5 @@ class Source(Site):
             self._outermost = None
 
     def __getstate__(self):
-        """A copy makes its own tensors: those of a pass belong to that pass's gradients."""
+        """A copy makes its own tensors: the cached ones belong to the gradients of their pass."""
         return {**vars(self), "_made": None, "_outermost": None, "_once": False}

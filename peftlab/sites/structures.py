@@ -1,8 +1,8 @@
 """A model with heads, neurons or whole blocks taken out: really smaller, and restored bit for bit.
 
-What is taken out goes by name: `layers.3` is a block and its attention, `decoder.layers.0.cross`
-T5's second attention. A key-value head goes with every query head that reads it; `queries` are
-query heads alone, and as many stay in each group.
+Names say what is taken out: `layers.3` is a block and its attention, `decoder.layers.0.cross`
+is T5's second attention. A key-value head goes with every query head that reads it; `queries` are
+query heads alone, and each group keeps the same number of them.
 
     >>> from peftlab.bases import Shape
     >>> removed = Removed(heads={"layers.0": (0, 5)}, neurons={"layers.1": (7,)})
@@ -26,8 +26,8 @@ from peftlab.bases.plain import plain
 from peftlab.bases.shapes import ATTENTION
 from peftlab.sites.site import Site
 
-KINDS = ("heads", "queries", "neurons")  # what goes by index; layers go by name
-HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads")  # what attentions call their sizes
+KINDS = ("heads", "queries", "neurons")  # removed by index; layers are removed by name
+HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads")  # attributes with attentions' sizes
 WIDTHS = ("split_size", "all_head_size", "inner_dim")
 
 
@@ -54,7 +54,7 @@ class SmallerShape(Shape):
 
     def matrices(self, target: str) -> list[tuple[int, int, int]]:
         """`(copies, d_in, d_out)` of a logical target, for each size that it has."""
-        super().matrices(target)  # refuses a target that is not there
+        super().matrices(target)  # raises for a target that is not there
         widths = list(self.neurons)
         if target in ATTENTION:
             widths = [self.head_dim * pair[target in ("k", "v")] for pair in self.attention]
@@ -65,7 +65,7 @@ class SmallerShape(Shape):
 
 @dataclass(frozen=True)
 class Removed:
-    """What is taken out: indices by the name of a sublayer or block, and blocks by their names."""
+    """The structures to take out: indices by the name of a sublayer or block, and block names."""
 
     heads: dict[str, tuple[int, ...]] = field(default_factory=dict)
     queries: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -73,7 +73,7 @@ class Removed:
     layers: tuple[str, ...] = ()
 
     def check(self, shape: Shape) -> None:
-        """Raise ValueError unless all of it is there, and enough stays for a model to run."""
+        """Raise ValueError unless all structures exist and the model can run without them."""
         there = blocks(shape)
         if not (self.layers or any(i for k in KINDS for i in getattr(self, k).values())):
             raise ValueError(
@@ -130,10 +130,10 @@ class Removed:
 class SmallerModel(Site):
     """The model without what is removed: smaller tensors in the same modules, fewer blocks.
 
-    Each changed parameter gives way to a smaller one, and each attribute that says a size to a
-    smaller number; leaving puts the very same objects back. Weights keep their names when blocks
-    before them are gone. T5's table of relative positions serves all layers and stays whole;
-    each attention reads the columns of its own heads.
+    A smaller parameter replaces each changed one, and a smaller number each attribute with a size;
+    leaving puts back the very same objects. Weights keep their names when blocks before them are
+    gone. T5's table of relative positions serves all layers and stays whole; each attention reads
+    the columns of its own heads.
     """
 
     in_the_weight = True
@@ -147,7 +147,7 @@ class SmallerModel(Site):
         ]
         super().__init__("structures", [*names, *removed.layers])
         self.anatomy, self.removed, self.shape = anatomy, removed, removed.smaller(anatomy.shape)
-        self.aside: list[nn.Parameter | nn.Module] = []  # what waits to be put back
+        self.aside: list[nn.Parameter | nn.Module] = []  # parameters and blocks to put back
         self.before: list[tuple[object, str, object]] = []  # an owner, its attribute, the value
         self.hooks: list[RemovableHandle] = []
 
@@ -172,7 +172,7 @@ class SmallerModel(Site):
         self.aside, self.hooks = [], []
 
     def held(self) -> Iterator[Tensor]:
-        """The parameters that gave way to smaller ones, and those of the blocks taken out."""
+        """The parameters that smaller ones replace, and those of the blocks taken out."""
         for part in self.aside:
             tensors = part.parameters() if isinstance(part, nn.Module) else [part]
             yield from tensors
@@ -186,12 +186,12 @@ class SmallerModel(Site):
                 part.data = part.data.to(device)
 
     def _set(self, name: str, value, owner) -> None:
-        """Another value for an attribute, until the site is left."""
+        """Set an attribute to another value until the site is left."""
         self.before.append((owner, name, getattr(owner, name)))
         setattr(owner, name, value)
 
     def _forget_attentions(self) -> None:
-        """What was observed of the attentions holds no longer: it is observed anew when asked."""
+        """Drop the observed attentions, which have changed: the next access observes them again."""
         vars(self.anatomy).pop("attentions", None)
 
     def _take_blocks(self) -> None:
@@ -207,7 +207,7 @@ class SmallerModel(Site):
             parent = anatomy.stacks[stack].get_submodule(path)
             self._set(last, nn.ModuleList(layers[stack]), parent)
             for index, block in enumerate(layers[stack]):
-                for module in block.modules():  # a cache has one place a layer, without gaps
+                for module in block.modules():  # a cache numbers the layers without gaps
                     if getattr(module, "layer_idx", None) is not None:
                         self._set("layer_idx", index, module)
         self._set("layers", layers, anatomy)
@@ -216,7 +216,7 @@ class SmallerModel(Site):
         self._set("linears", rest, anatomy)
 
     def _take_rows(self) -> None:
-        """Heads and neurons: rows of what reads the residual stream, columns of what writes it."""
+        """Heads and neurons: rows of weights that read the residual stream, columns of writers."""
         shape, removed, linears = self.anatomy.shape, self.removed, self.anatomy.linears
         rows: dict[Linear, Tensor] = {}
         columns: dict[nn.Module, Tensor] = {}
@@ -243,7 +243,7 @@ class SmallerModel(Site):
 
     @torch.no_grad()
     def _shrink(self, module, roles: list[Linear], rows: dict, columns: Tensor | None) -> None:
-        """One module with these rows of its roles and these columns, and no others."""
+        """Leave one module only these rows of its roles and these columns."""
         transposed = roles[0].transposed
         W = module.weight.T if transposed else module.weight
         with plain():
@@ -272,7 +272,7 @@ class SmallerModel(Site):
         self._set(name, small, module)
 
     def _tell_attention(self, q: nn.Module, heads: int, kv_heads: int) -> None:
-        """The numbers that an attention module keeps beside its weights."""
+        """Set the sizes that an attention module keeps beside its weights."""
         owner = next(m for m in self.anatomy.model.modules() if q in m.children())
         told = dict.fromkeys(HEAD_COUNTS, heads)
         told |= dict.fromkeys(WIDTHS, heads * self.anatomy.shape.head_dim)
@@ -282,7 +282,7 @@ class SmallerModel(Site):
                 self._set(name, value, owner)
 
     def _share_positions(self) -> None:
-        """T5: the first layer makes the bias of all heads, and each layer takes its own columns."""
+        """T5: the first layer makes the bias of all heads, and each layer reads its own columns."""
         shape, linears = self.anatomy.shape, self.anatomy.linears
         for name in {key.rsplit(".", 1)[0] for key, x in linears.items() if x.target == "q"}:
             q = linears[f"{name}.q"].module
@@ -298,19 +298,19 @@ class SmallerModel(Site):
 
 
 def _rows_of(structures: list[int], width: int = 1) -> Tensor:
-    """The rows that these structures are, `width` each."""
+    """The rows of these structures, `width` for each."""
     with plain():
         return (torch.tensor(structures)[:, None] * width + torch.arange(width)).flatten()
 
 
 def _one_column(module, args, kwargs):
-    """The bias towards the encoder is zero for every head: one stands for all."""
+    """The bias towards the encoder is zero for every head: one column serves all heads."""
     bias = kwargs.get("position_bias")
     return args, kwargs if bias is None else {**kwargs, "position_bias": bias[:, :1]}
 
 
 class _Columns:
-    """The columns of some heads out of the position bias of all."""
+    """The columns of some heads, taken from the position bias of all heads."""
 
     def __init__(self, heads: Tensor):
         self.heads, self.whole = heads, None

@@ -1,10 +1,10 @@
-"""A base with methods attached, and what becomes of it: kept, saved, exported, taken to PEFT.
+"""A base with methods attached: run it, keep several adapters, save, export, convert to PEFT.
 
 tuned     attach, call, generate, count, merge, detach
 kept      several adapters on one base: keep, use, rows, weighted sums
-saving    folders: written, read with suspicion; plain models
-layouts   where the tensors of each method stand in PEFT's files
-interop   adapters out to PEFT and in from it
+saving    adapters written to and read from folders, with checks; plain models
+layouts   the places of each method's tensors in PEFT's files
+interop   adapters to PEFT and from PEFT
 """
 
 from peftlab.tuned.tuned import Count, Tuned, attach

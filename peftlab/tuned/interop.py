@@ -1,9 +1,9 @@
-"""The way out to Hugging Face PEFT, and the way in.
+"""Adapters to Hugging Face PEFT, and from it.
 
 to_peft(tuned, "adapters/mine")               # then peft.PeftModel.from_pretrained(model, ...)
 tuned = from_peft(base, "adapters/theirs")    # as trained with PEFT, positions included
 
-`layouts` says where the tensors of each method stand in PEFT's files. A merged model needs neither:
+`layouts` gives the places of each method's tensors in PEFT's files. A merged model needs no PEFT:
 `tuned.merge_and_export` writes a folder that transformers loads alone.
 """
 
@@ -22,23 +22,23 @@ __all__ = ["KNOWN", "Unknown", "from_peft", "to_peft"]
 def to_peft(tuned: Tuned, folder: str | Path) -> Path:
     """Write an adapter that `peft.PeftModel.from_pretrained(model, folder)` reads.
 
-    It computes there what it computes here: the same logits but for rounding. A network that makes
-    a soft prompt is left behind. QLoRA's factors are LoRA's, for a base that is in four bits there
-    too. `peftlab.json` beside PEFT's two files says what was trained; PEFT does not read it.
+    In PEFT it computes the same logits, up to rounding. A network that makes a soft prompt is not
+    written. QLoRA's factors are written as LoRA's, for a base that PEFT also holds in four bits.
+    `peftlab.json` beside PEFT's two files records what was trained; PEFT does not read it.
 
-    Raises ValueError where PEFT does not know the method, or means something else by it.
+    Raises ValueError if PEFT does not have the method, or has a different one of that name.
     """
     tuned._check_attached()
     return write_peft(tuned, Layout.of(tuned), Path(folder))
 
 
 def from_peft(base: Base, folder: str | Path) -> Tuned:
-    """Attach an adapter that PEFT wrote, or `to_peft`, or `tuned.save` where PEFT has a layout.
+    """Attach an adapter that PEFT or `to_peft` wrote, or `tuned.save` if PEFT has a layout.
 
-    A prefix comes with `shift_positions=True`, for PEFT's text begins behind it. Weights are read
-    from safetensors alone: a pickle can run code. Raises FileNotFoundError where there is no such
-    adapter, and ValueError for one that is damaged, of a kind that is not known here, or of sizes
-    that do not fit the base; nothing stays attached then.
+    A prefix gets `shift_positions=True`, because PEFT's text begins after it. Weights are read only
+    from safetensors: a pickle can run code. Raises FileNotFoundError if there is no such adapter,
+    and ValueError if it is damaged, of an unknown kind, or of sizes that do not fit the base; after
+    an error nothing stays attached.
     """
     if (Path(folder) / CONFIG).is_file() and not is_peft(Path(folder)):
         raise ValueError(

@@ -77,7 +77,7 @@ def _check(tuned: LanguageModel, wanted: list[str], several: bool, weights: dict
 
 
 def _of_delta(tuned: LanguageModel, delta: nn.Module, name: str) -> Kept:
-    """The kept tensors that belong into this delta, by its own names for them."""
+    """The kept tensors of this delta, by the delta's own names for them."""
     own = {id(t): key for key, t in (*delta.named_parameters(), *delta.named_buffers())}
     places = tuned.trainable | tuned.frozen
     its = {key: own[id(place)] for key, place in places.items() if id(place) in own}
@@ -91,7 +91,7 @@ def _of_source(tuned: LanguageModel, source: str, row: str) -> dict[str, Tensor]
 
 
 class Kept:
-    """A delta with other tensors in it: what was kept, in the module that trains."""
+    """A delta that runs with kept tensors in place of those that train."""
 
     def __init__(self, delta: nn.Module, tensors: dict[str, Tensor]):
         self.delta, self.tensors = delta, tensors
@@ -106,7 +106,7 @@ class Kept:
 
 
 class _Weight(nn.Module):
-    """A delta whose `forward` gives ΔW, for `functional_call` knows no other method."""
+    """A delta whose `forward` returns ΔW, because `functional_call` calls no other method."""
 
     def __init__(self, delta: nn.Module):
         super().__init__()
@@ -117,10 +117,10 @@ class _Weight(nn.Module):
 
 
 class Deltas:
-    """Several kept deltas beside one weight: Σ w_i ΔW_i, or another for each row of the batch.
+    """Several kept deltas beside one weight: Σ w_i ΔW_i, or one delta for each row of the batch.
 
-    The deltas are weighed, not their factors: with factors summed, (B₁ + B₂)(A₁ + A₂) would have
-    the products of one adapter's A and another's B in it.
+    The weights multiply the deltas, not their factors: a sum of factors, (B₁ + B₂)(A₁ + A₂), would
+    contain products of one adapter's A with another's B.
     """
 
     def __init__(
@@ -132,13 +132,13 @@ class Deltas:
         self.deltas, self.weights, self.rows = deltas, weights, rows
 
     def apply(self, added: Callable, *inputs: Tensor) -> Tensor:
-        """What they add, `added(delta, *inputs)` being what one of them adds."""
+        """The output of all deltas, where `added(delta, *inputs)` is the output of one."""
         if self.rows is None:
             return sum(w * added(self.deltas[name], *inputs) for name, w in self.weights.items())
         if len(self.rows) != len(inputs[0]):
             raise ValueError(f"{len(self.rows)} deltas for a batch of {len(inputs[0])} rows")
         parts, order = [], []
-        for name, delta in self.deltas.items():  # each delta runs once, on the rows that are its
+        for name, delta in self.deltas.items():  # each delta runs once, on its own rows
             its = [i for i, row in enumerate(self.rows) if row == name]
             parts.append(added(delta, *(tensor[its] for tensor in inputs)))
             order += its
@@ -146,7 +146,7 @@ class Deltas:
         return torch.cat(parts)[where]
 
     def delta_weight(self) -> Tensor:
-        """Σ w_i ΔW_i. Raises ValueError where rows differ."""
+        """Σ w_i ΔW_i. Raises ValueError if rows have different deltas."""
         if self.rows is not None:
             raise ValueError("rows with deltas of their own cannot be merged into one weight")
         return sum(w * self.deltas[name].delta_weight() for name, w in self.weights.items())

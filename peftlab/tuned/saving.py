@@ -1,7 +1,7 @@
-"""Adapters as folders: written, read with suspicion, and exported as plain models.
+"""Adapters as folders: written, read with checks, and exported as plain models.
 
-`tuned.save`, `Tuned.load` and `tuned.merge_and_export` are the ways in; `layouts` beside this file
-speaks PEFT.
+`tuned.save`, `Tuned.load` and `tuned.merge_and_export` call these functions; `layouts` beside this
+file converts to and from PEFT.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from peftlab.sites.structures import SmallerShape
 from peftlab.tuned import layouts
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-RECORD = "peftlab.json"  # what CONFIG says where it is not PEFT's
+RECORD = "peftlab.json"  # our record, where CONFIG is PEFT's
 FORMATS = {CONFIG: 1, RECORD: 2}
-# Hyper-parameters that say what tensors of one size mean.
+# Hyper-parameters that decide the meaning of tensors of the same size.
 MEANING = ("name", "placement", "shift_positions", "depth", "r", "init_r", "alpha", "use_rslora")
 MEANING += ("projection_prng_key",)
 
@@ -38,7 +38,7 @@ Fill = Callable[[LanguageModel], dict[str, Tensor]]
 
 
 def save(tuned: LanguageModel, folder: Path) -> Path:
-    """Write PEFT's own layout where it says all that is stored, and ours where it does not."""
+    """Write PEFT's own layout if it holds all that is stored, otherwise ours."""
     try:
         layout = layouts.Layout.of(tuned)
     except layouts.Unknown:
@@ -46,14 +46,14 @@ def save(tuned: LanguageModel, folder: Path) -> Path:
     if layout is not None and layout.whole:
         return write_peft(tuned, layout, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / RECORD).unlink(missing_ok=True)  # of an adapter that was here before
+    (folder / RECORD).unlink(missing_ok=True)  # the record of an earlier adapter
     save_file(tuned.state(), folder / WEIGHTS, metadata={"format": "pt"})
     _write(folder / CONFIG, {"format": FORMATS[CONFIG], **_record(tuned, tuned.folded)})
     return folder
 
 
 def _record(tuned: LanguageModel, methods: list[Method]) -> dict:
-    """What a saved adapter says of itself: these methods, on this base."""
+    """The record of a saved adapter: these methods, on this base."""
     return {
         "base": tuned.name,
         "base_shape": tuned.facts,
@@ -79,7 +79,7 @@ def write_peft(tuned: LanguageModel, layout: layouts.Layout, folder: Path) -> Pa
 
 
 def _loaded(path: Path) -> dict:
-    """A JSON file. Raises ValueError unless it holds an object."""
+    """The object in a JSON file. Raises ValueError if it holds something else."""
     found = json.loads(path.read_text())
     if not isinstance(found, dict):
         raise ValueError(f"{path.name} holds no object")
@@ -87,7 +87,7 @@ def _loaded(path: Path) -> dict:
 
 
 def export(tuned: LanguageModel, folder: Path) -> Path:
-    """Write a plain transformers folder with the change inside its weights, and the tokenizer."""
+    """Write a plain transformers folder with the change in its weights, and the tokenizer."""
     if tuned.head is not None:
         raise ValueError("a head is no part of a transformers model: it cannot be exported")
     if isinstance(tuned.anatomy.shape, SmallerShape):
@@ -96,7 +96,7 @@ def export(tuned: LanguageModel, folder: Path) -> Path:
             "of transformers can say: it cannot be exported"
         )
     loose = [site for site in tuned.mergeable() if not site.merged]
-    for site in loose:  # codes are decoded, and take a delta in plain numbers
+    for site in loose:  # a delta is added to the decoded weight in plain numbers
         if site.linear.code and site.delta is None:
             raise ValueError(f"{site.name} cannot be merged into codes")
     try:
@@ -114,7 +114,7 @@ def export(tuned: LanguageModel, folder: Path) -> Path:
 
 @torch.no_grad()
 def _plain(tuned: LanguageModel, loose: list[Site]) -> dict[str, Tensor]:
-    """The model's tensors, and where there are codes what they say plus the loose deltas."""
+    """The model's tensors; weights held as codes are decoded, plus the deltas not merged."""
     state = tuned.model.state_dict()
     names = {module: name for name, module in tuned.model.named_modules()}
     for coded in (site for site in tuned._sites if isinstance(site, CodedWeight)):
@@ -140,8 +140,8 @@ def is_peft(folder: Path) -> bool:
 
 
 def read(folder: str | Path, base: Base) -> tuple[dict, Fill]:
-    """A saved adapter: its configuration, methods and head made, and what gives its tensors to a
-    base with these attached."""
+    """The configuration of a saved adapter, with its methods and head built, and a function that
+    returns its tensors once these are attached."""
     folder = Path(folder)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
@@ -169,7 +169,7 @@ def read(folder: str | Path, base: Base) -> tuple[dict, Fill]:
 
 
 def _missing(folder: Path, name: str) -> str:
-    """What to do about a file that is not there."""
+    """Advice about a missing file."""
     if name == WEIGHTS and (folder / PICKLE).is_file():
         return (
             f"{PICKLE} there is a pickle, which can run code when it is read, so it is not read. "
@@ -180,7 +180,7 @@ def _missing(folder: Path, name: str) -> str:
 
 @contextmanager
 def _damaged(folder: Path, name: str, errors: tuple = ()):
-    """Inside, whatever is wrong with the files is one kind of error."""
+    """Inside, every problem with the files raises the same kind of error."""
     errors = errors or (ValueError, KeyError, TypeError, safetensors.SafetensorError)
     try:
         yield
@@ -191,7 +191,7 @@ def _damaged(folder: Path, name: str, errors: tuple = ()):
 
 def check_base(config: dict, base: Base) -> None:
     """Raise ValueError unless the adapter was trained on this base."""
-    if "base" not in config:  # PEFT says a name at most; sizes were compared tensor by tensor
+    if "base" not in config:  # PEFT stores at most a name; each tensor's size was checked
         return
     trained_on, shape = config["base"], config["base_shape"]
     if shape != (here := shape_facts(base)):
@@ -204,7 +204,7 @@ def check_base(config: dict, base: Base) -> None:
 
 
 def check_kind(config: dict, tuned: LanguageModel) -> None:
-    """Raise ValueError unless the adapter's tensors go where this one's go, and mean the same."""
+    """Raise ValueError unless the adapter's tensors have the places and meaning of this one's."""
     for ours, theirs in zip_longest(tuned.methods, config["methods"]):
         for key in MEANING:
             mine, other = getattr(ours, key, None), getattr(theirs, key, None)
@@ -229,7 +229,7 @@ def check_shapes(tensors: dict[str, torch.Tensor], wanted: dict[str, torch.Tenso
 
 
 def shape_facts(base: Base) -> dict:
-    """The numbers by which an adapter recognises its base."""
+    """The facts by which an adapter recognises its base."""
     shape = base.anatomy.shape
     return {
         "family": shape.family,

@@ -25,9 +25,9 @@ from peftlab.tuned import kept, saving
 
 @dataclass(frozen=True)
 class Count:
-    """How large an adapter is: `parameters` in closed form, and `measured`, which equals it.
+    """The size of an adapter: `parameters` in closed form, and `measured`, which equals it.
 
-    `stored` is what is left after training. `head` is counted apart from all of these.
+    `stored` counts the numbers left after training. `head` is counted apart from all of these.
     """
 
     parameters: int
@@ -44,9 +44,9 @@ class Count:
 
     @property
     def file_bytes(self) -> int:
-        """Bytes of the stored tensors, trained numbers in float32, the head's included.
+        """Bytes of the stored tensors, with trained numbers in float32, including the head.
 
-        In PEFT's layout of a fused module a saved file has zeros beside them.
+        In PEFT's layout of a fused module, a saved file has zeros beside them.
         """
         return self.method_bytes + 4 * self.head
 
@@ -76,7 +76,7 @@ class Tuned(LanguageModel):
         self.name, self.model, self.tokenizer = base.name, base.model, base.tokenizer
         self.anatomy = base.anatomy
         self.base_parameters = base.anatomy.shape.parameters()
-        self.facts = saving.shape_facts(base)  # of the whole base: a method may make it smaller
+        self.facts = saving.shape_facts(base)  # read now, because a method may shrink the base
         generator = torch.Generator().manual_seed(seed)
         self.trainable: dict[str, nn.Parameter] = {}
         self.modules: dict[str, nn.Module] = {}
@@ -108,7 +108,7 @@ class Tuned(LanguageModel):
         return [site for attachment in self.attachments for site in attachment.sites]
 
     def _claim(self, attachment: Attachment) -> None:
-        """Take what the last method attached. Raises ValueError if it reached another's site."""
+        """Add a method's attachment. Raises ValueError if it reached another method's site."""
         others = [site for each in self.attachments[:-1] for site in each.sites]
         taken = {name: site for site in others for name in site.names}
         for site in attachment.sites:
@@ -121,13 +121,13 @@ class Tuned(LanguageModel):
         self.sources |= attachment.sources
 
     def _leave(self) -> None:
-        """Leave every site, the last first."""
+        """Leave every site, in reverse order."""
         with ExitStack() as stack:
             for attachment in self.attachments:
                 stack.callback(attachment.leave)
 
     def _build_head(self, generator: torch.Generator) -> nn.Linear | None:
-        """The head's layer, drawn after the methods' tensors and trained with them."""
+        """The layer of the head, drawn after the methods' tensors and trained with them."""
         if self.head is None:
             return None
         linear = self.head.build(self.anatomy.shape.d_model, generator)
@@ -137,7 +137,7 @@ class Tuned(LanguageModel):
         return linear
 
     def _audit(self) -> None:
-        """What the model would train is exactly what the methods said, and nothing else."""
+        """Raise AssertionError if the model would train a parameter that no method listed."""
         ours = {id(parameter) for parameter in self.trainable.values()}
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad and id(parameter) not in ours:
@@ -160,12 +160,12 @@ class Tuned(LanguageModel):
 
     @property
     def codes(self) -> dict[str, Quantised]:
-        """The weights held as codes, by the weight's name; q, k and v of one module are "qkv"."""
+        """The codes, by the name of their weight; q, k and v of one module are "qkv"."""
         return {s.linear.name: s.codes for s in self._sites if s.codes is not None}
 
     @property
     def prompt(self) -> Tensor:
-        """The virtual tokens P (num_virtual_tokens, d_model): as they train, or as made now."""
+        """The virtual tokens P (num_virtual_tokens, d_model), trained directly or made now."""
         return self._made("prompt")
 
     @property
@@ -181,14 +181,14 @@ class Tuned(LanguageModel):
         raise AttributeError(f"{self.label} has no {'prompt' if key == 'prompt' else 'prefix'}")
 
     def train(self, mode: bool = True) -> None:
-        """Dropout of the base and of what is attached, on or off. Never changes a weight."""
+        """Switch the dropout of base and methods on or off. Never changes a weight."""
         self.model.train(mode)
         for module in self.modules.values():
             module.train(mode)
 
     @torch.no_grad()
     def generate(self, prompts: list[str], max_new_tokens: int = 32) -> list[str]:
-        """As of a base; a network that makes a soft prompt is run once for the whole batch."""
+        """Generate as a base does; a network that makes a soft prompt runs once for the batch."""
         with ExitStack() as stack, self._evaluating():
             for source in self.sources.values():
                 stack.enter_context(source.once())
@@ -198,7 +198,7 @@ class Tuned(LanguageModel):
         return self.head.logits(self._linear_now, hidden, mask)
 
     def count(self) -> Count:
-        """Trainable parameters, in closed form and measured; the two are asserted equal."""
+        """The trainable parameters, in closed form and measured; the two must be equal."""
         shape = self.anatomy.shape
         head = 0
         if self.head is not None:
@@ -216,7 +216,7 @@ class Tuned(LanguageModel):
         return any(site.merged for site in self._sites)
 
     def mergeable(self) -> list[Site]:
-        """The sites with a change outside the model's own tensors, which `merge` would write there.
+        """The sites whose change `merge` would write into the model's own tensors.
 
         Raises ValueError if one of them cannot be merged.
         """
@@ -227,11 +227,11 @@ class Tuned(LanguageModel):
         return sites
 
     def merge(self, requantise: bool = False) -> None:
-        """Write every delta into its weight: the same output, and no extra work in forward.
+        """Write every delta into its weight: the same output, without extra work in forward.
 
-        A mask or a code is in the weight already. Into codes a delta is merged only with
+        Masks and codes are in the weight already. A delta is merged into codes only with
         `requantise`, because the sum is rounded to codes again and the output changes. Raises
-        ValueError if a method has no delta to merge, RuntimeError after detach().
+        ValueError if a method has no delta to merge, and RuntimeError after detach().
         """
         self._check_attached()
         sites = self.mergeable()
@@ -248,27 +248,27 @@ class Tuned(LanguageModel):
 
     def unmerge(self) -> None:
         """Put the original weights back, bit for bit."""
-        for site in reversed(self._sites):  # of two in one module the later goes first
+        for site in reversed(self._sites):  # of two in one module, the later is undone first
             site.unmerge()
 
     def detach(self) -> Base:
-        """Take everything off: the base is bit for bit what it was. Safe to call twice."""
+        """Remove everything attached: the base is bit for bit as before. Safe to call twice."""
         if self.base.adapted_by is self:
-            self.unmerge()  # into what trains as well, before that is taken out
+            self.unmerge()  # before leaving: a delta may be merged into weights that train
             self._leave()
             self.base.adapted_by = None
             self.train(False)
         return self.base
 
     def rate(self, name: str) -> float:
-        """The learning rate of this trained tensor, as a multiple of the run's."""
+        """The learning rate of this trained tensor, as a multiple of the run's rate."""
         for attachment in self.attachments:
             if name in attachment.trainable:
                 return attachment.method.rate(name)
         return 1.0
 
     def after_step(self, step: int, steps: int) -> None:
-        """Tell the methods that a step of training is done, the gradients still in place."""
+        """Tell the methods that a training step is done; the gradients are still there."""
         for attachment in self.attachments:
             attachment.method.after_step(attachment, step, steps)
 
@@ -284,7 +284,7 @@ class Tuned(LanguageModel):
 
     @property
     def frozen(self) -> dict[str, Tensor]:
-        """What is stored beside the trained tensors, by name."""
+        """The tensors that are stored beside the trained ones, by name."""
         return {
             f"{attachment.method.name}.{name}": tensor
             for attachment in self.attachments
@@ -294,8 +294,8 @@ class Tuned(LanguageModel):
 
     @torch.no_grad()
     def state(self) -> dict[str, Tensor]:
-        """What is stored, on the CPU, by name: the trained tensors, those that are frozen but
-        belong to them, and of a soft prompt that a network makes, what it made."""
+        """The stored tensors by name, on the CPU: the trained ones, the frozen ones that belong to
+        them, and in place of a network that makes a soft prompt, the prompt it made."""
         folded = {
             f"{name}.{key}": tensor
             for name, source in self.sources.items()
@@ -308,20 +308,20 @@ class Tuned(LanguageModel):
         return {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
 
     def keep(self, name: str, folder: str | Path | None = None) -> None:
-        """Remember the adapter (and the head) of now, or of a folder, as `name`.
+        """Keep the current adapter (and head), or that of a folder, as `name`.
 
-        Raises ValueError if a method here is neither a soft prompt nor a delta, for only those can
-        be swapped, and if the folder's adapter is not of the same kind and size.
+        Raises ValueError if a method here is neither a soft prompt nor a delta, because only those
+        can be swapped, and if the folder's adapter is not of the same kind and size.
         """
         self._check_attached()
         kept.keep(self, name, folder)
 
     def use(self, names: kept.Names) -> None:
-        """Put kept adapters in place: one for every row, or a list with one for each row.
+        """Use kept adapters: one for all rows of a batch, or a list with one for each row.
 
-        A dict such as {"a": 0.5, "b": 0.5} puts the weighted sum of their deltas in place. None
-        goes back to what trains. Raises KeyError for a name that was not kept, and ValueError
-        while deltas are merged, for different rows under a head, which is one for the whole batch,
+        A dict such as {"a": 0.5, "b": 0.5} uses the weighted sum of their deltas. None goes back to
+        the tensors that train. Raises KeyError for a name that was not kept, and ValueError while
+        deltas are merged, for different rows under a head, because one head serves the whole batch,
         and for a weighted sum of anything but deltas.
         """
         self._check_attached()
@@ -329,29 +329,29 @@ class Tuned(LanguageModel):
 
     @property
     def folded(self) -> list[Method]:
-        """The methods that the stored tensors belong to, what was chosen here said by name."""
+        """The methods that the stored tensors belong to, with choices on this base by name."""
         return [attachment.chosen or attachment.method.folded() for attachment in self.attachments]
 
     def save(self, folder: str | Path) -> Path:
-        """Write what is stored (safetensors) and the methods (JSON) into a folder.
+        """Write the stored tensors (safetensors) and the methods (JSON) into a folder.
 
-        Where PEFT knows the method the folder is PEFT's own, and `peftlab.json` in it says what
-        was trained, on which base. Where it does not, and where there is a head or PEFT's tensors
-        would not be all of ours or many more, the tensors stand under our names, and the methods
-        in `adapter_config.json`. `attach(base, folder)` reads both, bit for bit.
+        If PEFT has the method, the folder has PEFT's layout, and its `peftlab.json` records what
+        was trained, and on which base. If PEFT does not have it, if there is a head, or if PEFT's
+        tensors would lack some of ours or be many more, the tensors have our names, and the methods
+        are in `adapter_config.json`. `attach(base, folder)` reads both, bit for bit.
 
-        A network that makes a soft prompt is left behind: the folder holds what it made, and the
-        method without it. `trained_as` still says what was trained.
+        A network that makes a soft prompt is not stored: the folder holds the prompt it made, and
+        the method without the network. `trained_as` still records the method as trained.
         """
         self._check_attached()
         return saving.save(self, Path(folder))
 
     @classmethod
     def load(cls, base: Base, folder: str | Path) -> Tuned:
-        """Attach a saved adapter, also one that PEFT wrote.
+        """Attach a saved adapter, including one that PEFT wrote.
 
-        Raises FileNotFoundError where there is none, and ValueError if the files are damaged or
-        were trained on a base of another shape. On an error nothing stays attached.
+        Raises FileNotFoundError if there is none, and ValueError if the files are damaged or the
+        adapter was trained on a base of another shape. On an error nothing stays attached.
         """
         config, fill = saving.read(folder, base)
         saving.check_base(config, base)
@@ -364,13 +364,13 @@ class Tuned(LanguageModel):
         return tuned
 
     def merge_and_export(self, folder: str | Path) -> Path:
-        """Write a plain transformers folder, the change inside its weights, and the tokenizer.
+        """Write a plain transformers folder with the change in its weights, and the tokenizer.
 
-        `transformers.AutoModel...from_pretrained(folder)` and `peftlab.load(folder)` read it. What
-        is attached stays attached, and as it was: merged or not. Of weights that are held as codes
-        the folder has W̃ + ΔW in plain numbers, so nothing is rounded to codes again. Raises
-        ValueError for a method that cannot be merged, for a head, and where structures were taken
-        out, for no configuration of transformers describes what is left.
+        `transformers.AutoModel...from_pretrained(folder)` and `peftlab.load(folder)` read it. The
+        methods stay attached, merged or not, as before. For a weight held as codes the folder has
+        W̃ + ΔW in plain numbers, so nothing is rounded to codes again. Raises ValueError for a
+        method that cannot be merged, for a head, and after structured pruning, because no
+        configuration of transformers describes such a model.
         """
         self._check_attached()
         return saving.export(self, Path(folder))
@@ -398,10 +398,10 @@ def attach(
 ) -> Tuned:
     """Attach a method, a list of methods, or an adapter folder to a frozen base.
 
-    `head` stands in place of an encoder's own language-model head and trains with the methods;
-    with an empty list it trains alone. `seed` draws the initial values. Raises RuntimeError if
-    something is attached already, and ValueError if a method does not fit the base; on an error
-    the base is untouched.
+    `head` replaces an encoder's own language-model head and trains with the methods; with an empty
+    list it trains alone. `seed` determines the initial values. Raises RuntimeError if something is
+    attached already, and ValueError if a method does not fit the base; on an error the base does
+    not change.
     """
     if isinstance(methods, (str, Path)):
         return Tuned.load(base, methods)

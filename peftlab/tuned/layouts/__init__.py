@@ -1,4 +1,4 @@
-"""Hugging Face PEFT's two files for an adapter: what ours are there, and what theirs are here."""
+"""Hugging Face PEFT's two files for an adapter: our adapters in them, and theirs as ours."""
 
 from peftlab.tuned.layouts.read import read
 from peftlab.tuned.layouts.write import KNOWN, Layout, Unknown

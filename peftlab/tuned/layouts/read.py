@@ -1,10 +1,10 @@
-"""An adapter that Hugging Face PEFT wrote: which method of ours it is, and its tensors in ours.
+"""An adapter that Hugging Face PEFT wrote: its method among ours, and its tensors in our names.
 
-PEFT may adapt some layers alone, or give each module its own rank and alpha. Here a method is one
-for all its targets, so a smaller rank is filled up with rows that B does not read, a module that
-was left out gets a delta of zero, and where scales differ B carries the difference. On a module
-that is q, k and v at once PEFT has one delta: LoRA has that too (`fused`), and of the others each
-part gets a copy of the factor that they share.
+PEFT may adapt only some layers, or give each module its own rank and alpha. Here a method has one
+setting for all its targets: a smaller rank is padded with rows that B does not read, a module that
+was left out gets a delta of zero, and if scales differ, B carries the difference. PEFT has one
+delta for a module that is q, k and v at once: so has our LoRA (`fused`); in the other methods each
+part gets a copy of the shared factor.
 
 Every size is checked against the base before anything is attached.
 """
@@ -34,20 +34,20 @@ from peftlab.methods import (
 )
 from peftlab.tuned.layouts.write import ADALORA_EPSILON, WHERE, Layout, no_prefix, whole_number
 
-Fill = Callable[[LanguageModel], dict[str, Tensor]]  # the state of what was attached for it
-# What is no part of the function, or is read off the tensors.
+Fill = Callable[[LanguageModel], dict[str, Tensor]]  # returns the state for an attached method
+# Options that do not change the function, or that the tensors show.
 ASIDE = (
     "peft_type task_type base_model_name_or_path inference_mode auto_mapping peft_version revision "
     "target_modules exclude_modules layers_to_transform layers_pattern fan_in_fan_out "
     "feedforward_modules init_ia3_weights init_weights megatron_core qalora_group_size eva_config "
     "runtime_config"
 ).split()
-STARTS = (None, True, False, "gaussian", "eva", "orthogonal")  # the base's weights stay
+STARTS = (None, True, False, "gaussian", "eva", "orthogonal")  # they keep the base's weights
 
 
 @dataclass
 class Module:
-    """What an adapter has for one module, by short names, and our linear weights in it."""
+    """The tensors of an adapter for one module, by short names, and our linear weights in it."""
 
     name: str
     linears: list[Linear]
@@ -63,13 +63,13 @@ class Module:
         return sum(linear.d_out for linear in self.linears)
 
     def check(self, **sizes: tuple[int, ...]) -> None:
-        """Raise ValueError unless its tensors are of these sizes."""
+        """Raise ValueError unless the tensors have these sizes."""
         for short, size in sizes.items():
             _check_size(self.keys[short], self.tensors[short], size)
 
 
 def read(base: Base, config: dict, tensors: dict[str, Tensor]) -> tuple[Method, Fill]:
-    """The method, and what makes its tensors once it is attached.
+    """The method, and a function that returns its tensors once it is attached.
 
     Raises ValueError for a PEFT type or an option that no method here has, and for tensors that
     do not fit the base.
@@ -108,7 +108,7 @@ def _check_size(key: str, tensor: Tensor, size: tuple[int, ...]) -> None:
 
 
 def _value(config: dict, key: str, kind: type, found=None):
-    """A number of the configuration. Raises ValueError for anything else in its place."""
+    """A number in the configuration. Raises ValueError if it is not a valid number."""
     value = config[key] if found is None else found
     allowed = int if kind is int else (int, float)
     if isinstance(value, bool) or not isinstance(value, allowed) or not math.isfinite(value):
@@ -119,7 +119,7 @@ def _value(config: dict, key: str, kind: type, found=None):
 
 
 def _pattern(config: dict, patterns: str, key: str, kind: type, module: str):
-    """What a pattern says of this module, or what holds for all."""
+    """The value of the first pattern that matches this module, or the value for all modules."""
     for end, value in (config.get(patterns) or {}).items():
         try:
             if re.match(rf"(.*\.)?({end})$", module):
@@ -130,11 +130,11 @@ def _pattern(config: dict, patterns: str, key: str, kind: type, module: str):
 
 
 def _modules(base: Base, tensors: dict[str, Tensor], endings: dict[str, str]) -> list[Module]:
-    """The tensors by module, `endings` giving the short name of each kind.
+    """The tensors by module; `endings` gives the short name of each kind.
 
-    Names match with and without the backbone's own, for PEFT may have had the model without its
-    head, or with another. Raises ValueError for a tensor or a module that is not known here, and
-    where one of the kinds is missing.
+    Names match with and without the backbone's own name, because PEFT may have had the model
+    without its head or with another head. Raises ValueError for an unknown tensor or module, and
+    if one of the kinds is missing.
     """
     names = {module: name for name, module in base.model.named_modules()}
     backbone, linears = f"{base.model.base_model_prefix}.", {}
@@ -167,7 +167,7 @@ def _targets(modules: list[Module]) -> tuple[str, ...]:
 
 
 def _places(tuned: LanguageModel, modules: list[Module]):
-    """Every site with its module's tensors, None where the adapter has none for it."""
+    """Every site with the tensors of its module, or with None if the adapter has none."""
     of = {module.linears[0].module: module for module in modules}
     return [(site, of.get(site.linear.module)) for site in tuned.attachments[0].sites]
 
@@ -220,7 +220,7 @@ def _adalora(base: Base, config: dict, tensors: dict[str, Tensor]) -> tuple[Meth
     modules = _modules(base, tensors, {"lora_A": "Q", "lora_B": "P", "lora_E": "L"})
     init_r, alpha = _value(config, "init_r", int), _value(config, "lora_alpha", float)
     for module in modules:
-        r = min(init_r, len(module.tensors["L"]))  # PEFT leaves out what was switched off
+        r = min(init_r, len(module.tensors["L"]))  # PEFT leaves out triplets that are off
         module.check(Q=(r, module.d_in), P=(module.d_out, r), L=(r, 1))
     method = AdaLoRA(
         init_r=init_r,
@@ -335,7 +335,7 @@ def _norms(base: Base, config: dict, tensors: dict[str, Tensor]) -> tuple[Method
 
 
 def _table(config: dict, tensors: dict[str, Tensor]) -> tuple[int, Tensor]:
-    """How many virtual tokens, and their table."""
+    """The number of virtual tokens, and their table."""
     if tensors.keys() != {"prompt_embeddings"}:
         wrong = sorted(tensors.keys() ^ {"prompt_embeddings"})[0]
         there = "is no tensor that is read" if wrong in tensors else "is missing"
@@ -345,7 +345,7 @@ def _table(config: dict, tensors: dict[str, Tensor]) -> tuple[int, Tensor]:
 
 def _prompt(base: Base, config: dict, tensors: dict[str, Tensor]) -> tuple[Method, Fill]:
     P, table = _table(config, tensors)
-    # PEFT may have a second table for a decoder, which it never reads.
+    # PEFT may store a second table for a decoder, but never reads it.
     copies = 2 if base.kind == "encoder-decoder" and len(table) == 2 * P else 1
     _check_size("prompt_embeddings", table, (copies * P, base.anatomy.shape.d_model))
     if config["peft_type"] == "P_TUNING":

@@ -1,25 +1,25 @@
-"""Where Hugging Face PEFT keeps the tensors of an adapter, and how ours stand in them.
+"""Where Hugging Face PEFT keeps the tensors of an adapter, and the places of our tensors in them.
 
-PEFT writes two files, a configuration and tensors. `Layout.of` gives both for what is attached to
-a base, and raises `Unknown` where PEFT has no such method, or means something else by it. One
-description serves both ways: a `Part` is one tensor of PEFT's with the places in it where ours
-stand, so that reading is writing backwards and moves every bit as it is.
+PEFT writes two files, a configuration and tensors. `Layout.of` gives both for the methods on a
+base, and raises `Unknown` if PEFT has no such method, or a different one of that name. One
+description serves both ways: a `Part` is one tensor of PEFT's with the places of our tensors in
+it, so that reading reverses writing and moves every bit unchanged.
 
 LoRA and its family. PEFT adapts a module, and GPT-2 has q, k and v in one. n deltas of rank r on
 its rows are one of rank n r: the factors A stacked, the factors B on the diagonal of a block
-matrix, alpha n times as large so that alpha / r stays (√n times with rsLoRA).
+matrix, and alpha n times as large, so that alpha / r stays the same (√n times with rsLoRA).
 
     ΔW = s [B_q 0; 0 0; 0 B_v] [A_q; A_v]
 
-In DoRA the rows that are not ours get the norms of W as their magnitudes, for then they stay as
-they are. PiSSA, s (B A − B₀ A₀), is a LoRA of rank 2 r on the untouched base, [B, −B₀] [A; A₀].
-AdaLoRA divides alpha by its rank + 10⁻⁵ there, so alpha is written as much larger. VeRA's random
-factors are drawn by PEFT as they are here, unless they have to be blocks; then they are written.
+In DoRA the rows that are not ours get the norms of W as their magnitudes, which leave these rows
+unchanged. PiSSA, s (B A − B₀ A₀), is a LoRA of rank 2 r on the original base, [B, −B₀] [A; A₀].
+PEFT's AdaLoRA divides alpha by its rank + 10⁻⁵, so a larger alpha is written to make up for it.
+PEFT draws VeRA's random factors as we do; only if they have to be blocks are they written.
 
 Prompts and prefixes. One table: P (P, d_model), or for each virtual token the key and the value of
-every layer. PEFT passes a prefix as a cache, and the text's positions begin behind it. Under
-rotary positions only the distance counts: a prefix without that shift is one with it whose keys
-are turned by as many positions.
+every layer. PEFT passes a prefix as a cache, and the text's positions begin after it. With rotary
+positions only the distance counts: a prefix without that shift equals one with it if the keys are
+rotated by the same number of positions.
 """
 
 from __future__ import annotations
@@ -52,16 +52,16 @@ from peftlab.methods import (
 )
 from peftlab.sites import LinearWeight
 
-WHERE = "base_model.model."  # in front of a module's name
+WHERE = "base_model.model."  # PEFT's prefix to a module's name
 TASKS = {"decoder": "CAUSAL_LM", "encoder": "FEATURE_EXTRACTION", "encoder-decoder": "SEQ_2_SEQ_LM"}
 KNOWN = (
     "LoRA (rsLoRA, QLoRA's factors), DoRA, PiSSA, AdaLoRA, VeRA, (IA)³, LayerNorm tuning, "
     "prompt tuning, P-tuning, prefix tuning, P-tuning v2"
 )
-# What may differ in a file that another library wrote anew: it does not change the function.
+# Options that may differ if another library rewrote the file: they do not change the function.
 FREE = {"base_model_name_or_path", "task_type", "inference_mode", "target_modules"}
 FREE |= {"feedforward_modules", "total_step"}
-ADALORA_EPSILON = 1e-5  # what PEFT adds to the rank
+ADALORA_EPSILON = 1e-5  # PEFT adds it to the rank
 
 
 class Unknown(ValueError):
@@ -70,9 +70,9 @@ class Unknown(ValueError):
 
 @dataclass
 class Part:
-    """One tensor of PEFT's, and where ours stand in it; everywhere else it is `rest`.
+    """One tensor of PEFT's, and the places of ours in it; everywhere else it equals `rest`.
 
-    `see` gives a view of it in which `pieces` are places, by our name: an index, and a sign.
+    `see` returns a view of it, `pieces` the index of each of ours in it, `negative` those negated.
     """
 
     key: str
@@ -82,7 +82,7 @@ class Part:
     negative: frozenset[str] = frozenset()
 
     def write(self, ours: dict[str, Tensor]) -> Tensor:
-        """PEFT's tensor, out of ours."""
+        """PEFT's tensor, made from ours."""
         made = self.rest.clone()
         for name, index in self.pieces.items():
             made = made.to(ours[name].dtype)
@@ -90,7 +90,7 @@ class Part:
         return made
 
     def read(self, theirs: Tensor) -> dict[str, Tensor]:
-        """Ours, out of PEFT's tensor."""
+        """Our tensors, read from PEFT's."""
         seen = self.see(theirs)
         found = {name: seen[index].clone() for name, index in self.pieces.items()}
         return {name: -t if name in self.negative else t for name, t in found.items()}
@@ -98,8 +98,8 @@ class Part:
 
 @dataclass
 class Layout:
-    """PEFT's two files. `method` is what the tensors mean, and `whole` is whether they are all
-    that was stored, bit for bit, and no more than that."""
+    """PEFT's two files. `method` gives the meaning of the tensors, and `whole` says whether they
+    are exactly what was stored, bit for bit."""
 
     config: dict
     parts: list[Part]
@@ -109,7 +109,7 @@ class Layout:
 
     @staticmethod
     def of(tuned: LanguageModel) -> Layout:
-        """The layout of what is attached. Raises `Unknown` where PEFT has none."""
+        """The layout of the attached method. Raises `Unknown` if PEFT has none."""
         if tuned.head is not None:
             raise Unknown(
                 "PEFT's layout of a head is not written: the adapter stands with its head"
@@ -136,10 +136,10 @@ class Layout:
         return {part.key: part.write(self.state).contiguous() for part in self.parts}
 
     def read(self, config: dict, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Our tensors out of files that this layout wrote.
+        """Our tensors, from files that this layout wrote.
 
-        Raises ValueError if they are not as it would write them: then another library changed
-        them, and what it changed may have no place here.
+        Raises ValueError if this layout would write them differently: then another library has
+        changed them, and its changes may have no place here.
         """
         wanted = {part.key: part for part in self.parts}
         if missing := wanted.keys() ^ tensors.keys():
@@ -151,7 +151,7 @@ class Layout:
                 needed = f"{tuple(part.rest.shape)} is needed"
                 raise ValueError(f"{key} is {tuple(tensors[key].shape)}; {needed}")
             found = part.read(tensors[key])
-            # A norm of W may be summed in another order elsewhere; a zero is a zero.
+            # Another machine may sum a norm of W in another order; a zero stays a zero.
             again = part.write(found).to(tensors[key].dtype)
             if not torch.allclose(again, tensors[key], rtol=1e-5, atol=0, equal_nan=True):
                 changed.append(key)
@@ -172,7 +172,7 @@ def _names(tuned: LanguageModel) -> dict[nn.Module, str]:
 
 
 def shortest(wanted: list[str], every: list[str]) -> list[str]:
-    """The shortest ends of names that pick these modules out of all, and no other."""
+    """The shortest endings of names that select exactly these modules among all."""
     ends, those = set(), set(wanted)
     for name in wanted:
         words = name.split(".")
@@ -185,12 +185,12 @@ def shortest(wanted: list[str], every: list[str]) -> list[str]:
 
 
 def whole_number(value: int | float) -> int | float:
-    """A whole number as one: alpha is one in most files."""
+    """The value as an int if it is whole, as alpha is in most files."""
     return int(value) if float(value).is_integer() else value
 
 
 def _modules(tuned: LanguageModel, sites: list) -> dict[str, list]:
-    """The sites on linear weights by the name of the module that each is in."""
+    """The sites on linear weights, grouped by the name of their module."""
     names, found = _names(tuned), {}
     for site in sites:
         found.setdefault(names[site.linear.module], []).append(site)
@@ -198,12 +198,12 @@ def _modules(tuned: LanguageModel, sites: list) -> dict[str, list]:
 
 
 def _stored_otherwise(tuned: LanguageModel) -> bool:
-    """Whether the family keeps its weights input first, as GPT-2 does."""
+    """Whether the family stores weights with d_in first, as GPT-2 does."""
     return any(linear.transposed for linear in tuned.anatomy.linears.values())
 
 
 def _rows(linear: Linear) -> int:
-    """How many rows the whole module has."""
+    """The number of rows of the whole module."""
     return linear.module.weight.shape[1 if linear.transposed else 0]
 
 
@@ -240,7 +240,7 @@ def _low_rank(tuned: LanguageModel, method: Method, attachment: Attachment) -> L
         if isinstance(method, DoRA):
             parts.append(_magnitudes(tuned, module, deltas))
     rslora = getattr(method, "use_rslora", False)
-    least = min(ranks.values())  # of the modules that are not fused
+    least = min(ranks.values())  # the rank of the modules that are not fused
     alphas = {
         module: whole_number(
             method.alpha * (math.sqrt(rank / method.r) if rslora else rank / method.r)
@@ -268,7 +268,7 @@ def _low_rank(tuned: LanguageModel, method: Method, attachment: Attachment) -> L
 
 @torch.no_grad()
 def _magnitudes(tuned: LanguageModel, module: str, deltas: list[LinearWeight]) -> Part:
-    """DoRA's m: ours in our rows, and in the others the norms of W, with which they stay."""
+    """DoRA's m: ours in our rows, and the norms of W in the others, which leave them unchanged."""
     inside, names = deltas[0].linear.module, [f"dora.{site.name}.m" for site in deltas]
     norms = tuned.trainable[names[0]].new_empty(_rows(deltas[0].linear), device="cpu")
     for linear in tuned.anatomy.linears.values():
@@ -279,7 +279,7 @@ def _magnitudes(tuned: LanguageModel, module: str, deltas: list[LinearWeight]) -
 
 
 def _adalora(tuned: LanguageModel, method: Method, attachment: Attachment) -> Layout:
-    """P Λ Q. PEFT has one rank for all modules: what is smaller ends in triplets that are off."""
+    """P Λ Q. PEFT has one rank for all modules: triplets that are off pad a smaller rank."""
     sites, state, parts = _linear_sites(attachment), tuned.state(), []
     if method.alpha == 0:
         raise Unknown("alpha=0: PEFT takes AdaLoRA's alpha for its rank then")
@@ -304,19 +304,19 @@ def _adalora(tuned: LanguageModel, method: Method, attachment: Attachment) -> La
         "lora_alpha": method.alpha / method.init_r * (rank + ADALORA_EPSILON),
         "lora_dropout": method.dropout,
         "bias": "none",
-        "total_step": 1,  # PEFT asks for a number of steps, also where none will be taken
+        "total_step": 1,  # PEFT requires a number of steps even if it trains no step
         **_targets(tuned, modules),
     }
     return Layout(config, parts, method, state)
 
 
 def _vera(tuned: LanguageModel, method: Method, attachment: Attachment) -> Layout:
-    """The vectors d and b; the projections too where they have to be blocks."""
+    """The vectors d and b, and the projections if they have to be blocks."""
     sites, state, parts = _linear_sites(attachment), tuned.state(), []
     modules = _modules(tuned, sites)
     shared = attachment.modules["vera.projections"]
     A, B, r = shared.A.cpu(), shared.B.cpu(), method.r
-    # One block for each part of a fused module, and one for the modules that are whole.
+    # One block for each part of a fused module, and one for all whole modules.
     kinds = ["" if site.linear.whole else site.linear.target for site in sites]
     blocks = {kind: i for i, kind in enumerate(dict.fromkeys(kinds))}
     starts = {s.name: r * blocks[kind] for s, kind in zip(sites, kinds, strict=True)}
@@ -350,7 +350,7 @@ def _vera(tuned: LanguageModel, method: Method, attachment: Attachment) -> Layou
 
 
 def _ia3(tuned: LanguageModel, method: Method, attachment: Attachment) -> Layout:
-    """l, as a column where it scales the output, and as a row where it scales the input."""
+    """l, as a column if it scales the output, and as a row if it scales the input."""
     modules, state, parts, inner = _modules(tuned, attachment.sites), tuned.state(), [], []
     for module, scales in modules.items():
         ones = state[f"ia3.{scales[0].linear.name}.l"].new_ones
@@ -393,7 +393,7 @@ def _soft(tuned: LanguageModel, method: Method, token_dim: int, heads: int) -> d
 
 
 def _prompt(tuned: LanguageModel, method: Method, attachment: Attachment) -> Layout:
-    """P. What a network made is a prompt like any other."""
+    """P. A prompt that a network made is stored like any other."""
     if any(where != "front" for _, where in getattr(method, "placement", None) or ()):
         raise Unknown("PEFT puts all virtual tokens in front; here some stand elsewhere")
     state, shape, name = tuned.state(), tuned.anatomy.shape, f"{method.name}.prompt"
@@ -403,7 +403,7 @@ def _prompt(tuned: LanguageModel, method: Method, attachment: Attachment) -> Lay
 
 
 def no_prefix(model: LanguageModel) -> str:
-    """Why PEFT's prefix is not ours on this model; "" where it is."""
+    """The reason why PEFT's prefix differs from ours on this model; "" if it does not."""
     if model.kind == "encoder-decoder":
         return "PEFT's prefix is in the decoder's attention to itself alone, and here in all three"
     if not cache_name(model.anatomy.backbone):
@@ -412,7 +412,7 @@ def no_prefix(model: LanguageModel) -> str:
 
 
 def _prefix(tuned: LanguageModel, method: Method, attachment: Attachment) -> Layout:
-    """P_k and P_v: for each virtual token layer by layer its key, then its value."""
+    """P_k and P_v: for each virtual token, layer by layer, its key and then its value."""
     family, shape, state = tuned.anatomy.family, tuned.anatomy.shape, tuned.state()
     names = f"{method.name}.P_k", f"{method.name}.P_v"
     if reason := no_prefix(tuned):
@@ -431,7 +431,7 @@ def _prefix(tuned: LanguageModel, method: Method, attachment: Attachment) -> Lay
     layers, heads, P, size = state[names[0]].shape
 
     def see(tensor: Tensor) -> Tensor:
-        """(P, layers · 2 · heads · size) as 2 layers heads P size."""
+        """(P, layers · 2 · heads · size) as (2, layers, heads, P, size)."""
         return tensor.view(P, layers, 2, heads, size).permute(2, 1, 3, 0, 4)
 
     blank = state[names[0]].new_zeros(P, layers * 2 * heads * size)
@@ -446,7 +446,7 @@ def _prefix(tuned: LanguageModel, method: Method, attachment: Attachment) -> Lay
 
 
 def turned(tuned: LanguageModel, keys: Tensor, positions: int) -> Tensor:
-    """Keys as a rotary model turns them when they stand so many positions later.
+    """The keys as a rotary model rotates them if they come `positions` positions later.
 
     R(t)ᵀ k = R(t + p)ᵀ R(p) k      the same product with a query that stands p later
     """
