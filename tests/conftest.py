@@ -23,10 +23,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 sys.path.insert(0, str(HERE))
 import offline.sitecustomize  # noqa: E402, F401  (importing it blocks this process)
-from jaxtyping import install_import_hook  # noqa: E402
+from annotations import check_every_call  # noqa: E402
 
-# Every annotation in peftlab, tensor shapes included, is checked at each call.
-install_import_hook("peftlab", "beartype.beartype")
+check_every_call("peftlab")
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
