@@ -18,20 +18,21 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(HERE / "offline"), *filter(None, [os.environ.get("PYTHONPATH")])]
 )
 os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
-# Small models gain nothing from many threads, and sums keep their order.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Small models gain nothing from many threads, and sums keep their order. `pytest -n 2` has one
+# process for each core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 sys.path.insert(0, str(HERE))
 import offline.sitecustomize  # noqa: E402, F401  (importing it blocks this process)
-from jaxtyping import install_import_hook  # noqa: E402
+from annotations import check_every_call  # noqa: E402
 
-# Every annotation in peftlab, tensor shapes included, is checked at each call.
-install_import_hook("peftlab", "beartype.beartype")
+check_every_call("peftlab")
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from nbval.plugin import IPyNbCell  # noqa: E402
+from workers import longest_first, pytest_xdist_make_scheduler  # noqa: E402, F401
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
@@ -82,7 +83,13 @@ def sanitize(cell, value, text_only=IPyNbCell.sanitize):
 IPyNbCell.sanitize = sanitize
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if hasattr(config, "workerinput"):  # one of several workers
+        longest_first(items)
+    skip_without_the_real_model(items)
+
+
+def skip_without_the_real_model(items):
     """Lesson 11 is about a real model; where that is not installed it is skipped, and says why."""
     from peftlab.bases.real import REAL
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 import transformers
+from moulds import Mould
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -163,11 +164,9 @@ def _prototype(family: str, seed: int) -> transformers.PreTrainedModel:
     return model.eval()
 
 
-def hf_model(family: str, dtype=torch.float32, seed: int = 0) -> transformers.PreTrainedModel:
-    """A fresh model of this family, the same for the same seed; float64 holds the same numbers.
-
-    Llama's and T5's own norms work in float32 whatever they are given; torch's keeps float64.
-    """
+@functools.cache
+def _mould(family: str, dtype: torch.dtype, seed: int) -> Mould:
+    """Llama's and T5's own norms work in float32 whatever they are given; torch's keeps float64."""
     model = copy.deepcopy(_prototype(family, seed)).to(dtype)
     if dtype == torch.float64:
         for name, module in list(model.named_modules()):
@@ -175,7 +174,12 @@ def hf_model(family: str, dtype=torch.float32, seed: int = 0) -> transformers.Pr
                 norm = nn.RMSNorm(len(module.weight), module.variance_epsilon)
                 norm.weight = module.weight
                 model.set_submodule(name, norm)
-    return model
+    return Mould(model)
+
+
+def hf_model(family: str, dtype=torch.float32, seed: int = 0) -> transformers.PreTrainedModel:
+    """A fresh model of this family, the same for the same seed; float64 holds the same numbers."""
+    return _mould(family, dtype, seed).cast()
 
 
 def tiny(family: str, dtype=torch.float32, seed: int = 0) -> Base:

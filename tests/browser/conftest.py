@@ -4,7 +4,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from browser.fixtures import Lesson, browser_page, chromium_or_skip, jupyterlab, without_outputs
+from browser.fixtures import (
+    Lesson,
+    browser_page,
+    chromium_or_skip,
+    jupyterlab,
+    stop_kernels,
+    without_outputs,
+)
 
 
 @pytest.fixture(scope="session")
@@ -17,9 +24,13 @@ def lab(tmp_path_factory) -> tuple[str, Path]:
 
 
 @pytest.fixture
-def open_lesson(lab) -> Callable[[Path], Lesson]:
-    """Opens a copy of a notebook. When the test ends, no request may have left this machine."""
+def open_lesson(lab) -> Callable[..., Lesson]:
+    """Opens a copy of a notebook, or of the cells that the calls named after it need.
+
+    When the test ends, no request may have left this machine.
+    """
     address, folder = lab
     with browser_page() as (page, outside):
-        yield lambda path: Lesson(page, address, without_outputs(path, folder))
+        yield lambda path, *calls: Lesson(page, address, without_outputs(path, folder, calls))
+        stop_kernels(address)
         assert not outside, f"the page asked other machines for {sorted(outside)}"

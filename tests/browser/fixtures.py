@@ -1,13 +1,15 @@
 """A real JupyterLab on this machine and a headless Chromium that looks at it."""
 
+import ast
 import json
 import os
 import socket
 import subprocess
+import symtable
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -123,10 +125,68 @@ def browser_page() -> Iterator[tuple[Page, set[str]]]:
             browser.close()
 
 
-def without_outputs(notebook: Path, folder: Path) -> Path:
-    """A copy of a notebook in `folder` as if it had never run: what appears later is new."""
+def stop_kernels(address: str) -> None:
+    """End every kernel of a JupyterLab; one of a lesson holds half a gigabyte."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    headers = {"Authorization": f"token {TOKEN}"}
+
+    def ask(path: str, method: str) -> bytes:
+        request = urllib.request.Request(f"{address}/api/{path}", headers=headers, method=method)
+        with opener.open(request, timeout=60) as answer:
+            return answer.read()
+
+    for kernel in json.loads(ask("kernels", "GET")):
+        ask(f"kernels/{kernel['id']}", "DELETE")
+
+
+def names_of(source: str) -> tuple[set[str], set[str]]:
+    """The global names that a cell binds, and those it reads, in its functions too, before that."""
+    bound, read = set(), set()
+    for statement in ast.parse(source).body:
+        tables = [top := symtable.symtable(ast.unparse(statement), "statement", "exec")]
+        here = set()
+        for table in tables:
+            tables += table.get_children()
+            symbols = [s for s in table.get_symbols() if table is top or s.is_global()]
+            here |= {s.get_name() for s in symbols if s.is_assigned() or s.is_imported()}
+            read |= {s.get_name() for s in symbols if s.is_referenced()} - bound
+        if isinstance(statement, ast.For | ast.With):  # what it binds is for its own body
+            read -= here
+        bound |= here
+    return bound, read
+
+
+def cells_for(cells: list, calls: Collection[str]) -> list:
+    """The set-up cell, the cells with these calls, and the cells that make what those read.
+
+    The texts just before a kept cell stay with it. A call that no cell has is an error.
+    """
+    kept, needed, missing, text = [], set(), set(calls), False
+    first = next(cell for cell in cells if cell.cell_type == "code")
+    for cell in reversed(cells):
+        if cell.cell_type != "code":
+            keep = text
+        else:
+            bound, read = names_of(cell.source)
+            here = {call for call in calls if f"{call}(" in cell.source}
+            keep = text = bool(cell is first or here or bound & needed)
+            missing -= here
+            needed = (needed - bound) | read if keep else needed
+        if keep:
+            kept.insert(0, cell)
+    assert not missing, f"no cell calls {', '.join(sorted(missing))}"
+    return kept
+
+
+def without_outputs(notebook: Path, folder: Path, calls: Collection[str] = ()) -> Path:
+    """A copy of a notebook in `folder` as if it had never run: what appears later is new.
+
+    With `calls` it has only the cells that these calls need.
+    """
     copy = nbformat.read(notebook, as_version=4)
     copy.metadata["kernelspec"] = {"display_name": "Python 3", "name": "python3"}
+    if calls:
+        copy.cells = cells_for(copy.cells, calls)
     for cell in copy.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None

@@ -1,4 +1,8 @@
-"""A keyboard moves a lesson's slider in a real JupyterLab, and the page shows the new number."""
+"""A keyboard moves a lesson's slider in a real JupyterLab, and the page shows the new number.
+
+Of the lesson only the cells run that its panel needs, as they are stored. That all its cells run,
+and what they answer, is compared without a browser.
+"""
 
 import os
 import re
@@ -7,6 +11,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
+from browser.fixtures import cells_for
 from playwright.sync_api import expect
 
 from peftlab.panels import (
@@ -59,9 +64,30 @@ def test_a_failing_cell_fails_the_test(open_lesson, tmp_path):
         open_lesson(tmp_path / "broken.ipynb").run_all()
 
 
+def test_only_what_a_panel_needs_runs():
+    sources = [
+        "import math",
+        "a = 2",
+        "a = 3",
+        "unused = 1 / 0",
+        "def f(x):\n    return math.sqrt(x * a)",
+        "b = [f(c) for c in (1, 4)]",
+        "b = b[:1]",
+        "c, d = 5, 6",
+        "for c in b:\n    print(c)\npanel(b)",
+        "panels = 1",
+    ]
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    cells.insert(8, nbformat.v4.new_markdown_cell("Move it."))
+    kept = [cell.source for cell in cells_for(cells, ["panel"])]
+    assert kept == [sources[0], sources[2], *sources[4:7], "Move it.", sources[8]]
+    with pytest.raises(AssertionError, match="no cell calls slider"):
+        cells_for(cells, ["panel", "slider"])
+
+
 def test_lesson_06_counts_what_the_slider_says(open_lesson, record_property):
-    """The whole lesson runs; one press of an arrow key changes rank, count and figure."""
-    lesson = open_lesson(NOTEBOOKS / "06_lora.ipynb")
+    """One press of an arrow key changes rank, count and figure."""
+    lesson = open_lesson(NOTEBOOKS / "06_lora.ipynb", "count_explorer", "rank_lab")
     lesson.run_all()
     count = lesson.page.locator(".peftlab-count").first
     handle = lesson.page.locator(".peftlab-size [role=slider]").first
@@ -85,7 +111,7 @@ def test_lesson_06_counts_what_the_slider_says(open_lesson, record_property):
 
 def test_lesson_07_quantises_at_the_block_size_that_the_slider_says(open_lesson):
     """One press of an arrow key changes block size, bits, error and figure."""
-    lesson = open_lesson(NOTEBOOKS / "07_qlora.ipynb")
+    lesson = open_lesson(NOTEBOOKS / "07_qlora.ipynb", "code_explorer")
     lesson.run_all()
     answer = lesson.page.locator(".peftlab-code-answer").first
     handle = lesson.page.locator(".peftlab-code-block [role=slider]").first
@@ -104,8 +130,10 @@ def test_lesson_07_quantises_at_the_block_size_that_the_slider_says(open_lesson)
 
 
 def test_lesson_08_counts_what_the_bottleneck_says(open_lesson):
-    """The whole lesson runs; an arrow key changes the bottleneck, another the strength."""
-    lesson = open_lesson(NOTEBOOKS / "08_adapters_and_scales.ipynb")
+    """An arrow key changes the bottleneck, another the strength."""
+    lesson = open_lesson(
+        NOTEBOOKS / "08_adapters_and_scales.ipynb", "count_explorer", "strength_explorer"
+    )
     lesson.run_all()
     count = lesson.page.locator(".peftlab-count").first
     handle = lesson.page.locator(".peftlab-size [role=slider]").first
@@ -143,7 +171,7 @@ def trains_anew_at_every_move(page):
 
 def test_lesson_01_weighs_what_the_slider_says(open_lesson):
     """One press of an arrow key doubles the rows, and the page shows the closed form's bytes."""
-    lesson = open_lesson(NOTEBOOKS / "01_full_fine_tuning.ipynb")
+    lesson = open_lesson(NOTEBOOKS / "01_full_fine_tuning.ipynb", "memory_explorer")
     lesson.run_all()
     answer = lesson.page.locator(".peftlab-memory-answer").first
     handle = lesson.page.locator(".peftlab-memory-batch [role=slider]").first

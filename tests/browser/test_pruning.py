@@ -15,8 +15,8 @@ NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 
 
 def test_lesson_09_prunes_what_the_slider_says(open_lesson):
-    """The whole lesson runs; one press of an arrow key prunes more, and the text says the loss."""
-    lesson = open_lesson(NOTEBOOKS / "09_pruning.ipynb")
+    """One press of an arrow key prunes more, and the text says the loss."""
+    lesson = open_lesson(NOTEBOOKS / "09_pruning.ipynb", "pruning_lab")
     lesson.run_all()
     text = lesson.page.locator(".peftlab-pruning-text").first
     expect(text).to_contain_text("50% gone of the weights, by magnitude")

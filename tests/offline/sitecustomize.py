@@ -13,6 +13,11 @@ class NetworkBlocked(OSError):
     """A test tried to reach another machine."""
 
 
+# One class in a process: a worker of pytest-xdist has this file under two names, as it starts with
+# it on PYTHONPATH and tests import it from its folder.
+NetworkBlocked = vars(socket).setdefault("peftlab_blocked", NetworkBlocked)
+
+
 def is_local(address) -> bool:
     """Whether a socket address stays on this machine; a Unix socket's address is no tuple."""
     if not isinstance(address, tuple):

@@ -1,0 +1,96 @@
+"""Every annotation in peftlab is checked at each call, tensor shapes included.
+
+jaxtyping's import hook decorates each function with `jaxtyping.jaxtyped`. That binds the arguments
+and opens a memo of axis sizes at every call, which costs more than most of the functions do.
+Only annotations that name axes need it. A function that has none is given to beartype as it is:
+its arguments and its result are checked as before, without a memo.
+"""
+
+import functools
+import inspect
+import types
+import typing
+
+import jaxtyping
+from beartype import BeartypeConf, beartype
+
+strict = beartype(conf=BeartypeConf(violation_type=jaxtyping.TypeCheckError))
+
+
+def resolved(function: types.FunctionType) -> dict:
+    """The annotations as objects. As in jaxtyping, a name that is not known yet allows anything."""
+
+    def hint(annotation):
+        def one(value: annotation):
+            pass
+
+        try:
+            return typing.get_type_hints(one, function.__globals__, include_extras=True)["value"]
+        except Exception:
+            return typing.Any
+
+    return {name: hint(annotation) for name, annotation in function.__annotations__.items()}
+
+
+def names_axes(hint) -> bool:
+    """Whether an array with a shape is anywhere inside this annotation."""
+    if isinstance(hint, type) and issubclass(hint, jaxtyping.AbstractArray):
+        return True
+    return any(map(names_axes, typing.get_args(hint)))
+
+
+def without_memo(jaxtyped):
+    """`jaxtyping.jaxtyped`, but for functions without shapes: beartype alone checks those."""
+
+    def decorator(*arguments, typechecker=None):
+        full = jaxtyped(*arguments, typechecker=typechecker)
+        return full if arguments else functools.partial(decorate, full)
+
+    def decorate(full, function):
+        if not isinstance(function, types.FunctionType) or special(function):
+            return full(function)
+        hints = resolved(function)
+        if any(map(names_axes, hints.values())):
+            return full(function)
+        if not hints:
+            return function
+        checked = strict(with_annotations(function, hints))
+
+        @functools.wraps(function)
+        def choose(*args, **kwargs):
+            __tracebackhide__ = True
+            call = function if jaxtyping.config.jaxtyping_disable else checked
+            return call(*args, **kwargs)
+
+        return choose
+
+    return decorator
+
+
+def special(function: types.FunctionType) -> bool:
+    return (
+        inspect.isgeneratorfunction(function)
+        or inspect.iscoroutinefunction(function)
+        or inspect.isasyncgenfunction(function)
+        or getattr(function, "__no_type_check__", False)
+    )
+
+
+def with_annotations(function: types.FunctionType, annotations: dict) -> types.FunctionType:
+    """The same function under other annotations."""
+    twin = types.FunctionType(
+        function.__code__,
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    twin.__kwdefaults__, twin.__annotations__ = function.__kwdefaults__, annotations
+    twin.__module__, twin.__qualname__ = function.__module__, function.__qualname__
+    return twin
+
+
+def check_every_call(package: str) -> None:
+    """From now on, whatever is imported from this package is checked."""
+    jaxtyping.jaxtyped = without_memo(jaxtyping.jaxtyped)
+    jaxtyping.install_import_hook(package, "beartype.beartype")
