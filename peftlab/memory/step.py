@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -124,6 +124,7 @@ def measure(
     return followed(tuned, batch, how, counter)
 
 
+@runtime_checkable
 class Counting(Protocol):
     """What tells how many bytes are alive, entered around the step that it counts."""
 
