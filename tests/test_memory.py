@@ -1,14 +1,15 @@
-"""Memory, measured and in closed form.
+"""Memory, measured and predicted.
 
-Three counts that know nothing of each other meet here: the parts, read off the tensors that they
-consist of; the total, followed storage by storage; and the closed form, which runs no model.
+Three counts meet here: the parts, read off the tensors that they consist of; the total, followed
+storage by storage; and the same of a model without numbers. Lesson 01's formulas stand beside them.
 """
 
 from __future__ import annotations
 
 import gc
+import json
 import weakref
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -17,10 +18,8 @@ from models import (
     CASES,
     PAIRS,
     PLAIN,
-    Case,
     call,
     decoder_ids,
-    put,
     surroundings,
     tiny,
     token_ids,
@@ -46,13 +45,14 @@ from peftlab import (
     PTuning,
     PTuningV2,
     VeRA,
-    accounting,
     attach,
     count,
 )
+from peftlab.accounting import training_bytes
 from peftlab.bases import CLASSES, FAMILIES, Base, Shape
-from peftlab.bases.tape import Plan, Tape, Value
-from peftlab.memory import MOMENTS, Memory, measure
+from peftlab.bases.data import data_path
+from peftlab.bases.shapes import named_config
+from peftlab.memory import MOMENTS, Memory, measure, predict
 from peftlab.methods import Method
 from peftlab.methods.heads import Classification, Spans, Tagging
 from peftlab.training import move
@@ -120,77 +120,108 @@ def batch_of(model, batch: int = BATCH, length: int = LENGTH) -> dict[str, torch
     return given
 
 
-def says_what_it_keeps(case: Case) -> bool:
-    return all(type(method).footprint is not Method.footprint for method in case.methods)
+def agree(base: Base, methods: list[Method], head=None, lstm: bool = False, **how) -> None:
+    """Parts, totals and the most at any time: of a step that is taken, and of one that is told."""
+    said = predict(methods, base, BATCH, LENGTH, targets=TARGETS, head=head, **how)
+    with attach(base, methods, head=head) as tuned:
+        found = measure(tuned, batch_of(tuned), **how)
+        check_formulas(tuned, found)
+    for moment in MOMENTS:
+        # What is left over is the loss and positions that a site makes anew: below 2%, not below 0.
+        rest = found.total[moment] - found.sum(moment)
+        assert 0 <= rest <= 0.02 * found.total[moment], (moment, rest)
+    assert found.peak >= max(found.total.values())
+    if lstm:  # its kernel has a workspace of the library's own size, and copies of its weights
+        first = next(iter(said.parts["activations"]))
+        assert found.parts["activations"].pop(first) > said.parts["activations"].pop(first)
+        assert found.parts == said.parts
+        assert abs(found.peak - said.peak) <= 0.1 * found.peak
+    else:
+        assert found == said  # to the byte, in every layer and at every moment
 
 
-def has_lstm(case: Case) -> bool:
-    return any(isinstance(m, PTuning) and m.encoder == "lstm" for m in case.methods)
-
-
-def predicted(tuned, shape: Shape | None = None) -> dict[str, int]:
-    shape = shape or tuned.anatomy.shape
-    return accounting.saved_activations(tuned.methods, shape, BATCH, LENGTH, TARGETS, tuned.head)
+def check_formulas(tuned, found: Memory) -> None:
+    """Lesson 01: 4 bytes a weight, and 12 more for each that trains."""
+    (method, *others), head = tuned.methods or [None], tuned.head
+    if method is None or others or head or not tuned.trainable or found.bytes("activations") == 0:
+        return
+    if tuned.model.dtype != torch.float32:
+        return
+    told = training_bytes(method, tuned)
+    own = [*tuned.model.buffers(), *(b for m in tuned.modules.values() for b in m.buffers())]
+    buffers = {b.untyped_storage().data_ptr(): b.nbytes for b in own}
+    assert told.weights <= found.bytes("weights") <= told.weights + sum(buffers.values())
+    assert found.bytes("gradients") == told.gradients
+    assert found.bytes("optimiser") == told.adam + 4 * len(tuned.trainable)  # Adam counts steps
+    if isinstance(method, FullFineTuning):
+        assert found.bytes("aside") == found.bytes("gradients")
 
 
 @pytest.mark.parametrize("family, case", MEASURED)
-def test_the_parts_sum_to_the_total_and_the_closed_form_is_both(case, family):
-    base = tiny(family)
-    shape = base.anatomy.shape  # the whole model's
-    agree(put(case, base), shape, has_lstm(CASES[case]), says_what_it_keeps(CASES[case]))
+def test_what_is_predicted_is_what_is_measured(case, family):
+    methods, head = CASES[case].methods, CASES[case].head
+    lstm = any(isinstance(m, PTuning) and m.encoder == "lstm" for m in methods)
+    agree(tiny(family), methods, head, lstm)
 
 
 @pytest.mark.parametrize("family, composed", COMPOSITIONS)
-def test_methods_together_keep_what_the_closed_form_says(composed, family):
-    base = tiny(family)
-    shape = base.anatomy.shape
-    agree(attach(base, COMPOSED[composed]), shape)
+def test_methods_together_keep_what_is_predicted(composed, family):
+    agree(tiny(family), COMPOSED[composed])
 
 
-def agree(tuned, shape: Shape, lstm: bool = False, said: bool = True) -> None:
-    """Parts, totals and the closed form of a step of what is attached to a model of this shape."""
-    memory = measure(tuned, batch_of(tuned))
-    for moment in MOMENTS:
-        # What is left over is the loss and positions that a site makes anew: below 2%, not below 0.
-        rest = memory.total[moment] - memory.sum(moment)
-        assert 0 <= rest <= 0.02 * memory.total[moment], (moment, rest)
-    assert memory.peak >= max(memory.total.values())
-    if not said:
-        return
-    kept, closed = memory.parts["activations"], predicted(tuned, shape)
-    if lstm:  # its kernel has a workspace of the library's own size
-        first = "encoder.input" if shape.decoder_layers else "input"
-        assert kept.pop(first) > closed.pop(first)
-    assert kept == closed  # to the byte, in every layer
-    step = accounting.step_bytes(tuned.methods, shape, BATCH, LENGTH, TARGETS, tuned.head)
-    buffers = sum(buffer.nbytes for buffer in tuned.model.buffers())
-    assert memory.bytes("weights") <= step.weights + buffers
-    assert memory.bytes("weights") >= step.weights
-    assert memory.bytes("gradients") == step.gradients
-    steps_taken = 4 * len(tuned.trainable)  # Adam counts them for every tensor
-    assert memory.bytes("optimiser") == step.adam + steps_taken
-    if not tuned.sources:  # positions of virtual tokens stay in their site until the next forward
-        assert memory.bytes("aside") == step.aside
-    if not lstm:
-        assert abs(step.peak - memory.peak) <= 0.1 * memory.peak
+SHORT = [LoRA(r=3, target_modules=ALL), PromptAndPrefix(3, prefix_projection=False)]
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("method", [FullFineTuning(), *SHORT], ids=lambda m: m.name)
+@pytest.mark.parametrize("family", FOUR)
+def test_in_16_bits_and_with_checkpointing(family, method, dtype, checkpointing):
+    """What trains is in float32, and so is the whole of a model whose own parameters train."""
+    width = torch.float32 if method.in_place else getattr(torch, dtype)
+    agree(tiny(family, width), [method], dtype=dtype, checkpointing=checkpointing)
+
+
+@pytest.mark.parametrize("case", ["qlora", "adapter + lora", "prune + lora", "smaller + lora"])
+def test_checkpointing_under_what_changes_a_block(case):
+    agree(tiny("gpt2"), CASES[case].methods, dtype="bfloat16", checkpointing=True)
+
+
+def test_checkpointing_keeps_the_inputs_of_the_blocks():
+    config = dict(model_type="gpt2", n_layer=4, n_embd=32, n_head=4, vocab_size=50)
+    whole, less = (
+        predict(FullFineTuning(), config, 2, 16, checkpointing=on).parts["activations"]
+        for on in (False, True)
+    )
+    assert {less[f"layers.{layer}"] for layer in range(1, 4)} == {4 * 2 * 16 * 32}
+    assert less["output"] == whole["output"]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+def test_a_base_without_moments(family):
+    agree(tiny(family), [LoRA(r=2)], optimiser="sgd")
+    assert predict(LoRA(r=2), tiny(family), 2, 8, optimiser="sgd").bytes("optimiser") == 0
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", ["gpt2", "t5"])
-def test_measuring_leaves_the_base_and_what_is_attached_as_they_were(family):
+def test_measuring_leaves_the_base_and_what_is_attached_as_they_were(family, checkpointing):
     base = tiny(family)
     before = surroundings(base)
+    modules = [vars(module).keys() for module in base.model.modules()]
     tuned = attach(base, LoRA(r=2))
     start = {name: p.detach().clone() for name, p in tuned.trainable.items()}
     output = call(tuned, token_ids(2, 6))
     tuned.train(True)
-    measure(tuned, batch_of(tuned))
-    assert tuned.model.training
+    measure(tuned, batch_of(tuned), checkpointing=checkpointing)
+    assert all(module.training for module in tuned.model.modules())
     tuned.train(False)
     assert all(torch.equal(p, start[name]) for name, p in tuned.trainable.items())
     assert all(p.grad is None for p in tuned.trainable.values())
     assert torch.equal(call(tuned, token_ids(2, 6)), output)
     tuned.detach()
     assert surroundings(base) == before
+    assert [vars(module).keys() for module in base.model.modules()] == modules
 
 
 def test_an_error_inside_leaves_no_hook_and_no_gradient():
@@ -206,6 +237,39 @@ def test_an_error_inside_leaves_no_hook_and_no_gradient():
 
 
 @dataclass(frozen=True)
+class Raising(LoRA, listed=False):
+    """Attaches, and fails in the middle of the second block."""
+
+    def delta(self, linear, attachment, generator):
+        if linear.layer:
+            raise KeyboardInterrupt
+        return super().delta(linear, attachment, generator)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_predicting_leaves_torch_and_transformers_as_they_were(device):
+    """Also where it is interrupted; the next prediction of the same model is right again."""
+    before = transformers.masking_utils.is_tracing, torch.nn.Module.to, torch.nn.init.trunc_normal_
+    base = tiny("gpt2")
+    fingerprint, first = surroundings(base), predict(LoRA(r=2), base, 2, 8, device=device)
+    with pytest.raises(KeyboardInterrupt):
+        predict(Raising(), base, 2, 8, device=device)
+    assert predict(LoRA(r=2), base, 2, 8, device=device) == first
+    assert surroundings(base) == fingerprint
+    after = transformers.masking_utils.is_tracing, torch.nn.Module.to, torch.nn.init.trunc_normal_
+    assert all(one is other for one, other in zip(before, after, strict=True))
+    assert torch.ones(2, requires_grad=True).sum().item() == 2  # tensors have numbers again
+
+
+def test_a_base_can_be_predicted_while_something_is_attached_to_it():
+    base = tiny("llama")
+    alone = predict(PrefixTuning(3), base, 2, 8)
+    with attach(base, PrefixTuning(2)) as tuned:
+        assert predict(PrefixTuning(3), base, 2, 8) == alone
+        assert predict(PrefixTuning(3), tuned, 2, 8) == alone
+
+
+@dataclass(frozen=True)
 class UpperLoRA(LoRA, listed=False):
     """LoRA from a layer on."""
 
@@ -218,12 +282,6 @@ class UpperLoRA(LoRA, listed=False):
             super().reach(base, attachment, generator)
         finally:
             base.anatomy.linears = every
-
-    def footprint(self, plan):
-        super().footprint(plan)
-        names, *delta = plan.beside.pop()
-        low = tuple(f"layers.{layer}." for layer in range(self.lowest))
-        plan.beside.append((lambda name: names(name) and not name.startswith(low), *delta))
 
 
 @pytest.mark.parametrize("trains", [(), ("weight",), ("bias",), ("weight", "bias")], ids=str)
@@ -252,44 +310,47 @@ def test_what_a_linear_map_and_a_norm_keep_hangs_on_what_trains(kind, carries, t
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         output = module(x)
-    tape = Tape(Plan(base.anatomy.shape, unfrozen=[lambda name: name.split(".")[1] in trains]), 1)
-    value = Value(5, 24, carries)
-    if kind == "linear":
-        closed = tape.linear(value, 24, "weight" in trains, "bias" in trains)
-    else:
-        closed = tape.norm(value, "norm")
-    has = [name for name in trains if hasattr(module, name)]
-    if has == list(trains):  # an RMSNorm has no bias
-        assert closed.grad == output.requires_grad
-        assert sum(tape.by_place().values()) == sum(n for at, n in found.items() if at not in own)
+    rows, whole = 5 * 4, 5 * 24 * 4  # bytes of a number a row, and of x
+    trained = [name for name in trains if hasattr(module, name)]  # an RMSNorm has no bias
+    kept = {
+        "linear": whole * ("weight" in trained),
+        "LayerNorm": (whole + 2 * rows) * bool(carries or trained),
+    }.get(kind, (whole + rows) * carries + whole * ("weight" in trained))
+    assert output.requires_grad == bool(carries or trained)
+    assert sum(n for at, n in found.items() if at not in own) == kept
 
 
 def test_training_biases_alone_keeps_no_input_of_a_linear_map():
     """Full fine-tuning keeps every x that a matrix reads; BitFit keeps those alone that something
     else needs: a norm, the nonlinearity, attention."""
-    shape = Shape.named("bert-base")
     options = dict(batch=2, length=64, head=Tagging(("O", "B")))
-    full, bias = (in_blocks(m, shape, **options) for m in (FullFineTuning(), BitFit()))
-    rows, d = 2 * 64, shape.d_model
+    config = Shape.named("bert-base")
+    full, bias = (in_blocks(m, "bert-base", **options) for m in (FullFineTuning(), BitFit()))
+    rows, d = 2 * 64, config.d_model
     # x of q, k, v and up, which a norm made; gelu's output. The output of attention is kept anyway.
-    assert full - bias == shape.layers * 4 * rows * (2 * d + shape.d_ff)
+    assert full - bias == config.layers * 4 * rows * (2 * d + config.d_ff)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
 def test_below_the_first_trained_tensor_nothing_is_kept(family):
-    tuned = attach(tiny(family), UpperLoRA(r=2))
-    kept = measure(tuned, batch_of(tuned)).parts["activations"]
-    assert kept == predicted(tuned)
+    base = tiny(family)
+    agree(base, [UpperLoRA(r=2)])
+    kept = predict(UpperLoRA(r=2), base, BATCH, LENGTH).parts["activations"]
     assert kept.keys() == {"layers.1", "output"}
-    tuned.detach()
-    tuned = attach(tuned.base, PromptTuning(1))
-    kept = measure(tuned, batch_of(tuned)).parts["activations"]
+    kept = predict(PromptTuning(1), base, BATCH, LENGTH).parts["activations"]
     assert {"layers.0", "layers.1", "output"} <= kept.keys()
 
 
-def in_blocks(methods, shape, **options) -> int:
-    kept = accounting.saved_activations(methods, shape, **options)
+def in_blocks(methods, model, **options) -> int:
+    kept = predict(methods, model, **options).parts["activations"]
     return sum(size for place, size in kept.items() if place.startswith("layers."))
+
+
+def shallow(name: str, layers: int = 2) -> dict:
+    """The config of a published model with a few of its layers."""
+    config = named_config(name)
+    depth = ("n_layer", "num_hidden_layers", "num_layers", "num_decoder_layers")
+    return config | {key: layers for key in depth if key in config}
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-3-8b", "bert-base"])
@@ -297,14 +358,14 @@ def test_prompt_tuning_can_keep_more_than_lora(name):
     """A prompt makes every layer keep P more tokens. LoRA's A and B keep x, which a frozen layer
     does not, and r numbers a token: which is more depends on P / T alone, not on the size."""
     options = dict(batch=2, length=64, head=Tagging(("O", "B")) if name == "bert-base" else None)
-    lora = in_blocks(LoRA(r=8), name, **options)
-    shape = Shape.named(name)
-    prompt = [in_blocks(PromptTuning(P), name, **options) for P in (1, 16, 64)]
+    config = shallow(name, 4)
+    lora = in_blocks(LoRA(r=8), config, **options)
+    prompt = [in_blocks(PromptTuning(P), config, **options) for P in (1, 16, 64)]
     assert prompt[0] < lora < prompt[2]
     # P = T doubles what every layer keeps but for what q and v of LoRA keep beside it.
-    assert prompt[2] == pytest.approx(2 * prompt[0] * 64 / 65, rel=2e-3)
-    upper = in_blocks(PTuningV2(16, depth=2), name, **options)
-    assert upper < 3.2 / shape.layers * in_blocks(PTuningV2(16), name, **options)
+    assert prompt[2] == pytest.approx(2 * prompt[0] * 64 / 65, rel=3e-3)
+    upper = in_blocks(PTuningV2(16, depth=2), config, **options)
+    assert upper < 3.2 / 4 * in_blocks(PTuningV2(16), config, **options)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-3-8b", "t5-base"])
@@ -313,7 +374,7 @@ def test_prompt_tuning_can_keep_more_than_lora(name):
 )
 def test_what_is_kept_grows_in_proportion_to_the_batch(name, method):
     one, two, three = (
-        sum(accounting.saved_activations(method, name, b, 32).values()) for b in (1, 2, 3)
+        predict(method, shallow(name), b, 32).bytes("activations") for b in (1, 2, 3)
     )
     assert three - two == two - one  # all else, such as T5's position bias, is there once
     assert two <= 2 * one
@@ -321,55 +382,59 @@ def test_what_is_kept_grows_in_proportion_to_the_batch(name, method):
 
 def test_the_step_of_a_published_shape():
     """16 bytes a parameter, the originals, and the activations on top."""
-    step = accounting.step_bytes(FullFineTuning(), "gpt2", batch=8, length=128)
-    n = count(FullFineTuning(), "gpt2")
-    assert (step.weights, step.aside, step.gradients, step.adam) == (4 * n, 4 * n, 4 * n, 8 * n)
+    step = predict(FullFineTuning(), "gpt2", batch=8, length=128)
+    n, tensors = count(FullFineTuning(), "gpt2"), 148
+    standing = [step.bytes(part) for part in ("weights", "aside", "gradients", "optimiser")]
+    assert standing == [4 * n, 4 * n, 4 * n, 8 * n + 4 * tensors]
     logits = 8 * 127 * 50257 * 4
-    assert step.activations > logits
-    lora = accounting.step_bytes(LoRA(r=8), "gpt2", batch=8, length=128)
-    assert lora.weights == 4 * n + 4 * count(LoRA(r=8), "gpt2")
-    assert lora.aside == 0
-    assert step.activations > lora.activations > 0.5 * step.activations
-    gpu = accounting.step_bytes(FullFineTuning(), "gpt2", batch=8, length=128, device="cuda")
-    assert asdict(gpu) | {"around_update": 0} == asdict(step) | {"around_update": 0}
+    assert step.bytes("activations") > logits
+    lora = predict(LoRA(r=8), "gpt2", batch=8, length=128)
+    assert lora.bytes("weights") == 4 * n + 4 * count(LoRA(r=8), "gpt2")
+    assert lora.bytes("aside") == 0
+    assert 1 > lora.bytes("activations") / step.bytes("activations") > 0.5
+    gpu = predict(FullFineTuning(), shallow("gpt2"), batch=8, length=128, device="cuda")
+    cpu = predict(FullFineTuning(), shallow("gpt2"), batch=8, length=128)
+    assert gpu.bytes("gradients") == cpu.bytes("gradients")
+    # On a GPU Adam makes the roots of all second moments first; on a CPU it works in place.
+    assert gpu.most["step"] - cpu.most["step"] == pytest.approx(gpu.bytes("gradients"), rel=0.01)
 
 
 def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="batch=0: allowed is at least 1"):
-        accounting.saved_activations(LoRA(), "gpt2", batch=0)
-    with pytest.raises(ValueError, match="1020 tokens and 20 virtual ones: 1024 fit"):
-        accounting.saved_activations(PromptTuning(20), "gpt2", length=1020)
-    with pytest.raises(ValueError, match="gpt2, llama, qwen2, bert, roberta, t5"):
-        accounting.saved_activations(LoRA(), {"model_type": "gpt_neox"} | NEOX, length=8)
-    with pytest.raises(ValueError, match="bert-base has no head of its own: give one"):
-        accounting.saved_activations(LoRA(), "bert-base")
-
-    class Silent(LoRA, listed=False):
-        footprint = Method.footprint
-
-    with pytest.raises(ValueError, match="LoRA does not say what a step with it keeps"):
-        accounting.saved_activations(Silent(), "gpt2")
+        predict(LoRA(), "gpt2", batch=0)
+    with pytest.raises(ValueError, match="1020 tokens do not fit: .* 1004 after 20 virtual"):
+        predict(PromptTuning(20), shallow("gpt2"), length=1020)
+    with pytest.raises(ValueError, match="unknown family 'mamba'; known: gpt2, llama"):
+        predict(LoRA(), {"model_type": "mamba"}, length=8)
+    with pytest.raises(ValueError, match="bert has no head of its own: attach it with one"):
+        predict(LoRA(), {"model_type": "bert"} | RELATIVES["roberta"])
+    with pytest.raises(ValueError, match="unknown model 'gpt9'"):
+        predict(LoRA(), "gpt9")
+    for name in ("dtype", "optimiser", "device"):
+        with pytest.raises(ValueError, match=f"{name}='x': allowed is "):
+            predict(LoRA(), "gpt2", **{name: "x"})
 
 
 NEOX = dict(
     hidden_size=16,
     intermediate_size=32,
-    num_hidden_layers=1,
+    num_hidden_layers=2,
     num_attention_heads=2,
     max_position_embeddings=64,
-    vocab_size=20,
+    vocab_size=258,
 )
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "method",
     [FullFineTuning(), LoRA(), PromptTuning(20), PrefixTuning(20)],
     ids=lambda m: m.name,
 )
-def test_on_a_gpu_the_allocator_agrees(method):
-    """Parts within 2% of what is allocated, the predicted peak within 10% of the measured one."""
+def test_on_a_gpu_the_allocator_agrees(method, dtype):
+    """Parts within 2% of what is allocated, the predicted peak within 5% of the measured one."""
     config = transformers.GPT2Config(
         vocab_size=8000,
         n_positions=256,
@@ -385,12 +450,12 @@ def test_on_a_gpu_the_allocator_agrees(method):
     base = Base("gpu", transformers.GPT2LMHeadModel(config), tokenizer())
     tuned = attach(base, method)
     move(tuned, "cuda")
-    memory: Memory = measure(tuned, batch_of(tuned, batch=16, length=128))
+    memory: Memory = measure(tuned, batch_of(tuned, batch=16, length=128), dtype=dtype)
     assert memory.elsewhere <= 0.02 * memory.peak
     for moment in MOMENTS:
         assert abs(memory.total[moment] - memory.sum(moment)) <= 0.02 * memory.total[moment]
-    step = accounting.step_bytes(method, base, batch=16, length=128, device="cuda")
-    assert abs(step.peak - memory.peak) <= 0.1 * memory.peak
+    said = predict(method, base, batch=16, length=128, dtype=dtype, device="cuda")
+    assert abs(said.peak - memory.peak) <= 0.05 * memory.peak
 
 
 RELATIVES = {  # the other architectures that share a walk, and T5 as it was first published
@@ -400,25 +465,59 @@ RELATIVES = {  # the other architectures that share a walk, and T5 as it was fir
     | dict(intermediate_size=40, max_position_embeddings=50, pad_token_id=1),
     "t5": dict(d_model=24, d_kv=8, d_ff=40, num_layers=2, num_heads=3, vocab_size=259)
     | dict(n_positions=48, pad_token_id=0, decoder_start_token_id=0, feed_forward_proj="relu"),
+    "gpt_neox": NEOX,
+    "distilbert": dict(dim=24, n_layers=2, n_heads=3, hidden_dim=40, vocab_size=260)
+    | dict(max_position_embeddings=48, pad_token_id=0),
 }
 
 
 @pytest.mark.parametrize("method", EVERY_SITE, ids=lambda m: m.name)
 @pytest.mark.parametrize("family", RELATIVES)
-def test_the_walks_hold_for_their_other_families(family, method):
+def test_every_family(family, method):
     config = transformers.AutoConfig.for_model(family, **RELATIVES[family])
     model = CLASSES[FAMILIES[family].kind].from_config(config)
-    words = {"roberta": "bert", "qwen2": "gpt2"}.get(family, family)
-    tuned = attach(Base(family, model, tokenizer(words)), method)
-    assert measure(tuned, batch_of(tuned)).parts["activations"] == predicted(tuned)
+    words = {"roberta": "bert", "distilbert": "bert", "t5": "t5"}.get(family, "gpt2")
+    agree(Base(family, model, tokenizer(words)), [method])
 
 
 @pytest.mark.parametrize("method", [LoRA(), PromptAndPrefix(3)], ids=lambda m: m.name)
 def test_nothing_measured_stays_alive(method):
-    """Half of the second one's graph never sees a backward pass; its tensors die all the same."""
     with attach(tiny("gpt2"), method) as tuned:
         measure(tuned, batch_of(tuned))
         trained = [weakref.ref(parameter) for parameter in tuned.trainable.values()]
     del tuned
     gc.collect()
     assert not [reference for reference in trained if reference() is not None]
+
+
+TABLES = {
+    name: json.loads(data_path("results", f"memory_table_{name}.json").read_text())
+    for name in ("cuda", "cuda_bfloat16", "cuda_bfloat16_checkpointing")
+}
+RECORDED = [(name, row) for name, table in TABLES.items() for row in range(len(table["rows"]))]
+
+
+def test_every_method_was_recorded_on_a_gpu():
+    assert all(len(table["rows"]) >= 33 for table in TABLES.values())
+
+
+@pytest.mark.parametrize("name, row", RECORDED)
+def test_a_recorded_gpu_and_what_is_predicted_are_within_5_percent(name, row):
+    measured, said = (TABLES[name]["rows"][row][key] for key in ("measured", "predicted"))
+    assert abs(said["peak"] - measured["peak"]) <= 0.05 * measured["peak"]
+    assert said["activations"] == pytest.approx(measured["activations"], rel=1e-3)
+    for part in ("weights", "gradients", "aside"):
+        assert said[part] == measured[part]
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_what_was_predicted_beside_a_recorded_row_is_predicted_still(name):
+    table = TABLES[name]
+    row = next(row for row in table["rows"] if row["label"] == "LoRA")
+    how = {key: table[key] for key in ("dtype", "checkpointing") if key in table}
+    methods = [Method.from_dict(method) for method in row["methods"]]
+    config = {"model_type": "gpt2"} | table["config"]
+    now = predict(methods, config, table["batch"], table["length"], device="cuda", **how)
+    said = row["predicted"]
+    assert now.bytes("activations") == pytest.approx(said["activations"], rel=1e-3)
+    assert now.peak == pytest.approx(said["peak"], rel=0.01)

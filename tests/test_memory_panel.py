@@ -6,7 +6,7 @@ import time
 import pytest
 
 import peftlab
-from peftlab import accounting, panels
+from peftlab import accounting, memory, panels
 from peftlab.bases.shapes import Shape
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -15,7 +15,7 @@ FULL, PROMPT = "Full fine-tuning", "Prompt tuning"
 
 @pytest.mark.parametrize("model", panels.memory_models())
 def test_every_row_and_length_at_both_ends(model):
-    """More rows or more tokens never take less, and every method's parts are the closed form's."""
+    """More rows or more tokens never take less, and what trains takes 16 bytes a parameter."""
     lengths, n = panels.memory_lengths(model), accounting.base_parameters(model)
     assert lengths and max(lengths) + 20 <= Shape.named(model).context
     for batch in (panels.BATCHES[0], panels.BATCHES[-1]):
@@ -24,12 +24,35 @@ def test_every_row_and_length_at_both_ends(model):
             view = panels.memory_view(model, batch, length)
             assert set(view.steps) == set(panels.BESIDE_FULL)
             step = view.steps[FULL]
-            assert step.weights == step.gradients == step.adam // 2 == 4 * n
+            assert step.aside == step.gradients == 4 * n
+            assert 4 * n <= step.weights <= 4.001 * n  # and tables of rotary positions
+            assert 8 * n <= step.optimiser <= 8.001 * n  # and the number of steps
             assert view.peak(FULL) == step.peak - 4 * n  # what is kept aside is not shown
             assert 1 <= view.ratios[PROMPT] < 16 / 4 * 1.2 or length < 64
             assert f"{batch} × {length} tokens" in view.text
             peaks.append(view.peak(PROMPT))
         assert peaks == sorted(peaks)
+
+
+BETWEEN = [  # of batches and lengths, none was traced
+    *(("tiny-gpt", label, 7, 61) for label in panels.BESIDE_FULL),
+    ("tiny-llama", "LoRA, q and v", 3, 100),
+    ("tiny-t5", "Prefix tuning", 1, 77),
+    ("gpt2", FULL, 1, 33),
+    ("gpt2", PROMPT, 6, 250),
+    ("smollm2-135m", "LoRA, all linear", 64, 2048),
+]
+
+
+@pytest.mark.parametrize("model, label, batch, length", BETWEEN)
+def test_between_what_was_traced_it_is_what_is_predicted(model, label, batch, length):
+    """To the byte: the parts, and the most at any time."""
+    step = panels.memory_view(model, batch, length).steps[label]
+    told = memory.predict(panels.BESIDE_FULL[label], model, batch, length)
+    for part in ("weights", "aside", "optimiser", "gradients", "activations"):
+        assert getattr(step, part) == told.bytes(part), part
+    assert step.at_loss == max(told.most["forward"], told.most["backward"])
+    assert step.at_update == told.most["step"]
 
 
 def test_the_ratio_falls_from_four_towards_one_as_rows_are_added():
@@ -45,10 +68,9 @@ def test_the_bars_are_the_parts():
     for label, step in view.steps.items():
         loss = view.moments()[label]["loss"]
         update = view.moments()[label]["update"]
-        assert sum(loss.values()) <= view.peak(label)
-        assert max(sum(loss.values()), sum(update.values()) + step.around_update) == view.peak(
-            label
-        )
+        assert sum(loss.values()) == step.at_loss - step.aside
+        assert sum(update.values()) <= step.at_update - step.aside
+        assert max(step.at_loss, step.at_update) - step.aside == view.peak(label)
     shown = {trace.name: sum(trace.y) for trace in figure.data}
     assert shown["gradients"] == sum(step.gradients for step in view.steps.values())
 

@@ -1,17 +1,18 @@
 """Lesson 01, full fine-tuning: bytes a parameter, a step of Adam, what is kept, four leaks."""
 
 import math
+from functools import lru_cache
 
 import pandas as pd
 import torch
 from torch import nn
 
-from peftlab.accounting import saved_activations, step_bytes, training_bytes
-from peftlab.bases.shapes import Shape
+from peftlab.accounting import training_bytes
 from peftlab.exercises import exercise, expect, question, same
 from peftlab.exercises.clinic import Ward
-from peftlab.memory import Live
+from peftlab.memory import Live, predict
 from peftlab.methods import FullFineTuning, PromptTuning
+from peftlab.panels.memory import memory_view
 
 # --- predict first -----------------------------------------------------------------------------
 
@@ -52,8 +53,9 @@ def what_a_prompt_keeps():
     return letter, f"{prompt / 1e6:.0f} MB of {full / 1e6:.0f} MB: {share:.0%}."
 
 
+@lru_cache
 def _in_blocks(method) -> int:
-    kept = saved_activations(method, "gpt2", batch=8, length=128)
+    kept = predict(method, "gpt2", batch=8, length=128).parts["activations"]
     return sum(size for place, size in kept.items() if place.startswith("layers."))
 
 
@@ -69,10 +71,11 @@ def _in_blocks(method) -> int:
     },
 )  # fmt: skip
 def how_many_times():
-    full, prompt = (step_bytes(m, "gpt2", 64, 512) for m in (FullFineTuning(), PromptTuning(20)))
-    times = (full.peak - full.aside) / prompt.peak
+    view = memory_view("gpt2", 64, 512)
+    full, prompt = view.peak("Full fine-tuning"), view.peak("Prompt tuning")
+    times = full / prompt
     letter = "d" if times < 1 else "c" if times <= 1.5 else "b" if times < 5.5 else "a"
-    share = prompt.activations / prompt.peak
+    share = view.steps["Prompt tuning"].activations / prompt
     return letter, f"{times:.2f} times; {share:.0%} of prompt tuning's bytes are activations."
 
 
@@ -262,14 +265,13 @@ def block_numbers_solution(d, heads, trains):
     return norms + attention + gelu + (inputs if trains else 0)
 
 
+@lru_cache
 def _numbers_kept(d: int, heads: int, trains: bool) -> int:
-    """Numbers a token that the second block of a GPT-2 of this width keeps, in closed form."""
-    width = d // heads
-    shape = Shape(
-        "a", "gpt2", 2, d, heads, heads, width, 4 * d, 50, 64, biased=("q",), positions=64
-    )
+    """Numbers a token that the second block of a GPT-2 of this width keeps."""
+    config = dict(model_type="gpt2", n_layer=2, n_embd=d, n_head=heads, vocab_size=50)
     method, tokens = (FullFineTuning(), 8) if trains else (PromptTuning(1), 9)
-    return saved_activations(method, shape, batch=1, length=8)["layers.1"] // (4 * tokens)
+    kept = predict(method, config | {"n_positions": 64}, batch=1, length=8).parts["activations"]
+    return kept["layers.1"] // (4 * tokens)
 
 
 @exercise(

@@ -5,6 +5,7 @@ A GPT-2 of 101 million parameters with random weights: what is predicted, and wh
 the device, each row in a process of its own, into `data/results/memory_table_cuda.json` (or
 `_cpu`). `--dtype bfloat16` and `--checkpointing` write files of their own, and `--all` writes all
 three. Rows are written as they come. On a CPU the batch is small, so that the table takes minutes.
+`--predict-again FILE` puts what `predict` says now beside what is measured in a file.
 """
 
 import argparse
@@ -168,6 +169,27 @@ def record(device: str, dtype: str, checkpointing: bool, workers: int, out: Path
             print(f"{found['label']:32} peak {peak:>14,}  predicted {apart}", flush=True)
 
 
+def predict_again(path: Path) -> None:
+    """Put what `predict` says now into a file of rows; what was measured stays."""
+    report = json.loads(path.read_text())
+    options = {key: report[key] for key in ("dtype", "checkpointing") if key in report}
+    options["device"] = "cuda" if "cuda" in report["command"] else "cpu"
+    config = {"model_type": "gpt2"} | report["config"]
+    for found in report["rows"]:
+        methods = [Method.from_dict(method) for method in found["methods"]]
+        found["predicted"] = numbers(
+            predict(methods, config, report["batch"], report["length"], **options)
+        )
+        print(f"{found['label']:32} {found['predicted']['peak']:>14,}", flush=True)
+    report["predicted again"] = {
+        "command": f"python -m peftlab.experiments.memory_table --predict-again {path.name}",
+        "date": date.today().isoformat(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    path.write_text(json.dumps(report, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -176,7 +198,10 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="float32, bfloat16, both of the latter")
     parser.add_argument("--workers", type=int, default=1, help="rows at a time")
     parser.add_argument("--out", type=Path, help="a file, or with --all a folder")
+    parser.add_argument("--predict-again", type=Path, help="a file of rows in data/results")
     options = parser.parse_args()
+    if options.predict_again:
+        return predict_again(data_path("results", options.predict_again.name))
     settings = [(options.dtype, options.checkpointing)]
     if options.all:
         settings = [("float32", False), ("bfloat16", False), ("bfloat16", True)]

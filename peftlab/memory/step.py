@@ -42,7 +42,7 @@ OPTIMISERS = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
 @dataclass
 class Memory:
-    """Bytes of one training step, after a first one that made the optimiser's states.
+    """Bytes of one training step, the optimiser's states made before.
 
     `parts` has the bytes of each part by layer: "layers.3", "encoder.layers.0", "input" and
     "output" around them, "method" for tensors of no one layer. `aside` is what waits to be put
@@ -111,7 +111,7 @@ def measure(
     checkpointing: bool = False,
     optimiser: str = "adamw",
 ) -> Memory:
-    """Two training steps on one batch, the second of them measured. Dropout is off.
+    """A training step on one batch, of an optimiser that has its states. Dropout is off.
 
     The weights stay in the type that they have; `dtype` is that of the arithmetic, see `How`.
     `checkpointing` keeps the input of each block alone and computes the rest again in the backward
@@ -154,8 +154,7 @@ def followed(
     counter: Counting,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> Memory:
-    """Two steps, the second of them seen by the counter; the first is left out if the optimiser
-    has its states. Nothing stays of them."""
+    """A step that the counter sees, of an optimiser that has its states. Nothing stays of it."""
     memory, kept = Memory(tuned.label, how.device), {}
     try:
         with _running(tuned, how):
@@ -194,12 +193,28 @@ def followed(
     return memory
 
 
+def _without(names: Iterable[str], tuned: Tuned, optimizer, parts: dict, memory: Memory) -> None:
+    """What has no gradient in this step has no states either: take those of `warm` off again."""
+    states = [(name, t) for name in names for t in optimizer.state[tuned.trainable[name]].values()]
+    for at in _storages(states).keys() & parts["optimiser"].keys():
+        size = parts["optimiser"].pop(at).bytes
+        for moment in MOMENTS:
+            memory.total[moment] -= size
+            memory.most[moment] -= size
+
+
 def warm(tuned: Tuned, batch: dict[str, Tensor], how: How) -> torch.optim.Optimizer:
-    """An optimiser that has taken a step, and so has its states."""
+    """An optimiser that has its states. On a GPU a step is taken, so that its libraries have theirs
+    as well; elsewhere gradients of zero are enough."""
     optimizer = how.optimizer(list(tuned.trainable.values()))
-    with _running(tuned, how):
-        for _ in _step(tuned, batch, optimizer, how):
-            pass
+    if tuned.device.type == "cuda":
+        with _running(tuned, how):
+            for _ in _step(tuned, batch, optimizer, how):
+                pass
+    else:
+        for parameter in tuned.trainable.values():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return optimizer
 
