@@ -172,14 +172,22 @@ def test_methods_together_keep_what_is_predicted(composed, family):
 SHORT = [LoRA(r=3, target_modules=ALL), PromptAndPrefix(3, prefix_projection=False)]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+OTHERWISE = [("float32", True), ("bfloat16", False), ("bfloat16", True)]
+
+
+@pytest.mark.parametrize("dtype, checkpointing", OTHERWISE)
 @pytest.mark.parametrize("method", [FullFineTuning(), *SHORT], ids=lambda m: m.name)
 @pytest.mark.parametrize("family", FOUR)
 def test_in_16_bits_and_with_checkpointing(family, method, dtype, checkpointing):
     """What trains is in float32, and so is the whole of a model whose own parameters train."""
     width = torch.float32 if method.in_place else getattr(torch, dtype)
     agree(tiny(family, width), [method], dtype=dtype, checkpointing=checkpointing)
+
+
+@pytest.mark.parametrize("method", [FullFineTuning(), *SHORT], ids=lambda m: m.name)
+def test_float16_scales_its_gradients(method):
+    width = torch.float32 if method.in_place else torch.float16
+    agree(tiny("gpt2", width), [method], dtype="float16")
 
 
 @pytest.mark.parametrize("case", ["qlora", "adapter + lora", "prune + lora", "smaller + lora"])
