@@ -1,7 +1,5 @@
 """The small module that all adapters share, and how it is attached to a base."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftlab.bases import Shape
-from peftlab.methods.checks import check_choice
 from peftlab.methods.method import Method
 from peftlab.sites import SublayerOutput
 
@@ -28,8 +25,10 @@ class Bottleneck(nn.Module):
 
     def __init__(self, d_model: int, m: int, non_linearity: str, scaling: int | float):
         super().__init__()
-        self.W_down, self.b_down = nn.Parameter(torch.empty(m, d_model)), _zeros(m)
-        self.W_up, self.b_up = nn.Parameter(torch.empty(d_model, m)), _zeros(d_model)
+        self.W_down = nn.Parameter(torch.empty(m, d_model))
+        self.b_down = nn.Parameter(torch.zeros(m))
+        self.W_up = nn.Parameter(torch.empty(d_model, m))
+        self.b_up = nn.Parameter(torch.zeros(d_model))
         self.non_linearity, self.scaling = non_linearity, scaling
 
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
@@ -37,10 +36,6 @@ class Bottleneck(nn.Module):
         low = F.linear(x, self.W_down, self.b_down)  # *batch m
         hidden = NON_LINEARITIES[self.non_linearity](low)
         return self.scaling * F.linear(hidden, self.W_up, self.b_up)
-
-
-def _zeros(size: int) -> nn.Parameter:
-    return nn.Parameter(torch.zeros(size))
 
 
 @dataclass(frozen=True)
@@ -59,18 +54,15 @@ class Adapter(Method, listed=False):
     sublayers: tuple[str, ...] | list[str] = ("mlp",)
 
     beside: ClassVar[bool] = False  # True: f reads the input of the sublayer, not its output
-
-    limits: ClassVar[dict] = {"bottleneck": (1,), "scaling": (0.0,)}
+    limits = {"bottleneck": (1,), "scaling": (0.0,)}
+    choices = {"non_linearity": tuple(NON_LINEARITIES)}
 
     def __post_init__(self):
         super().__post_init__()
-        check_choice("non_linearity", self.non_linearity, tuple(NON_LINEARITIES))
         kinds = self.sublayers
         if not isinstance(kinds, list | tuple) or not kinds or set(kinds) - set(SUBLAYERS):
-            raise ValueError(
-                f"sublayers={kinds!r}: give a list of some of {', '.join(SUBLAYERS)}, "
-                "such as ['mlp']"
-            )
+            needed = f"give a list of some of {', '.join(SUBLAYERS)}, such as ['mlp']"
+            raise ValueError(f"sublayers={kinds!r}: {needed}")
         object.__setattr__(self, "sublayers", tuple(dict.fromkeys(kinds)))  # once each
 
     def initialise(self, f: Bottleneck, generator: torch.Generator) -> None:
