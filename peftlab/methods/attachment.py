@@ -52,6 +52,15 @@ class Attachment:
         module.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
         self.modules[place] = module
 
+    def own(self) -> tuple[nn.Module, list[str]]:
+        """The module whose own parameters may train, and their names, those of tied ones once.
+
+        A head reads the backbone: a pooler is then as unused as the language model's own head.
+        """
+        module = self.base.anatomy.backbone if self.headless else self.base.model
+        names = [name for name, _ in module.named_parameters()]
+        return module, [n for n in names if not (self.headless and n.startswith("pooler."))]
+
     def leave(self) -> None:
         """Leave every site, in reverse order."""
         with ExitStack() as stack:

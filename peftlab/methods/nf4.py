@@ -1,9 +1,6 @@
 """NF4: the frozen weights held as codes of four bits, and nothing to train."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import ClassVar
 
 from peftlab.bases import Shape, fused
 from peftlab.methods.deltas import Targeted
@@ -35,17 +32,17 @@ class NF4(Targeted):
     quant_type: str = "nf4"
     target_modules: tuple[str, ...] | list[str] | str = "all-linear"
 
-    name: ClassVar[str] = "nf4"
-    title: ClassVar[str] = "NF4"
+    name = "nf4"
+    title = "NF4"
 
-    choices: ClassVar[dict] = {"double_quant": (True, False), "quant_type": QUANT_TYPES}
+    choices = {"double_quant": (True, False), "quant_type": QUANT_TYPES}
 
     def __post_init__(self):
         super().__post_init__()
         check_block_size(self.block_size)
 
     @property
-    def codes(self) -> NF4:
+    def codes(self):
         """This method itself: it holds the base's weights as codes."""
         return self
 
@@ -54,14 +51,8 @@ class NF4(Targeted):
         for linear in places:  # all are checked before the first is coded
             check_block_size(self.block_size, linear.d_out * linear.d_in, linear.name)
         for linear in places:
-            attachment.enter(
-                CodedWeight(
-                    linear,
-                    block_size=self.block_size,
-                    double_quant=self.double_quant,
-                    quant_type=self.quant_type,
-                )
-            )
+            options = dict(double_quant=self.double_quant, quant_type=self.quant_type)
+            attachment.enter(CodedWeight(linear, block_size=self.block_size, **options))
 
     def places(self, base):
         """The whole modules that contain a target."""
@@ -69,8 +60,7 @@ class NF4(Targeted):
         whole = fused(list(base.anatomy.linears.values()))
         return [linear for linear in whole if linear.module in modules]
 
-    def parameters(self, shape: Shape) -> int:
-        """Nothing trains."""
+    def parameters(self, shape):
         return 0
 
     def coded(self, shape: Shape) -> tuple[int, int]:

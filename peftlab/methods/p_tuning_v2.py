@@ -1,9 +1,6 @@
 """P-tuning v2: prefix tuning for understanding, with a head, a depth and a length for each task."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import ClassVar
 
 from peftlab.methods.checks import require
 from peftlab.methods.prefix_tuning import PrefixTuning
@@ -27,8 +24,8 @@ class PTuningV2(PrefixTuning):
 
     depth: int | None = None
 
-    name: ClassVar[str] = "p_tuning_v2"
-    title: ClassVar[str] = "P-tuning v2"
+    name = "p_tuning_v2"
+    title = "P-tuning v2"
 
     def __post_init__(self):
         super().__post_init__()

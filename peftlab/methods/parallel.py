@@ -1,10 +1,7 @@
 """The scaled parallel adapter of He et al.: a bottleneck beside the MLP."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import nn
 
@@ -33,10 +30,10 @@ class ParallelAdapter(Adapter):
     bottleneck: int = 512
     scaling: int | float = 4.0
 
-    name: ClassVar[str] = "parallel"
-    title: ClassVar[str] = "Parallel adapter"
-    learning_rate: ClassVar[float] = 1e-2
-    beside: ClassVar[bool] = True
+    name = "parallel"
+    title = "Parallel adapter"
+    learning_rate = 1e-2
+    beside = True
 
     def initialise(self, f, generator):
         bound = 1 / math.sqrt(f.W_down.shape[1])

@@ -1,9 +1,6 @@
 """PiSSA: LoRA that starts at the principal singular vectors of the weight."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -37,7 +34,6 @@ class PrincipalDelta(nn.Module):
         return now - start  # the same operations on the same numbers: exactly 0 at the start
 
     def delta_weight(self) -> Float[Tensor, "d_out d_in"]:
-        """ΔW itself, for merging and inspection."""
         return self.scale * (self.B @ self.A - self.B0 @ self.A0)
 
 
@@ -82,11 +78,11 @@ class PiSSA(DeltaMethod):
     alpha: int | float = 8
     target_modules: tuple[str, ...] | list[str] | str = ("q", "v")
 
-    name: ClassVar[str] = "pissa"
-    title: ClassVar[str] = "PiSSA"
-    learning_rate: ClassVar[float] = 1e-3
-    limits: ClassVar[dict] = {"r": (1,), "alpha": (0.0,)}
-    start_is_stored: ClassVar[bool] = True
+    name = "pissa"
+    title = "PiSSA"
+    learning_rate = 1e-3
+    limits = {"r": (1,), "alpha": (0.0,)}
+    start_is_stored = True
 
     def __post_init__(self):
         super().__post_init__()

@@ -1,10 +1,7 @@
 """Structured pruning: take out heads, neurons and whole layers, so that the model is smaller."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -48,10 +45,10 @@ class PruneStructures(Method):
     score: str = "magnitude"
     calibration: tuple[str, ...] | list[str] = ()
 
-    name: ClassVar[str] = "prune_structures"
-    title: ClassVar[str] = "Prune structures"
+    name = "prune_structures"
+    title = "Prune structures"
 
-    choices: ClassVar[dict] = {"score": ("magnitude", "gradient", "random")}
+    choices = {"score": ("magnitude", "gradient", "random")}
 
     def __post_init__(self):
         super().__post_init__()
@@ -104,6 +101,5 @@ class PruneStructures(Method):
         """The remaining shape."""
         return self.removed(shape).smaller(shape)
 
-    def parameters(self, shape: Shape) -> int:
-        """Nothing trains: the rest of the model is frozen."""
+    def parameters(self, shape):
         return 0

@@ -1,9 +1,6 @@
 """QLoRA: LoRA beside frozen weights that are held in four bits."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import ClassVar
 
 from peftlab.methods.lora import LoRA
 from peftlab.methods.nf4 import NF4
@@ -31,8 +28,8 @@ class QLoRA(LoRA):
     double_quant: bool = True
     quant_type: str = "nf4"
 
-    name: ClassVar[str] = "qlora"
-    title: ClassVar[str] = "QLoRA"
+    name = "qlora"
+    title = "QLoRA"
 
     def __post_init__(self):
         super().__post_init__()

@@ -1,10 +1,7 @@
 """VeRA: random projections that all weights share, and two small vectors for each weight."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -56,7 +53,6 @@ class VectorDelta(nn.Module):
         return self.b * times(self.d * times(x, self.A), self.B)
 
     def delta_weight(self) -> Float[Tensor, "d_out d_in"]:
-        """ΔW itself, for merging and inspection."""
         return (self.b[:, None] * self.B) @ (self.d[:, None] * self.A)
 
 
@@ -82,16 +78,11 @@ class VeRA(DeltaMethod):
     d_initial: int | float = 0.1
     dropout: int | float = 0.0
 
-    rank: ClassVar[None] = None
-    name: ClassVar[str] = "vera"
-    title: ClassVar[str] = "VeRA"
-    learning_rate: ClassVar[float] = 2e-2
-    limits: ClassVar[dict] = {
-        "r": (1,),
-        "projection_prng_key": (0,),
-        "d_initial": (0.0,),
-        "dropout": (0.0, 1.0),
-    }
+    rank = None
+    name = "vera"
+    title = "VeRA"
+    learning_rate = 2e-2
+    limits = {"r": (1,), "projection_prng_key": (0,), "d_initial": (0.0,), "dropout": (0.0, 1.0)}
 
     def __post_init__(self):
         super().__post_init__()
