@@ -21,8 +21,7 @@ class Attachment:
     """The sites that a method reached on a base, and the parameters that train.
 
     `modules` holds the modules that change the base, by place, and `sources` the sources of soft
-    prompts. `headless` says that a head replaces the language model's own. `chosen` is the method
-    with its choices on this base given by name.
+    prompts. `headless`: a head replaces the model's own. `chosen`: the method, its choices named.
     """
 
     method: Method

@@ -44,8 +44,8 @@ class Adapter(Method, listed=False):
 
     They differ in their sublayers, in their input and in their initial values.
     `non_linearity`: relu, gelu, silu (also called swish) or tanh. `sublayers`: any of attention,
-    mlp, and cross, the attention of T5's decoder to its encoder. Two adapters can be combined if
-    they are at different sublayers.
+    mlp, and cross, the attention of T5's decoder to its encoder. Two adapters can be combined at
+    different sublayers.
     """
 
     bottleneck: int

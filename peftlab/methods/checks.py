@@ -32,10 +32,9 @@ def check_texts(texts, score: str, needed: str) -> tuple[str, ...]:
 def check_context(count: int, shape: Shape) -> None:
     """Raise ValueError unless a token of the input fits beside `count` virtual ones."""
     if count >= shape.context:
-        raise ValueError(
-            f"num_virtual_tokens={count}: {shape.name} has {shape.context} "
-            f"positions, so allowed is 1 to {shape.context - 1}, with one left for the input"
-        )
+        allowed = f"allowed is 1 to {shape.context - 1}, with one left for the input"
+        have = f"{shape.name} has {shape.context} positions"
+        raise ValueError(f"num_virtual_tokens={count}: {have}, so {allowed}")
 
 
 def check_init(init: str, text: str | None, allowed: tuple[str, ...]) -> None:
@@ -57,9 +56,8 @@ def checked_placement(placement, total: int) -> tuple[tuple[int, str], ...] | No
         if not all(isinstance(where, str) for _, where in blocks):
             raise TypeError
     except (TypeError, ValueError):
-        raise ValueError(
-            f"placement={placement!r}: give (count, where) pairs, such as [(3, 'front')]"
-        ) from None
+        needed = "give (count, where) pairs, such as [(3, 'front')]"
+        raise ValueError(f"placement={placement!r}: {needed}") from None
     for count, where in blocks:
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"a count of placement={count!r}: allowed is a whole number from 1 on")

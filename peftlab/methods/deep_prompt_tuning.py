@@ -18,11 +18,11 @@ class DeepPromptTuning(PromptTuning):
 
     The frozen W_k and W_v make the keys and values of each P_l, so one vector replaces the two of
     prefix tuning: P · L · d_model numbers, trained and stored. The virtual tokens still cost
-    queries and an MLP in every layer.
+    queries and an MLP in every layer. The hyper-parameters are those of prompt tuning.
 
     Some sources call this prefix tuning or P-tuning v2. It is the "prefix-layer" baseline of Hu et
     al. 2021, arXiv:2106.09685, section 5.1, and the prompt-deep of vision transformers. On T5 it is
-    only in the encoder. The hyper-parameters are those of prompt tuning.
+    only in the encoder.
     """
 
     name = "deep_prompt_tuning"

@@ -12,8 +12,7 @@ from peftlab.sites import LinearWeight
 class Targeted(Method, listed=False):
     """A method at linear weights with certain roles.
 
-    Subclasses are dataclasses with a field `target_modules`: any of q k v o up down gate, as a
-    list, or "all-linear".
+    Subclasses are dataclasses. `target_modules`: a list of q k v o up down gate, or "all-linear".
     """
 
     def __post_init__(self):
@@ -49,8 +48,7 @@ class DeltaMethod(Targeted, listed=False):
     """A method that puts a delta beside every target weight.
 
     Subclasses make the delta (`delta`) and say how many numbers it trains (`size`). `rank` names
-    the field with the delta's rank, which every target matrix must allow; None if any matrix
-    allows any rank.
+    the field with the delta's rank, at most that of each target matrix; None sets no limit.
     """
 
     rank: ClassVar[str | None] = "r"

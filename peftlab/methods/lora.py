@@ -16,7 +16,6 @@ class LowRankDelta(nn.Module):
 
     A (r, d_in) starts uniform in ±1/√d_in, B (d_out, r) starts at zero, so ΔW starts at zero.
     `forward` goes through the r-dimensional middle and never forms the (d_out, d_in) product.
-    With `use_rslora` s is α / √r.
     """
 
     def __init__(

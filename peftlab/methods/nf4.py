@@ -18,8 +18,7 @@ class NF4(Targeted):
     Trained and stored: nothing; the codes come from the base's own weights. List it before a
     method that trains: `[NF4(), LoRA(r=8)]`. A block is `block_size` numbers along a row of W,
     continued in the next row; `double_quant` writes the m's in 8 bits. `quant_type` is nf4, or
-    for comparison fp4, e2m1 or int4. Biases, norms, embeddings and the language model's head stay
-    as they are.
+    for comparison fp4, e2m1 or int4. Biases, norms, embeddings and the model's head do not change.
 
     `target_modules` are logical, but whole modules are coded: GPT-2 has one for q, k and v, so
     naming one of them codes all three. The originals are kept on the CPU for `detach`.
@@ -34,7 +33,6 @@ class NF4(Targeted):
 
     name = "nf4"
     title = "NF4"
-
     choices = {"double_quant": (True, False), "quant_type": QUANT_TYPES}
 
     def __post_init__(self):

@@ -82,9 +82,8 @@ class PTuning(Method):
             module = soft.Flat({"prompt": table})
         else:
             with soft.seeded(generator):
-                module = soft.PromptEncoder(
-                    table, self.encoder, self.sizes, self.hidden(d), self.encoder_num_layers
-                )
+                sizes = (self.hidden(d), self.encoder_num_layers)
+                module = soft.PromptEncoder(table, self.encoder, self.sizes, *sizes)
         read, places = soft.put(attachment, module), soft.blocks(base, self.placement, count)
         attachment.enter(InputEmbeddings(base.anatomy, read, places))
         attachment.virtual_tokens = count

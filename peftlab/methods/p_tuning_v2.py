@@ -14,8 +14,7 @@ class PTuningV2(PrefixTuning):
 
     Without `prefix_projection` and at full depth it has prefix tuning's own tensors. The paper adds
     their use (tagging and classification by a small head that starts at random, see `heads`), a
-    length for each task, no reparameterisation by default, and several tasks on one base. The
-    input does not change.
+    length for each task, no MLP by default, several tasks on one base. The input does not change.
 
     `depth` counts layers from the last one down, on T5 in each stack.
 

@@ -16,8 +16,8 @@ class ParallelAdapter(Adapter):
 
     The MLP's first linear map reads x, its last one computes y; s is `scaling`. Trained and
     stored: 2 m d_model + m + d_model numbers a block; m is `bottleneck`. W_down starts uniform in
-    ±1/√d_model, W_up and both biases start at zero, so the output starts exactly as the base's. The
-    authors chose this start, which is LoRA's.
+    ±1/√d_model, W_up and both biases start at zero, so the output starts exactly as the base's,
+    as in LoRA and in the authors' code.
 
     The adapter is LoRA with a non-linearity in the middle, around two matrices at once: with σ the
     identity and around one matrix it would be LoRA, and could be merged. In a model that normalises

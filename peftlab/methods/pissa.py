@@ -64,8 +64,7 @@ class PiSSA(DeltaMethod):
     A and B start at A₀ and B₀, the r largest singular values of W with their vectors. So the
     directions in which W is largest train, and both factors have a gradient at step 1. Trained: A
     and B, r·(d_in + d_out) numbers for each target matrix. Stored: these and the start, A₀ and B₀,
-    twice as many numbers, because a singular value decomposition on another machine gives other
-    digits and may give other vectors.
+    twice as many numbers, because a decomposition on another machine gives other digits or vectors.
 
     The paper writes the residual W − s B₀ A₀ into the frozen weight and adds s B A. This is the
     same function, but the base does not change: `forward` subtracts the start, which takes twice

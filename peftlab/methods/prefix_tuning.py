@@ -30,8 +30,7 @@ class PrefixTuning(Method):
     draws from N(0, 1), "zero" uses zeros, which still change the output: a key of zeros takes its
     share of the softmax. With the MLP, torch's initial MLP computes the start from a N(0, 1) table.
 
-    `shift_positions` lets the text's positions begin after the prefix, as when a library passes
-    the prefix as a cache.
+    `shift_positions`: the text's positions begin after the prefix, as when it is passed as a cache.
 
     Li and Liang 2021, arXiv:2101.00190, sections 4.1 to 4.3.
     """

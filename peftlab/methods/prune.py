@@ -62,9 +62,7 @@ class Prune(Targeted):
         super().__post_init__()
         object.__setattr__(self, "calibration", check_texts(self.calibration, self.score, "wanda"))
         if self.pattern and (self.sparsity != 0.5 or self.scope):
-            raise ValueError(
-                f"pattern={self.pattern!r} is sparsity=0.5 of every four, and no scope"
-            )
+            raise ValueError("pattern='2:4' is sparsity=0.5 of every four, and no scope")
         if self.schedule == "gradual" and (self.pattern or self.score != "magnitude"):
             raise ValueError("schedule='gradual' goes by magnitude, taken anew, and has no pattern")
 

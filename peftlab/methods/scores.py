@@ -75,9 +75,8 @@ def input_norms(
 ) -> dict[nn.Module, Float[Tensor, " d_in"]]:
     """‖X_j‖₂ of every input feature of these weights, over all real tokens of the texts.
 
-    Keyed by module, because q, k and v of a fused one read the same input. An encoder reads the
-    texts as they are; T5's decoder reads them again after its start token. Raises ValueError if no
-    text has a token.
+    By module, because q, k and v of a fused one read the same input. An encoder reads the texts as
+    they are; T5's decoder reads them after its start token. Raises ValueError if none has a token.
     """
     squares: dict[nn.Module, Tensor] = {}
     mask = torch.zeros(0)
@@ -138,8 +137,8 @@ def sensitivity(
     """The mean of |∂L/∂ξ| over the texts, where ξ = 1 multiplies the output of a structure: by
     (kind, name), for every head, query, neuron and layer at once. A layer has ξ on o and down.
 
-    L is a text's own loss: a decoder predicts the next token, an encoder every seventh token,
-    masked, and T5 the text that it reads.
+    L is a text's own loss: a decoder predicts the next token, an encoder every seventh, masked, and
+    T5 the text that it reads.
     """
     anatomy, gates, totals = model.anatomy, {}, {}
     counts = {"heads": anatomy.shape.kv_heads, "queries": anatomy.shape.heads}

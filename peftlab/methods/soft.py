@@ -1,8 +1,8 @@
 """The common parts of soft prompts: their initial values, their readers and their modules.
 
 A module makes a soft prompt: its `forward()` returns tensors by name, {"prompt": P} at the input,
-{"P_k": …, "P_v": …} in attention. A flat module holds them as parameters. A reparameterised one
-computes them, and only its results are stored.
+{"P_k": …, "P_v": …} in attention. A flat module holds them as parameters; of one that computes them
+only the results are stored.
 """
 
 import contextlib
@@ -146,20 +146,21 @@ def initial_prefix(
     """The initial values of a prefix, on the CPU; `PrefixTuning` describes each `init`."""
     weight = base.anatomy.embedding.weight
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    size = (len(sites), sites[0].kv_heads, count, sites[0].head_dim)
+    size = (2, len(sites), sites[0].kv_heads, count, sites[0].head_dim)
     if init == "zero":
-        return {name: torch.zeros(size, dtype=dtype) for name in ("P_k", "P_v")}
-    if init == "random":
-        drawn = torch.randn(2, *size, generator=generator, dtype=dtype)
-        return {"P_k": drawn[0].clone(), "P_v": drawn[1].clone()}
-    ids = token_ids(base, init, text, count, generator)
-    return keys_values(base, sites, ids.to(weight.device))
+        made = torch.zeros(size, dtype=dtype)
+    elif init == "random":
+        made = torch.randn(size, generator=generator, dtype=dtype)
+    else:
+        ids = token_ids(base, init, text, count, generator).to(weight.device)
+        made = keys_values(base, sites, ids).to("cpu", dtype)
+    return {"P_k": made[0].clone(), "P_v": made[1].clone()}
 
 
 @torch.no_grad()
 def keys_values(
     base: Base, sites: list[AttentionSite], ids: Tensor
-) -> dict[str, Float[Tensor, "sites kv_heads virtual head_dim"]]:
+) -> Float[Tensor, "2 sites kv_heads virtual head_dim"]:
     """The keys and values of a text's tokens in every sublayer, with positions from 0 on.
 
     An encoder-decoder reads the text on both sides. Virtual tokens of another method are left out.
@@ -173,9 +174,7 @@ def keys_values(
     with base._evaluating(), base.anatomy.alone(), recorded(base.model, sites) as records:
         base.model(**given)
     read = [records[site.name] for site in sites]
-    made = {"P_k": [record.key[0] for record in read], "P_v": [record.value[0] for record in read]}
-    dtype = torch.promote_types(base.anatomy.embedding.weight.dtype, torch.float32)
-    return {name: torch.stack(each).to("cpu", dtype).clone() for name, each in made.items()}
+    return torch.stack([torch.stack([x.key[0], x.value[0]]) for x in read], dim=1)
 
 
 def attentions(base: Base, reaches: Callable[[AttentionSite, int], bool]) -> list[AttentionSite]:
