@@ -1,7 +1,6 @@
 """The small module that all adapters share, and how it is attached to a base."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -53,7 +52,7 @@ class Adapter(Method, listed=False):
     scaling: int | float = 1.0
     sublayers: tuple[str, ...] | list[str] = ("mlp",)
 
-    beside: ClassVar[bool] = False  # True: f reads the input of the sublayer, not its output
+    beside = False  # True: f reads the input of the sublayer, not its output
     limits = {"bottleneck": (1,), "scaling": (0.0,)}
     choices = {"non_linearity": tuple(NON_LINEARITIES)}
 
@@ -73,11 +72,10 @@ class Adapter(Method, listed=False):
         shape = base.anatomy.shape
         self.parameters(shape)  # raises for a sublayer that the base does not have
         for sublayer in base.anatomy.sublayers:
-            if sublayer.kind not in self.sublayers:
-                continue
-            f = Bottleneck(shape.d_model, self.bottleneck, self.non_linearity, self.scaling)
-            self.initialise(f, generator)
-            attachment.enter(SublayerOutput(sublayer, f, self.beside), f)
+            if sublayer.kind in self.sublayers:
+                f = Bottleneck(shape.d_model, self.bottleneck, self.non_linearity, self.scaling)
+                self.initialise(f, generator)
+                attachment.enter(SublayerOutput(sublayer, f, self.beside), f)
 
     def parameters(self, shape: Shape) -> int:
         """2 m d_model + m + d_model for every sublayer with an adapter."""

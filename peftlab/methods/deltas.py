@@ -1,7 +1,5 @@
 """The common part of the methods at linear weights: targets, and one delta for each weight."""
 
-from typing import ClassVar
-
 from torch import Generator, nn
 
 from peftlab.bases import Base, Linear, Shape
@@ -51,7 +49,7 @@ class DeltaMethod(Targeted, listed=False):
     the field with the delta's rank, at most that of each target matrix; None sets no limit.
     """
 
-    rank: ClassVar[str | None] = "r"
+    rank = "r"
 
     def delta(self, linear: Linear, attachment: Attachment, generator: Generator) -> nn.Module:
         """The delta for this weight, with its initial values."""

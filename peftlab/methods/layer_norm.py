@@ -27,7 +27,7 @@ class LayerNormTuning(Method):
     in_place = True
 
     def reach(self, base, attachment, generator):
-        module = base.anatomy.backbone if attachment.headless else base.model
+        module, _ = attachment.own()
         names = [
             f"{where}.{name}"
             for where, norm in module.named_modules()

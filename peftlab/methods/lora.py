@@ -19,13 +19,7 @@ class LowRankDelta(nn.Module):
     """
 
     def __init__(
-        self,
-        d_in: int,
-        d_out: int,
-        r: int,
-        alpha: int | float,
-        dropout: int | float = 0.0,
-        use_rslora: bool = False,
+        self, d_in: int, d_out: int, r: int, alpha: int | float, dropout=0.0, use_rslora=False
     ):
         super().__init__()
         self.A = nn.Parameter(torch.empty(r, d_in))

@@ -20,17 +20,15 @@ class PrincipalDelta(nn.Module):
     def __init__(self, W: Float[Tensor, "d_out d_in"], r: int, alpha: int | float):
         super().__init__()
         self.scale = alpha / r
-        A, B = principal(W, r)
-        A, B = A / self.scale**0.5, B / self.scale**0.5
+        A, B = (factor / self.scale**0.5 for factor in principal(W, r))
         self.A, self.B = nn.Parameter(A), nn.Parameter(B)
         self.register_buffer("A0", A.clone())
         self.register_buffer("B0", B.clone())
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         x = x.to(self.A.dtype)
-        now, start = (
-            times(times(x, A) * self.scale, B) for A, B in ((self.A, self.B), (self.A0, self.B0))
-        )
+        now = times(times(x, self.A) * self.scale, self.B)
+        start = times(times(x, self.A0) * self.scale, self.B0)
         return now - start  # the same operations on the same numbers: exactly 0 at the start
 
     def delta_weight(self) -> Float[Tensor, "d_out d_in"]:
