@@ -9,7 +9,6 @@ computes attention in another way has none, and the callers of `observe` refuse 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any, Protocol, runtime_checkable
@@ -109,8 +108,7 @@ def attend(
     virtual = key.shape[2] - real
     added = added_scores(attention_mask, position_bias, query.dtype, real, virtual, columns)
     if recorder is None:
-        groups = query.shape[1] // key.shape[1]
-        if groups > 1:
+        if (groups := query.shape[1] // key.shape[1]) > 1:
             key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
         output = F.scaled_dot_product_attention(
             query, key, value, attn_mask=added, dropout_p=dropout, scale=scaling
@@ -194,8 +192,7 @@ class Dispatched:
     """Inside, the model's attention calls `attend`; afterwards it is as before."""
 
     def __init__(self, model: PreTrainedModel):
-        parts = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
-        configs = {id(part.config): part.config for part in parts}.values()
+        configs = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
         self.before = [(config, config._attn_implementation) for config in configs]
 
     def __enter__(self):
@@ -228,30 +225,26 @@ class Prefixed:
                 delattr(module, PREFIX)
 
 
-@contextlib.contextmanager
 def recorded(model: PreTrainedModel, sites: list[AttentionSite]):
-    """Inside, every forward pass is recorded: it fills the yielded dict, name -> Record."""
-    names = {site.module: site.name for site in sites}
-    records: dict[str, Record] = {}
+    """Inside, every forward pass is recorded: it fills the given dict, name -> Record."""
+    return _recording(model, {site.module: site.name for site in sites})
+
+
+@contextlib.contextmanager
+def _recording(model: PreTrainedModel, keys: dict[nn.Module, Any]):
+    """Inside, each attention that one of the modules computes fills the dict, key -> Record."""
+    records: dict[Any, Record] = {}
 
     def keep(module: nn.Module, record: Record) -> None:
-        records[names[module]] = record
+        records[keys[module]] = record
 
-    with _recording(model, names, keep):
-        yield records
-
-
-@contextlib.contextmanager
-def _recording(model: PreTrainedModel, modules: Iterable[nn.Module], keep: Callable):
-    """Inside, each attention that one of the modules computes calls `keep(module, record)`."""
-    modules = list(modules)
     try:
-        for module in modules:
+        for module in keys:
             setattr(module, RECORDER, keep)
         with Dispatched(model):
-            yield
+            yield records
     finally:
-        for module in modules:
+        for module in keys:
             vars(module).pop(RECORDER, None)
 
 
@@ -262,42 +255,25 @@ def observe(model: PreTrainedModel, layers: dict[str, list[nn.Module]]) -> list[
     `layers` gives the blocks of each stack. One forward pass on two tokens finds the sublayers with
     their heads and key sizes; nothing is read from a configuration.
     """
-    found: list[tuple[nn.Module, Record]] = []
-    place = {
-        module: (stack, index)
+    places = {
+        module: (module, stack, layer)
         for stack, blocks in layers.items()
-        for index, block in enumerate(blocks)
+        for layer, block in enumerate(blocks)
         for module in block.modules()
     }
-
-    def keep(module: nn.Module, record: Record) -> None:
-        found.append((module, record))
-
-    device = next(model.parameters()).device
-    tokens = torch.zeros(1, 2, dtype=torch.long, device=device)
+    tokens = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
     given = {"decoder_input_ids": tokens[:, :1]} if model.config.is_encoder_decoder else {}
     training = model.training
     try:
         model.eval()
-        with _recording(model, place, keep):
+        with _recording(model, places) as records:
             model(input_ids=tokens, attention_mask=torch.ones_like(tokens), **given)
     finally:
         model.train(training)
     sites = []
-    for module, record in found:
-        stack, layer = place[module]
+    for (module, stack, layer), record in records.items():
         cross = record.key.shape[2] != record.query.shape[2]  # one query reads two tokens
-        name = f"{stack}.layers.{layer}" if stack else f"layers.{layer}"
-        sites.append(
-            AttentionSite(
-                name=f"{name}.cross" if cross else name,
-                module=module,
-                stack=stack,
-                layer=layer,
-                cross=cross,
-                heads=record.query.shape[1],
-                kv_heads=record.key.shape[1],
-                head_dim=record.key.shape[3],
-            )
-        )
+        name = f"{stack}.layers.{layer}{'.cross' if cross else ''}".removeprefix(".")
+        (_, heads, _, _), (_, kv_heads, _, head_dim) = record.query.shape, record.key.shape
+        sites.append(AttentionSite(name, module, stack, layer, cross, heads, kv_heads, head_dim))
     return sites

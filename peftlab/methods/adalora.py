@@ -1,9 +1,6 @@
 """AdaLoRA: one budget of ranks, which training distributes among the weights."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -46,7 +43,6 @@ class TripletDelta(nn.Module):
         return times(low * (self.scale * self.L), self.P)
 
     def delta_weight(self) -> Float[Tensor, "d_out d_in"]:
-        """ΔW itself, for merging and inspection."""
         return (self.P * (self.scale * self.L)) @ self.Q
 
 
@@ -79,11 +75,11 @@ class AdaLoRA(DeltaMethod):
     start: int | float = 0.1
     end: int | float = 0.7
 
-    rank: ClassVar[str] = "init_r"
-    name: ClassVar[str] = "adalora"
-    title: ClassVar[str] = "AdaLoRA"
-    learning_rate: ClassVar[float] = 1e-2
-    limits: ClassVar[dict] = {"init_r": (1,), "alpha": (0.0,)}
+    rank = "init_r"
+    name = "adalora"
+    title = "AdaLoRA"
+    learning_rate = 1e-2
+    limits = {"init_r": (1,), "alpha": (0.0,)}
     limits |= dict.fromkeys(("dropout", "beta1", "start"), (0.0, 1.0))
 
     def __post_init__(self):

@@ -21,8 +21,7 @@ class Attachment:
     """The sites that a method reached on a base, and the parameters that train.
 
     `modules` holds the modules that change the base, by place, and `sources` the sources of soft
-    prompts. `headless` says that a head replaces the language model's own. `chosen` is the method
-    with its choices on this base given by name.
+    prompts. `headless`: a head replaces the model's own. `chosen`: the method, its choices named.
     """
 
     method: Method
@@ -51,6 +50,15 @@ class Attachment:
         weight = self.base.anatomy.embedding.weight
         module.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
         self.modules[place] = module
+
+    def own(self) -> tuple[nn.Module, list[str]]:
+        """The module whose own parameters may train, and their names, those of tied ones once.
+
+        A head reads the backbone: a pooler is then as unused as the language model's own head.
+        """
+        module = self.base.anatomy.backbone if self.headless else self.base.model
+        names = [name for name, _ in module.named_parameters()]
+        return module, [n for n in names if not (self.headless and n.startswith("pooler."))]
 
     def leave(self) -> None:
         """Leave every site, in reverse order."""

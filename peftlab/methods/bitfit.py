@@ -1,11 +1,7 @@
 """BitFit: only the biases train."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import ClassVar
 
-from peftlab.bases import Shape
 from peftlab.methods.method import Method
 from peftlab.sites import ExistingParameters
 
@@ -27,19 +23,14 @@ class BitFit(Method):
     Ben Zaken et al. 2022, arXiv:2106.10199, section 2. The original tensors are kept aside.
     """
 
-    name: ClassVar[str] = "bitfit"
-    title: ClassVar[str] = "BitFit"
-    learning_rate: ClassVar[float] = 1e-2
-    in_place: ClassVar[bool] = True
+    name = "bitfit"
+    title = "BitFit"
+    learning_rate = 1e-2
+    in_place = True
 
     def reach(self, base, attachment, generator):
-        module = base.anatomy.backbone if attachment.headless else base.model
-        names = [
-            name
-            for name, _ in module.named_parameters()
-            if name.split(".")[-1] == "bias"
-            and not (attachment.headless and name.startswith("pooler"))  # unused, like the old head
-        ]
+        module, names = attachment.own()
+        names = [name for name in names if name.split(".")[-1] == "bias"]
         if not names:
             raise ValueError(
                 f"BitFit trains biases, and {base.name} has none: no linear map or norm of "
@@ -47,6 +38,5 @@ class BitFit(Method):
             )
         attachment.enter(ExistingParameters(module, names))
 
-    def parameters(self, shape: Shape) -> int:
-        """The number of all biases; 0 if there are none."""
+    def parameters(self, shape):
         return shape.biases

@@ -1,9 +1,6 @@
 """The small module that all adapters share, and how it is attached to a base."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -11,7 +8,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftlab.bases import Shape
-from peftlab.methods.checks import check_choice
 from peftlab.methods.method import Method
 from peftlab.sites import SublayerOutput
 
@@ -28,8 +24,10 @@ class Bottleneck(nn.Module):
 
     def __init__(self, d_model: int, m: int, non_linearity: str, scaling: int | float):
         super().__init__()
-        self.W_down, self.b_down = nn.Parameter(torch.empty(m, d_model)), _zeros(m)
-        self.W_up, self.b_up = nn.Parameter(torch.empty(d_model, m)), _zeros(d_model)
+        self.W_down = nn.Parameter(torch.empty(m, d_model))
+        self.b_down = nn.Parameter(torch.zeros(m))
+        self.W_up = nn.Parameter(torch.empty(d_model, m))
+        self.b_up = nn.Parameter(torch.zeros(d_model))
         self.non_linearity, self.scaling = non_linearity, scaling
 
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
@@ -39,18 +37,14 @@ class Bottleneck(nn.Module):
         return self.scaling * F.linear(hidden, self.W_up, self.b_up)
 
 
-def _zeros(size: int) -> nn.Parameter:
-    return nn.Parameter(torch.zeros(size))
-
-
 @dataclass(frozen=True)
 class Adapter(Method, listed=False):
     """The common part of the adapters.
 
     They differ in their sublayers, in their input and in their initial values.
     `non_linearity`: relu, gelu, silu (also called swish) or tanh. `sublayers`: any of attention,
-    mlp, and cross, the attention of T5's decoder to its encoder. Two adapters can be combined if
-    they are at different sublayers.
+    mlp, and cross, the attention of T5's decoder to its encoder. Two adapters can be combined at
+    different sublayers.
     """
 
     bottleneck: int
@@ -58,19 +52,16 @@ class Adapter(Method, listed=False):
     scaling: int | float = 1.0
     sublayers: tuple[str, ...] | list[str] = ("mlp",)
 
-    beside: ClassVar[bool] = False  # True: f reads the input of the sublayer, not its output
-
-    limits: ClassVar[dict] = {"bottleneck": (1,), "scaling": (0.0,)}
+    beside = False  # True: f reads the input of the sublayer, not its output
+    limits = {"bottleneck": (1,), "scaling": (0.0,)}
+    choices = {"non_linearity": tuple(NON_LINEARITIES)}
 
     def __post_init__(self):
         super().__post_init__()
-        check_choice("non_linearity", self.non_linearity, tuple(NON_LINEARITIES))
         kinds = self.sublayers
         if not isinstance(kinds, list | tuple) or not kinds or set(kinds) - set(SUBLAYERS):
-            raise ValueError(
-                f"sublayers={kinds!r}: give a list of some of {', '.join(SUBLAYERS)}, "
-                "such as ['mlp']"
-            )
+            needed = f"give a list of some of {', '.join(SUBLAYERS)}, such as ['mlp']"
+            raise ValueError(f"sublayers={kinds!r}: {needed}")
         object.__setattr__(self, "sublayers", tuple(dict.fromkeys(kinds)))  # once each
 
     def initialise(self, f: Bottleneck, generator: torch.Generator) -> None:
@@ -81,11 +72,10 @@ class Adapter(Method, listed=False):
         shape = base.anatomy.shape
         self.parameters(shape)  # raises for a sublayer that the base does not have
         for sublayer in base.anatomy.sublayers:
-            if sublayer.kind not in self.sublayers:
-                continue
-            f = Bottleneck(shape.d_model, self.bottleneck, self.non_linearity, self.scaling)
-            self.initialise(f, generator)
-            attachment.enter(SublayerOutput(sublayer, f, self.beside), f)
+            if sublayer.kind in self.sublayers:
+                f = Bottleneck(shape.d_model, self.bottleneck, self.non_linearity, self.scaling)
+                self.initialise(f, generator)
+                attachment.enter(SublayerOutput(sublayer, f, self.beside), f)
 
     def parameters(self, shape: Shape) -> int:
         """2 m d_model + m + d_model for every sublayer with an adapter."""

@@ -1,7 +1,5 @@
 """Checks of hyper-parameters, with messages that say what is allowed."""
 
-from __future__ import annotations
-
 from peftlab.bases import Shape
 
 
@@ -31,20 +29,12 @@ def check_texts(texts, score: str, needed: str) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def check_rank(name: str, r: int, d_in: int, d_out: int, where: str) -> None:
-    """Raise ValueError if a rank is above the largest rank of a matrix of this size."""
-    most = min(d_in, d_out)
-    if r > most:
-        raise ValueError(f"{name}={r} at {where} ({d_out}×{d_in}): allowed is 1 to {most}")
-
-
 def check_context(count: int, shape: Shape) -> None:
     """Raise ValueError unless a token of the input fits beside `count` virtual ones."""
     if count >= shape.context:
-        raise ValueError(
-            f"num_virtual_tokens={count}: {shape.name} has {shape.context} "
-            f"positions, so allowed is 1 to {shape.context - 1}, with one left for the input"
-        )
+        allowed = f"allowed is 1 to {shape.context - 1}, with one left for the input"
+        have = f"{shape.name} has {shape.context} positions"
+        raise ValueError(f"num_virtual_tokens={count}: {have}, so {allowed}")
 
 
 def check_init(init: str, text: str | None, allowed: tuple[str, ...]) -> None:
@@ -52,18 +42,6 @@ def check_init(init: str, text: str | None, allowed: tuple[str, ...]) -> None:
     check_choice("init", init, allowed)
     if (init == "text") != bool(text):
         raise ValueError('init="text" and a non-empty init_text go together')
-
-
-def checked_targets(targets) -> tuple[str, ...] | str:
-    """The targets, each once, or "all-linear". Raises ValueError for anything else."""
-    if targets == "all-linear":
-        return targets
-    if not isinstance(targets, list | tuple) or not targets:
-        raise ValueError(
-            f"target_modules={targets!r}: give a list of targets, such as ['q', 'v'], "
-            "or 'all-linear'"
-        )
-    return tuple(dict.fromkeys(targets))
 
 
 def checked_placement(placement, total: int) -> tuple[tuple[int, str], ...] | None:
@@ -78,9 +56,8 @@ def checked_placement(placement, total: int) -> tuple[tuple[int, str], ...] | No
         if not all(isinstance(where, str) for _, where in blocks):
             raise TypeError
     except (TypeError, ValueError):
-        raise ValueError(
-            f"placement={placement!r}: give (count, where) pairs, such as [(3, 'front')]"
-        ) from None
+        needed = "give (count, where) pairs, such as [(3, 'front')]"
+        raise ValueError(f"placement={placement!r}: {needed}") from None
     for count, where in blocks:
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"a count of placement={count!r}: allowed is a whole number from 1 on")

@@ -1,7 +1,5 @@
 """Which methods cannot be combined on one base, and why: one table for all of them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from peftlab.methods.method import Method
@@ -9,6 +7,12 @@ from peftlab.methods.method import Method
 PRUNING = ("prune", "prune_structures")
 PREFIXES = ("prefix_tuning", "p_tuning_v2", "prompt_and_prefix")
 ANY = None
+
+TRAINS_ALL = "it trains every parameter and composes with no other, but for pruning before it"
+ON_THE_BASE = "it comes first, for the mask is chosen on W as the base has it"
+CODES_MIX = "codes are made anew for whole blocks, and a mask is not kept through that"
+SIZES = "it comes first, for the others are made to the sizes that are left"
+SAME_HEADS = "a prefix has as many heads in every layer, those of the whole model"
 
 
 @dataclass(frozen=True)
@@ -19,52 +23,20 @@ class Rule:
     """
 
     method: str
-    before: tuple[str, ...] | None
-    after: tuple[str, ...] | None
     reason: str
+    before: tuple[str, ...] | None = ()
+    after: tuple[str, ...] | None = ()
     but: tuple[str, ...] = ()
 
 
 RULES = (
-    Rule(
-        "full_fine_tuning",
-        before=ANY,
-        after=(),
-        reason="it trains every parameter and composes with no other, but for pruning before it",
-        but=PRUNING,
-    ),
-    Rule(
-        "full_fine_tuning",
-        before=(),
-        after=ANY,
-        reason="it trains every parameter and composes with no other, but for pruning before it",
-    ),
-    Rule(
-        "prune",
-        before=ANY,
-        after=(),
-        reason="it comes first, for the mask is chosen on W as the base has it",
-        but=("prune_structures",),
-    ),
-    Rule("prune", before=(), after=("pissa",), reason="it splits W into two parts, both dense"),
-    Rule(
-        "prune",
-        before=(),
-        after=("nf4", "qlora"),
-        reason="codes are made anew for whole blocks, and a mask is not kept through that",
-    ),
-    Rule(
-        "prune_structures",
-        before=ANY,
-        after=(),
-        reason="it comes first, for the others are made to the sizes that are left",
-    ),
-    Rule(
-        "prune_structures",
-        before=(),
-        after=PREFIXES,
-        reason="a prefix has as many heads in every layer, those of the whole model",
-    ),
+    Rule("full_fine_tuning", TRAINS_ALL, before=ANY, but=PRUNING),
+    Rule("full_fine_tuning", TRAINS_ALL, after=ANY),
+    Rule("prune", ON_THE_BASE, before=ANY, but=("prune_structures",)),
+    Rule("prune", "it splits W into two parts, both dense", after=("pissa",)),
+    Rule("prune", CODES_MIX, after=("nf4", "qlora")),
+    Rule("prune_structures", SIZES, before=ANY),
+    Rule("prune_structures", SAME_HEADS, after=PREFIXES),
 )
 
 

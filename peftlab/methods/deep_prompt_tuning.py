@@ -1,46 +1,32 @@
 """Deep prompt tuning: new virtual tokens at the input of every layer."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
-from peftlab.bases import Shape
-from peftlab.methods.checks import check_context, check_init
-from peftlab.methods.method import Method
-from peftlab.methods.soft import PROMPT_INITS, Flat, initial_prompt, put
+from peftlab.methods.checks import check_context
+from peftlab.methods.prompt_tuning import PromptTuning
+from peftlab.methods.soft import Flat, initial_prompt, put
 from peftlab.sites import InputEmbeddings
 
 
 @dataclass(frozen=True)
-class DeepPromptTuning(Method):
+class DeepPromptTuning(PromptTuning):
     """Virtual tokens at the input, and new ones at the input of every layer.
 
         [h_l of the virtual tokens; h_l of the text] → [P_l; h_l of the text]      P_l (P, d_model)
 
     The frozen W_k and W_v make the keys and values of each P_l, so one vector replaces the two of
     prefix tuning: P · L · d_model numbers, trained and stored. The virtual tokens still cost
-    queries and an MLP in every layer.
+    queries and an MLP in every layer. The hyper-parameters are those of prompt tuning.
 
     Some sources call this prefix tuning or P-tuning v2. It is the "prefix-layer" baseline of Hu et
     al. 2021, arXiv:2106.09685, section 5.1, and the prompt-deep of vision transformers. On T5 it is
     only in the encoder.
     """
 
-    num_virtual_tokens: int = 20
-    init: str = "vocabulary"
-    init_text: str | None = None
-
-    name: ClassVar[str] = "deep_prompt_tuning"
-    title: ClassVar[str] = "Deep prompt tuning"
-    learning_rate: ClassVar[float] = 0.1
-    limits: ClassVar[dict] = {"num_virtual_tokens": (1,)}
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_init(self.init, self.init_text, PROMPT_INITS)
+    name = "deep_prompt_tuning"
+    title = "Deep prompt tuning"
 
     def reach(self, base, attachment, generator):
         count, layers = self.num_virtual_tokens, base.anatomy.shape.layers
@@ -48,14 +34,10 @@ class DeepPromptTuning(Method):
         start = [
             initial_prompt(base, self.init, self.init_text, count, generator) for _ in range(layers)
         ]
-        read, place = (
-            put(attachment, Flat({"prompt": torch.stack(start)})),
-            [(count, "front", None)],
-        )
+        read = put(attachment, Flat({"prompt": torch.stack(start)}))
+        place = [(count, "front", None)]
         attachment.enter(InputEmbeddings(base.anatomy, read, place, every_layer=True))
         attachment.virtual_tokens = count
 
-    def parameters(self, shape: Shape) -> int:
-        """P · L · d_model."""
-        check_context(self.num_virtual_tokens, shape)
-        return self.num_virtual_tokens * shape.layers * shape.d_model
+    def parameters(self, shape):
+        return shape.layers * super().parameters(shape)

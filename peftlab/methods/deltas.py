@@ -1,14 +1,8 @@
 """The common part of the methods at linear weights: targets, and one delta for each weight."""
 
-from __future__ import annotations
-
-from typing import ClassVar
-
-import torch
-from torch import nn
+from torch import Generator, nn
 
 from peftlab.bases import Base, Linear, Shape
-from peftlab.methods.checks import check_rank, checked_targets
 from peftlab.methods.method import Attachment, Method
 from peftlab.sites import LinearWeight
 
@@ -16,13 +10,18 @@ from peftlab.sites import LinearWeight
 class Targeted(Method, listed=False):
     """A method at linear weights with certain roles.
 
-    Subclasses are dataclasses with a field `target_modules`: any of q k v o up down gate, as a
-    list, or "all-linear".
+    Subclasses are dataclasses. `target_modules`: a list of q k v o up down gate, or "all-linear".
     """
 
     def __post_init__(self):
         super().__post_init__()
-        object.__setattr__(self, "target_modules", checked_targets(self.target_modules))
+        targets = self.target_modules
+        if targets == "all-linear":
+            return
+        if not isinstance(targets, list | tuple) or not targets:
+            needed = "give a list of targets, such as ['q', 'v'], or 'all-linear'"
+            raise ValueError(f"target_modules={targets!r}: {needed}")
+        object.__setattr__(self, "target_modules", tuple(dict.fromkeys(targets)))  # once each
 
     def targets(self, available: tuple[str, ...]) -> tuple[str, ...]:
         """The targets on a model with the available ones; ValueError for an unavailable target."""
@@ -30,9 +29,8 @@ class Targeted(Method, listed=False):
             return available
         for target in self.target_modules:
             if target not in available:
-                raise ValueError(
-                    f"unknown target {target!r}: this model has {', '.join(available)}"
-                )
+                known = ", ".join(available)
+                raise ValueError(f"unknown target {target!r}: this model has {known}")
         return self.target_modules
 
     def matrices(self, shape: Shape) -> list[tuple[int, int, int]]:
@@ -48,15 +46,12 @@ class DeltaMethod(Targeted, listed=False):
     """A method that puts a delta beside every target weight.
 
     Subclasses make the delta (`delta`) and say how many numbers it trains (`size`). `rank` names
-    the field with the delta's rank, which every target matrix must allow; None if any matrix
-    allows any rank.
+    the field with the delta's rank, at most that of each target matrix; None sets no limit.
     """
 
-    rank: ClassVar[str | None] = "r"
+    rank = "r"
 
-    def delta(
-        self, linear: Linear, attachment: Attachment, generator: torch.Generator
-    ) -> nn.Module:
+    def delta(self, linear: Linear, attachment: Attachment, generator: Generator) -> nn.Module:
         """The delta for this weight, with its initial values."""
         raise NotImplementedError
 
@@ -65,9 +60,10 @@ class DeltaMethod(Targeted, listed=False):
         raise NotImplementedError
 
     def check(self, d_in: int, d_out: int, where: str) -> None:
-        """Raise ValueError if this weight is too small for the rank."""
-        if self.rank is not None:
-            check_rank(self.rank, getattr(self, self.rank), d_in, d_out, where)
+        """Raise ValueError if the rank is above the largest rank of a matrix of this size."""
+        most = min(d_in, d_out)
+        if self.rank is not None and (r := getattr(self, self.rank)) > most:
+            raise ValueError(f"{self.rank}={r} at {where} ({d_out}×{d_in}): allowed is 1 to {most}")
 
     def reach(self, base, attachment, generator):
         for linear in self.places(base):
@@ -90,8 +86,6 @@ def sharing(targets: tuple[str, ...], shape: Shape) -> list[str]:
     shared = [target for target in targets if target in shape.fused]
     if len(shared) < 2:
         have = f"holds {', '.join(shape.fused)} in one" if shape.fused else "has none in common"
-        raise ValueError(
-            f"fused=True with {', '.join(targets)}: two targets in one "
-            f"matrix are needed, and {shape.family} {have}"
-        )
+        needed = f"two targets in one matrix are needed, and {shape.family} {have}"
+        raise ValueError(f"fused=True with {', '.join(targets)}: {needed}")
     return shared

@@ -1,10 +1,7 @@
 """DoRA: the length of every row of a weight is trained separately from its direction."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -86,10 +83,10 @@ class DoRA(DeltaMethod):
     target_modules: tuple[str, ...] | list[str] | str = ("q", "v")
     dropout: int | float = 0.0
 
-    name: ClassVar[str] = "dora"
-    title: ClassVar[str] = "DoRA"
-    learning_rate: ClassVar[float] = 3e-3
-    limits: ClassVar[dict] = {"r": (1,), "alpha": (0.0,), "dropout": (0.0, 1.0)}
+    name = "dora"
+    title = "DoRA"
+    learning_rate = 3e-3
+    limits = {"r": (1,), "alpha": (0.0,), "dropout": (0.0, 1.0)}
 
     def delta(self, linear, attachment, generator):
         delta = MagnitudeDelta(lambda: linear.weight, self.r, self.alpha, self.dropout)

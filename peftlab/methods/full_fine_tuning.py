@@ -1,11 +1,7 @@
 """Full fine-tuning: every parameter of the base trains."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import ClassVar
 
-from peftlab.bases import Shape
 from peftlab.methods.method import Method
 from peftlab.sites import ExistingParameters
 
@@ -22,20 +18,13 @@ class FullFineTuning(Method):
     Every parameter-efficient method is measured against it.
     """
 
-    name: ClassVar[str] = "full_fine_tuning"
-    title: ClassVar[str] = "Full fine-tuning"
-    learning_rate: ClassVar[float] = 5e-4
-    in_place: ClassVar[bool] = True
+    name = "full_fine_tuning"
+    title = "Full fine-tuning"
+    learning_rate = 5e-4
+    in_place = True
 
     def reach(self, base, attachment, generator):
-        module = base.anatomy.backbone if attachment.headless else base.model
-        names = [  # a tied tensor comes once; a pooler under a head is as unused as the old head
-            name
-            for name, _ in module.named_parameters()
-            if not (attachment.headless and name.startswith("pooler."))
-        ]
-        attachment.enter(ExistingParameters(module, names))
+        attachment.enter(ExistingParameters(*attachment.own()))
 
-    def parameters(self, shape: Shape) -> int:
-        """The number of all parameters of the base."""
+    def parameters(self, shape):
         return shape.parameters()

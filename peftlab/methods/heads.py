@@ -22,11 +22,7 @@ class Head:
     """A linear layer from d_model to a few classes."""
 
     kind: ClassVar[str]
-
-    @property
-    def classes(self) -> int:
-        """The number of outputs for each token, or for each text."""
-        raise NotImplementedError
+    classes: ClassVar[int]  # the number of outputs for each token, or for each text
 
     def parameters(self, d_model: int) -> int:
         """d_model · classes + classes."""
@@ -41,10 +37,7 @@ class Head:
         return linear
 
     def logits(
-        self,
-        linear: nn.Linear,
-        hidden: Float[Tensor, "batch seq d_model"],
-        mask: Int[Tensor, "batch seq"],
+        self, linear, hidden: Float[Tensor, "batch seq d_model"], mask: Int[Tensor, "batch seq"]
     ) -> Tensor:
         """(batch, seq, classes), or (batch, classes) if the head reads the whole text."""
         return linear(hidden.to(linear.weight.dtype))
@@ -60,10 +53,11 @@ class Head:
     @staticmethod
     def from_dict(config: dict) -> Head:
         """The inverse of `to_dict`. Raises ValueError for an unknown head."""
-        options = {key: value for key, value in config.items() if key != "head"}
-        if config.get("head") not in HEADS:
-            raise ValueError(f"unknown head {config.get('head')!r}: known are {', '.join(HEADS)}")
-        return HEADS[config["head"]](**options)
+        options = dict(config)
+        kind = options.pop("head", None)
+        if kind not in HEADS:
+            raise ValueError(f"unknown head {kind!r}: known are {', '.join(HEADS)}")
+        return HEADS[kind](**options)
 
 
 @dataclass(frozen=True)
@@ -84,7 +78,7 @@ class _Labelled(Head):
 class Tagging(_Labelled):
     """A label for each token. Labels of a batch are (batch, seq), −100 at unlabelled tokens."""
 
-    kind: ClassVar[str] = "tagging"
+    kind = "tagging"
 
 
 @dataclass(frozen=True)
@@ -95,7 +89,7 @@ class Classification(_Labelled):
     """
 
     pool: str = "mean"
-    kind: ClassVar[str] = "classification"
+    kind = "classification"
 
     def __post_init__(self):
         super().__post_init__()
@@ -116,11 +110,8 @@ class Classification(_Labelled):
 class Spans(Head):
     """Start and end of an answer: two numbers a token. Labels of a batch are (batch, 2)."""
 
-    kind: ClassVar[str] = "spans"
-
-    @property
-    def classes(self) -> int:
-        return 2
+    kind = "spans"
+    classes = 2
 
     def logits(self, linear, hidden, mask):
         scores = super().logits(linear, hidden, mask)

@@ -1,9 +1,6 @@
 """The adapter of Houlsby et al.: a bottleneck after every attention and every MLP."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import nn
 
@@ -36,10 +33,10 @@ class HoulsbyAdapter(Adapter):
     sublayers: tuple[str, ...] | list[str] = ("attention", "mlp")
     init_std: int | float = 1e-2
 
-    name: ClassVar[str] = "houlsby"
-    title: ClassVar[str] = "Houlsby adapter"
-    learning_rate: ClassVar[float] = 1e-2
-    limits: ClassVar[dict] = {**Adapter.limits, "init_std": (0.0,)}
+    name = "houlsby"
+    title = "Houlsby adapter"
+    learning_rate = 1e-2
+    limits = {**Adapter.limits, "init_std": (0.0,)}
 
     def initialise(self, f, generator):
         std = self.init_std

@@ -1,14 +1,10 @@
 """(IA)³: a learned factor on every key, value and inner activation."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import nn
 
-from peftlab.bases import Shape
 from peftlab.methods.method import Method
 from peftlab.sites import Scale
 
@@ -42,9 +38,9 @@ class IA3(Method):
     target_modules: tuple[str, ...] | list[str] = ("k", "v", "down")
     feedforward_modules: tuple[str, ...] | list[str] = ("down",)
 
-    name: ClassVar[str] = "ia3"
-    title: ClassVar[str] = "(IA)³"
-    learning_rate: ClassVar[float] = 1e-1
+    name = "ia3"
+    title = "(IA)³"
+    learning_rate = 1e-1
 
     def __post_init__(self):
         for field in ("target_modules", "feedforward_modules"):
@@ -65,8 +61,7 @@ class IA3(Method):
             factors = Factors(linear.d_in if of_input else linear.d_out)
             attachment.enter(Scale(linear, factors, of_input), factors)
 
-    def parameters(self, shape: Shape) -> int:
-        """The sum of the scaled widths over all scaled weights."""
+    def parameters(self, shape):
         return sum(
             copies * (d_in if target in self.feedforward_modules else d_out)
             for target in self.target_modules

@@ -1,11 +1,7 @@
 """LayerNorm tuning: only the norms train."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import ClassVar
 
-from peftlab.bases import Shape
 from peftlab.methods.method import Method
 from peftlab.sites import ExistingParameters
 
@@ -25,13 +21,13 @@ class LayerNormTuning(Method):
     it as a baseline, and train the norms together with their adapters.
     """
 
-    name: ClassVar[str] = "layer_norm"
-    title: ClassVar[str] = "LayerNorm tuning"
-    learning_rate: ClassVar[float] = 1e-2
-    in_place: ClassVar[bool] = True
+    name = "layer_norm"
+    title = "LayerNorm tuning"
+    learning_rate = 1e-2
+    in_place = True
 
     def reach(self, base, attachment, generator):
-        module = base.anatomy.backbone if attachment.headless else base.model
+        module, _ = attachment.own()
         names = [
             f"{where}.{name}"
             for where, norm in module.named_modules()
@@ -40,6 +36,5 @@ class LayerNormTuning(Method):
         ]
         attachment.enter(ExistingParameters(module, names))
 
-    def parameters(self, shape: Shape) -> int:
-        """The size of a norm times the number of norms."""
+    def parameters(self, shape):
         return shape.norms * shape.norm_size

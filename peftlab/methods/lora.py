@@ -1,16 +1,13 @@
 """LoRA: a low-rank delta beside frozen linear weights."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from peftlab.bases import Shape, fused
+from peftlab.bases import fused
 from peftlab.methods.deltas import DeltaMethod, sharing
 
 
@@ -19,17 +16,10 @@ class LowRankDelta(nn.Module):
 
     A (r, d_in) starts uniform in ±1/√d_in, B (d_out, r) starts at zero, so ΔW starts at zero.
     `forward` goes through the r-dimensional middle and never forms the (d_out, d_in) product.
-    With `use_rslora` s is α / √r.
     """
 
     def __init__(
-        self,
-        d_in: int,
-        d_out: int,
-        r: int,
-        alpha: int | float,
-        dropout: int | float = 0.0,
-        use_rslora: bool = False,
+        self, d_in: int, d_out: int, r: int, alpha: int | float, dropout=0.0, use_rslora=False
     ):
         super().__init__()
         self.A = nn.Parameter(torch.empty(r, d_in))
@@ -51,7 +41,6 @@ class LowRankDelta(nn.Module):
         return nn.functional.linear(low, self.B)
 
     def delta_weight(self) -> Float[Tensor, "d_out d_in"]:
-        """ΔW itself, for merging and inspection."""
         return self.scale * self.B @ self.A
 
 
@@ -86,15 +75,10 @@ class LoRA(DeltaMethod):
     loraplus_lr_ratio: int | float = 1.0
     fused: bool = False
 
-    name: ClassVar[str] = "lora"
-    title: ClassVar[str] = "LoRA"
-    learning_rate: ClassVar[float] = 3e-3
-    limits: ClassVar[dict] = {
-        "r": (1,),
-        "alpha": (0.0,),
-        "dropout": (0.0, 1.0),
-        "loraplus_lr_ratio": (1.0,),
-    }
+    name = "lora"
+    title = "LoRA"
+    learning_rate = 3e-3
+    limits = {"r": (1,), "alpha": (0.0,), "dropout": (0.0, 1.0), "loraplus_lr_ratio": (1.0,)}
 
     def rate(self, name):
         return float(self.loraplus_lr_ratio) if name.endswith(".B") else 1.0
@@ -113,8 +97,7 @@ class LoRA(DeltaMethod):
     def size(self, d_in, d_out):
         return self.r * (d_in + d_out)
 
-    def parameters(self, shape: Shape) -> int:
-        """Σ r (d_in + d_out) over the target matrices, minus r d_in for every shared A."""
+    def parameters(self, shape):
         shared = sharing(self.targets(shape.targets), shape)[1:] if self.fused else []
         less = [n * self.r * d_in for t in shared for n, d_in, _ in shape.matrices(t)]
         return super().parameters(shape) - sum(less)

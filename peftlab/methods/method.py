@@ -19,7 +19,8 @@ class Method:
     """A method's hyper-parameters. Subclasses are frozen dataclasses, so they print and compare.
 
     A subclass implements `reach` and `parameters`; everything else has a default that fits most
-    methods. `METHODS`, and thus saved adapters, list it by its `name`, unless it has
+    methods. Its annotated fields are the hyper-parameters; `name`, `limits` and the like have no
+    annotation there. `METHODS`, and thus saved adapters, list it by its `name`, unless it has
     `listed=False`, as a method of a single experiment or test does.
     """
 
@@ -95,8 +96,8 @@ class Method:
         """The inverse of `to_dict`. Raises ValueError for an unknown method or hyper-parameter."""
         if not isinstance(config, dict):
             raise ValueError(f"a method is described by a dict, not by {config!r}")
-        options = {key: value for key, value in config.items() if key != "method"}
-        name = config.get("method")
+        options = dict(config)
+        name = options.pop("method", None)
         if name not in METHODS:
             raise ValueError(f"unknown method {name!r}: known are {', '.join(sorted(METHODS))}")
         try:

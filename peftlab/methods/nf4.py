@@ -1,9 +1,6 @@
 """NF4: the frozen weights held as codes of four bits, and nothing to train."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import ClassVar
 
 from peftlab.bases import Shape, fused
 from peftlab.methods.deltas import Targeted
@@ -21,8 +18,7 @@ class NF4(Targeted):
     Trained and stored: nothing; the codes come from the base's own weights. List it before a
     method that trains: `[NF4(), LoRA(r=8)]`. A block is `block_size` numbers along a row of W,
     continued in the next row; `double_quant` writes the m's in 8 bits. `quant_type` is nf4, or
-    for comparison fp4, e2m1 or int4. Biases, norms, embeddings and the language model's head stay
-    as they are.
+    for comparison fp4, e2m1 or int4. Biases, norms, embeddings and the model's head do not change.
 
     `target_modules` are logical, but whole modules are coded: GPT-2 has one for q, k and v, so
     naming one of them codes all three. The originals are kept on the CPU for `detach`.
@@ -35,17 +31,16 @@ class NF4(Targeted):
     quant_type: str = "nf4"
     target_modules: tuple[str, ...] | list[str] | str = "all-linear"
 
-    name: ClassVar[str] = "nf4"
-    title: ClassVar[str] = "NF4"
-
-    choices: ClassVar[dict] = {"double_quant": (True, False), "quant_type": QUANT_TYPES}
+    name = "nf4"
+    title = "NF4"
+    choices = {"double_quant": (True, False), "quant_type": QUANT_TYPES}
 
     def __post_init__(self):
         super().__post_init__()
         check_block_size(self.block_size)
 
     @property
-    def codes(self) -> NF4:
+    def codes(self):
         """This method itself: it holds the base's weights as codes."""
         return self
 
@@ -54,14 +49,8 @@ class NF4(Targeted):
         for linear in places:  # all are checked before the first is coded
             check_block_size(self.block_size, linear.d_out * linear.d_in, linear.name)
         for linear in places:
-            attachment.enter(
-                CodedWeight(
-                    linear,
-                    block_size=self.block_size,
-                    double_quant=self.double_quant,
-                    quant_type=self.quant_type,
-                )
-            )
+            options = dict(double_quant=self.double_quant, quant_type=self.quant_type)
+            attachment.enter(CodedWeight(linear, block_size=self.block_size, **options))
 
     def places(self, base):
         """The whole modules that contain a target."""
@@ -69,8 +58,7 @@ class NF4(Targeted):
         whole = fused(list(base.anatomy.linears.values()))
         return [linear for linear in whole if linear.module in modules]
 
-    def parameters(self, shape: Shape) -> int:
-        """Nothing trains."""
+    def parameters(self, shape):
         return 0
 
     def coded(self, shape: Shape) -> tuple[int, int]:

@@ -1,11 +1,8 @@
 """P-tuning (v1): a small network makes a prompt, and a template places it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from itertools import pairwise
 
-from peftlab.bases import Shape
 from peftlab.methods import soft
 from peftlab.methods.checks import check_context, check_init, checked_placement, require
 from peftlab.methods.method import Method
@@ -47,17 +44,17 @@ class PTuning(Method):
     init: str = "vocabulary"
     init_text: str | None = None
 
-    name: ClassVar[str] = "p_tuning"
-    title: ClassVar[str] = "P-tuning"
-    limits: ClassVar[dict] = {"num_virtual_tokens": (1,), "encoder_num_layers": (1,)}
-    choices: ClassVar[dict] = {"encoder": ENCODERS, "sizes": SIZES}
+    name = "p_tuning"
+    title = "P-tuning"
+    limits = {"num_virtual_tokens": (1,), "encoder_num_layers": (1,)}
+    choices = {"encoder": ENCODERS, "sizes": SIZES}
 
     def __post_init__(self):
         super().__post_init__()
         if self.encoder_hidden_size is not None:
             require("encoder_hidden_size", self.encoder_hidden_size, 1)
-        if self.encoder_hidden_size is not None and self.sizes != "peft":
-            raise ValueError('encoder_hidden_size is an option of sizes="peft"')
+            if self.sizes != "peft":
+                raise ValueError('encoder_hidden_size is an option of sizes="peft"')
         if self.sizes == "peft" and self.encoder == "attention":
             raise ValueError('sizes="peft" has no attention encoder: use lstm or mlp')
         check_init(self.init, self.init_text, soft.PROMPT_INITS)
@@ -85,15 +82,13 @@ class PTuning(Method):
             module = soft.Flat({"prompt": table})
         else:
             with soft.seeded(generator):
-                module = soft.PromptEncoder(
-                    table, self.encoder, self.sizes, self.hidden(d), self.encoder_num_layers
-                )
+                sizes = (self.hidden(d), self.encoder_num_layers)
+                module = soft.PromptEncoder(table, self.encoder, self.sizes, *sizes)
         read, places = soft.put(attachment, module), soft.blocks(base, self.placement, count)
         attachment.enter(InputEmbeddings(base.anatomy, read, places))
         attachment.virtual_tokens = count
 
-    def parameters(self, shape: Shape) -> int:
-        """The table and the network, of the sizes that the class describes."""
+    def parameters(self, shape):
         check_context(self.num_virtual_tokens, shape)
         d = shape.d_model
         total = self.num_virtual_tokens * d
@@ -106,7 +101,7 @@ class PTuning(Method):
         if self.encoder == "attention":
             total += 4 * d * d + 4 * d
         widths = soft.mlp_widths(self.encoder, self.sizes, h, d)
-        return total + sum((i + 1) * o for i, o in zip(widths, widths[1:], strict=False))
+        return total + sum((w_in + 1) * w_out for w_in, w_out in pairwise(widths))
 
     def folded(self) -> Method:
         """The prompt that the network makes."""

@@ -1,9 +1,6 @@
 """P-tuning v2: prefix tuning for understanding, with a head, a depth and a length for each task."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import ClassVar
 
 from peftlab.methods.checks import require
 from peftlab.methods.prefix_tuning import PrefixTuning
@@ -17,8 +14,7 @@ class PTuningV2(PrefixTuning):
 
     Without `prefix_projection` and at full depth it has prefix tuning's own tensors. The paper adds
     their use (tagging and classification by a small head that starts at random, see `heads`), a
-    length for each task, no reparameterisation by default, and several tasks on one base. The
-    input does not change.
+    length for each task, no MLP by default, several tasks on one base. The input does not change.
 
     `depth` counts layers from the last one down, on T5 in each stack.
 
@@ -27,8 +23,8 @@ class PTuningV2(PrefixTuning):
 
     depth: int | None = None
 
-    name: ClassVar[str] = "p_tuning_v2"
-    title: ClassVar[str] = "P-tuning v2"
+    name = "p_tuning_v2"
+    title = "P-tuning v2"
 
     def __post_init__(self):
         super().__post_init__()

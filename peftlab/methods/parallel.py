@@ -1,10 +1,7 @@
 """The scaled parallel adapter of He et al.: a bottleneck beside the MLP."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import nn
 
@@ -19,8 +16,8 @@ class ParallelAdapter(Adapter):
 
     The MLP's first linear map reads x, its last one computes y; s is `scaling`. Trained and
     stored: 2 m d_model + m + d_model numbers a block; m is `bottleneck`. W_down starts uniform in
-    ±1/√d_model, W_up and both biases start at zero, so the output starts exactly as the base's. The
-    authors chose this start, which is LoRA's.
+    ±1/√d_model, W_up and both biases start at zero, so the output starts exactly as the base's,
+    as in LoRA and in the authors' code.
 
     The adapter is LoRA with a non-linearity in the middle, around two matrices at once: with σ the
     identity and around one matrix it would be LoRA, and could be merged. In a model that normalises
@@ -33,10 +30,10 @@ class ParallelAdapter(Adapter):
     bottleneck: int = 512
     scaling: int | float = 4.0
 
-    name: ClassVar[str] = "parallel"
-    title: ClassVar[str] = "Parallel adapter"
-    learning_rate: ClassVar[float] = 1e-2
-    beside: ClassVar[bool] = True
+    name = "parallel"
+    title = "Parallel adapter"
+    learning_rate = 1e-2
+    beside = True
 
     def initialise(self, f, generator):
         bound = 1 / math.sqrt(f.W_down.shape[1])

@@ -1,9 +1,6 @@
 """The adapter of Pfeiffer et al.: one bottleneck a block, after the MLP."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import nn
 
@@ -31,9 +28,9 @@ class PfeifferAdapter(Adapter):
 
     bottleneck: int = 48
 
-    name: ClassVar[str] = "pfeiffer"
-    title: ClassVar[str] = "Pfeiffer adapter"
-    learning_rate: ClassVar[float] = 1e-2
+    name = "pfeiffer"
+    title = "Pfeiffer adapter"
+    learning_rate = 1e-2
 
     def initialise(self, f, generator):
         for weight in (f.W_down, f.W_up):

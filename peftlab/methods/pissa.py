@@ -1,9 +1,6 @@
 """PiSSA: LoRA that starts at the principal singular vectors of the weight."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -23,21 +20,18 @@ class PrincipalDelta(nn.Module):
     def __init__(self, W: Float[Tensor, "d_out d_in"], r: int, alpha: int | float):
         super().__init__()
         self.scale = alpha / r
-        A, B = principal(W, r)
-        A, B = A / self.scale**0.5, B / self.scale**0.5
+        A, B = (factor / self.scale**0.5 for factor in principal(W, r))
         self.A, self.B = nn.Parameter(A), nn.Parameter(B)
         self.register_buffer("A0", A.clone())
         self.register_buffer("B0", B.clone())
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         x = x.to(self.A.dtype)
-        now, start = (
-            times(times(x, A) * self.scale, B) for A, B in ((self.A, self.B), (self.A0, self.B0))
-        )
+        now = times(times(x, self.A) * self.scale, self.B)
+        start = times(times(x, self.A0) * self.scale, self.B0)
         return now - start  # the same operations on the same numbers: exactly 0 at the start
 
     def delta_weight(self) -> Float[Tensor, "d_out d_in"]:
-        """ΔW itself, for merging and inspection."""
         return self.scale * (self.B @ self.A - self.B0 @ self.A0)
 
 
@@ -68,8 +62,7 @@ class PiSSA(DeltaMethod):
     A and B start at A₀ and B₀, the r largest singular values of W with their vectors. So the
     directions in which W is largest train, and both factors have a gradient at step 1. Trained: A
     and B, r·(d_in + d_out) numbers for each target matrix. Stored: these and the start, A₀ and B₀,
-    twice as many numbers, because a singular value decomposition on another machine gives other
-    digits and may give other vectors.
+    twice as many numbers, because a decomposition on another machine gives other digits or vectors.
 
     The paper writes the residual W − s B₀ A₀ into the frozen weight and adds s B A. This is the
     same function, but the base does not change: `forward` subtracts the start, which takes twice
@@ -82,11 +75,11 @@ class PiSSA(DeltaMethod):
     alpha: int | float = 8
     target_modules: tuple[str, ...] | list[str] | str = ("q", "v")
 
-    name: ClassVar[str] = "pissa"
-    title: ClassVar[str] = "PiSSA"
-    learning_rate: ClassVar[float] = 1e-3
-    limits: ClassVar[dict] = {"r": (1,), "alpha": (0.0,)}
-    start_is_stored: ClassVar[bool] = True
+    name = "pissa"
+    title = "PiSSA"
+    learning_rate = 1e-3
+    limits = {"r": (1,), "alpha": (0.0,)}
+    start_is_stored = True
 
     def __post_init__(self):
         super().__post_init__()

@@ -1,25 +1,14 @@
 """Prefix tuning: trainable keys and values in front of those of the text, in every layer."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 
 from peftlab.attention import AttentionSite
 from peftlab.bases import Shape
+from peftlab.methods import soft
 from peftlab.methods.checks import check_init
 from peftlab.methods.method import Method
-from peftlab.methods.soft import (
-    PREFIX_INITS,
-    Flat,
-    PrefixMLP,
-    attentions,
-    initial_prefix,
-    put,
-    seeded,
-)
 from peftlab.sites import KeysValues
 
 
@@ -41,8 +30,7 @@ class PrefixTuning(Method):
     draws from N(0, 1), "zero" uses zeros, which still change the output: a key of zeros takes its
     share of the softmax. With the MLP, torch's initial MLP computes the start from a N(0, 1) table.
 
-    `shift_positions` lets the text's positions begin after the prefix, as when a library passes
-    the prefix as a cache.
+    `shift_positions`: the text's positions begin after the prefix, as when it is passed as a cache.
 
     Li and Liang 2021, arXiv:2101.00190, sections 4.1 to 4.3.
     """
@@ -54,13 +42,13 @@ class PrefixTuning(Method):
     init_text: str | None = None
     shift_positions: bool = False
 
-    name: ClassVar[str] = "prefix_tuning"
-    title: ClassVar[str] = "Prefix tuning"
-    limits: ClassVar[dict] = {"num_virtual_tokens": (1,), "encoder_hidden_size": (1,)}
+    name = "prefix_tuning"
+    title = "Prefix tuning"
+    limits = {"num_virtual_tokens": (1,), "encoder_hidden_size": (1,)}
 
     def __post_init__(self):
         super().__post_init__()
-        check_init(self.init, self.init_text, PREFIX_INITS)
+        check_init(self.init, self.init_text, soft.PREFIX_INITS)
         if self.prefix_projection and self.init == "text":
             raise ValueError('init="text" needs prefix_projection=False: the MLP makes the start')
 
@@ -71,14 +59,15 @@ class PrefixTuning(Method):
 
     def reach(self, base, attachment, generator):
         self.parameters(base.anatomy.shape)  # raises if the prefix does not fit
-        sites, count = attentions(base, self.reaches), self.num_virtual_tokens
+        sites, count = soft.attentions(base, self.reaches), self.num_virtual_tokens
         if self.prefix_projection:
             table = torch.randn(count, base.anatomy.shape.d_model, generator=generator)
-            with seeded(generator):
-                module = PrefixMLP(table, self.encoder_hidden_size, sites)
+            with soft.seeded(generator):
+                module = soft.PrefixMLP(table, self.encoder_hidden_size, sites)
         else:
-            module = Flat(initial_prefix(base, sites, self.init, self.init_text, count, generator))
-        read = put(attachment, module)
+            start = (self.init, self.init_text, count, generator)
+            module = soft.Flat(soft.initial_prefix(base, sites, *start))
+        read = soft.put(attachment, module)
         attachment.enter(KeysValues(base.anatomy, sites, read, self.shift_positions))
         attachment.virtual_tokens = count if self.shift_positions else 0
 
@@ -90,9 +79,12 @@ class PrefixTuning(Method):
         """How many attention sublayers get a prefix."""
         return shape.attentions
 
-    def parameters(self, shape: Shape) -> int:
-        """2 · P · d_kv for each sublayer, or the table and the MLP that make them."""
-        self._check_length(shape)
+    def parameters(self, shape):
+        if self.shift_positions and self.num_virtual_tokens >= shape.context:
+            raise ValueError(
+                f"num_virtual_tokens={self.num_virtual_tokens} with shift_positions: "
+                f"{shape.name} has {shape.context} positions, one at least for the input"
+            )
         out = 2 * self.sublayers(shape) * shape.d_kv
         if not self.prefix_projection:
             return self.num_virtual_tokens * out
@@ -101,13 +93,4 @@ class PrefixTuning(Method):
 
     def folded(self) -> Method:
         """The flat prefix that the MLP makes."""
-        if not self.prefix_projection:
-            return self
-        return replace(self, prefix_projection=False)
-
-    def _check_length(self, shape: Shape) -> None:
-        if self.shift_positions and self.num_virtual_tokens >= shape.context:
-            raise ValueError(
-                f"num_virtual_tokens={self.num_virtual_tokens} with shift_positions: "
-                f"{shape.name} has {shape.context} positions, one at least for the input"
-            )
+        return replace(self, prefix_projection=False) if self.prefix_projection else self

@@ -1,24 +1,12 @@
 """A prompt and a prefix from one table, which one source calls P-tuning v2."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 
-from peftlab.bases import Shape
+from peftlab.methods import soft
 from peftlab.methods.checks import check_context, check_init
 from peftlab.methods.method import Method
-from peftlab.methods.soft import (
-    PROMPT_INITS,
-    Flat,
-    PrefixMLP,
-    attentions,
-    initial_prompt,
-    put,
-    seeded,
-)
 from peftlab.sites import InputEmbeddings, KeysValues
 
 
@@ -39,13 +27,13 @@ class PromptAndPrefix(Method):
     init: str = "vocabulary"
     init_text: str | None = None
 
-    name: ClassVar[str] = "prompt_and_prefix"
-    title: ClassVar[str] = "Prompt and prefix"
-    limits: ClassVar[dict] = {"num_virtual_tokens": (1,), "encoder_hidden_size": (1,)}
+    name = "prompt_and_prefix"
+    title = "Prompt and prefix"
+    limits = {"num_virtual_tokens": (1,), "encoder_hidden_size": (1,)}
 
     def __post_init__(self):
         super().__post_init__()
-        check_init(self.init, self.init_text, PROMPT_INITS)
+        check_init(self.init, self.init_text, soft.PROMPT_INITS)
 
     @property
     def learning_rate(self) -> float:
@@ -55,20 +43,19 @@ class PromptAndPrefix(Method):
     def reach(self, base, attachment, generator):
         count = self.num_virtual_tokens
         check_context(count, base.anatomy.shape)
-        sites = attentions(base, lambda layer, layers: True)
-        table = initial_prompt(base, self.init, self.init_text, count, generator)
-        with seeded(generator):
-            module = PrefixMLP(table, self.encoder_hidden_size, sites, with_prompt=True)
+        sites = soft.attentions(base, lambda layer, layers: True)
+        table = soft.initial_prompt(base, self.init, self.init_text, count, generator)
+        with soft.seeded(generator):
+            module = soft.PrefixMLP(table, self.encoder_hidden_size, sites, with_prompt=True)
         if not self.prefix_projection:
             with torch.no_grad():
-                module = Flat({key: t.clone() for key, t in module.to(table)().items()})
-        read = put(attachment, module)
+                module = soft.Flat({key: t.clone() for key, t in module.to(table)().items()})
+        read = soft.put(attachment, module)
         attachment.enter(InputEmbeddings(base.anatomy, read, [(count, "front", None)]))
         attachment.enter(KeysValues(base.anatomy, sites, read, shift_positions=False))
         attachment.virtual_tokens = count
 
-    def parameters(self, shape: Shape) -> int:
-        """The table and the MLP, or the table, P_k and P_v."""
+    def parameters(self, shape):
         check_context(self.num_virtual_tokens, shape)
         d, out = shape.d_model, 2 * shape.attentions * shape.d_kv
         if not self.prefix_projection:

@@ -1,11 +1,7 @@
 """Prompt tuning: trainable vectors in front of the embedded input."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import ClassVar
 
-from peftlab.bases import Shape
 from peftlab.methods.checks import check_context, check_init
 from peftlab.methods.method import Method
 from peftlab.methods.soft import PROMPT_INITS, Flat, initial_prompt, put
@@ -34,10 +30,10 @@ class PromptTuning(Method):
     init: str = "vocabulary"
     init_text: str | None = None
 
-    name: ClassVar[str] = "prompt_tuning"
-    title: ClassVar[str] = "Prompt tuning"
-    learning_rate: ClassVar[float] = 0.1
-    limits: ClassVar[dict] = {"num_virtual_tokens": (1,)}
+    name = "prompt_tuning"
+    title = "Prompt tuning"
+    learning_rate = 0.1
+    limits = {"num_virtual_tokens": (1,)}
 
     def __post_init__(self):
         super().__post_init__()
@@ -51,7 +47,6 @@ class PromptTuning(Method):
         attachment.enter(InputEmbeddings(base.anatomy, read, [(count, "front", None)]))
         attachment.virtual_tokens = count
 
-    def parameters(self, shape: Shape) -> int:
-        """num_virtual_tokens · d_model."""
+    def parameters(self, shape):
         check_context(self.num_virtual_tokens, shape)
         return self.num_virtual_tokens * shape.d_model

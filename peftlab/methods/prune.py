@@ -1,10 +1,7 @@
 """Pruning: some entries of the weights held at zero."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 
@@ -50,24 +47,22 @@ class Prune(Targeted):
     end: int | float = 0.5
     every: int = 10
 
-    name: ClassVar[str] = "prune"
-    title: ClassVar[str] = "Prune"
-    limits: ClassVar[dict] = {"sparsity": (0.0, 1.0), "end": (0.0, 1.0), "every": (1,)}
-    choices: ClassVar[dict] = {
+    name = "prune"
+    title = "Prune"
+    limits = {"sparsity": (0.0, 1.0), "end": (0.0, 1.0), "every": (1,)}
+    choices = {
         "score": ("magnitude", "wanda", "random", "stored"),
         "scope": (None, "row", "layer", "global"),
         "pattern": (None, "2:4"),
         "schedule": ("one-shot", "gradual"),
     }
-    stored_width: ClassVar[int] = 1
+    stored_width = 1
 
     def __post_init__(self):
         super().__post_init__()
         object.__setattr__(self, "calibration", check_texts(self.calibration, self.score, "wanda"))
         if self.pattern and (self.sparsity != 0.5 or self.scope):
-            raise ValueError(
-                f"pattern={self.pattern!r} is sparsity=0.5 of every four, and no scope"
-            )
+            raise ValueError("pattern='2:4' is sparsity=0.5 of every four, and no scope")
         if self.schedule == "gradual" and (self.pattern or self.score != "magnitude"):
             raise ValueError("schedule='gradual' goes by magnitude, taken anew, and has no pattern")
 
@@ -111,8 +106,7 @@ class Prune(Targeted):
             if site.trains:
                 site.apply()
 
-    def parameters(self, shape: Shape) -> int:
-        """Nothing trains: a mask is chosen."""
+    def parameters(self, shape):
         return 0
 
     def stored(self, shape: Shape) -> int:

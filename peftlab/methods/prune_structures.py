@@ -1,10 +1,7 @@
 """Structured pruning: take out heads, neurons and whole layers, so that the model is smaller."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,8 +26,7 @@ class PruneStructures(Method):
     is a fraction of every sublayer's, lowest `score` first, or a dict of names and indices, such as
     {"layers.0": [2, 5]}. `layers` is a fraction of each stack, or a list of names. By magnitude, a
     structure's score is Σ w² over its own weights (a layer's: its o and down, which write); by
-    gradient, it is the mean of |∂L/∂ξ| over the `calibration` texts, where ξ = 1 is a factor on
-    the structure's output.
+    gradient, it is the mean of |∂L/∂ξ| over the `calibration` texts; ξ = 1 multiplies its output.
 
     Nothing trains; only the names of the structures taken out are stored. List it before a method
     that recovers the lost quality. T5's table of relative positions, and the first layers, which
@@ -48,32 +44,26 @@ class PruneStructures(Method):
     score: str = "magnitude"
     calibration: tuple[str, ...] | list[str] = ()
 
-    name: ClassVar[str] = "prune_structures"
-    title: ClassVar[str] = "Prune structures"
-
-    choices: ClassVar[dict] = {"score": ("magnitude", "gradient", "random")}
+    name = "prune_structures"
+    title = "Prune structures"
+    choices = {"score": ("magnitude", "gradient", "random")}
 
     def __post_init__(self):
         super().__post_init__()
         texts = check_texts(self.calibration, self.score, "gradient")
         object.__setattr__(self, "calibration", texts)
-        for kind in KINDS:
+        named = dict.fromkeys(KINDS, "a dict of indices, {'layers.0': [2, 5]}")
+        for kind, otherwise in (named | {"layers": "a list of names, ['layers.3']"}).items():
             value = getattr(self, kind)
-            if isinstance(value, dict):
-                named = {str(name): tuple(dict.fromkeys(which)) for name, which in value.items()}
-                object.__setattr__(self, kind, named)
+            if kind in KINDS and isinstance(value, dict):
+                value = {str(name): tuple(dict.fromkeys(which)) for name, which in value.items()}
+            elif kind == "layers" and isinstance(value, list | tuple):
+                value = tuple(dict.fromkeys(value))
+            elif isinstance(value, int | float):
+                require(kind, value, 0.0, 1.0)
             else:
-                self._check_fraction(kind, value, "a dict of indices, {'layers.0': [2, 5]}")
-        if isinstance(self.layers, list | tuple):
-            object.__setattr__(self, "layers", tuple(dict.fromkeys(self.layers)))
-        else:
-            self._check_fraction("layers", self.layers, "a list of names, ['layers.3']")
-
-    @staticmethod
-    def _check_fraction(name: str, value, otherwise: str) -> None:
-        if not isinstance(value, int | float):
-            raise ValueError(f"{name}={value!r}: a fraction is needed, or {otherwise}")
-        require(name, value, 0.0, 1.0)
+                raise ValueError(f"{kind}={value!r}: a fraction is needed, or {otherwise}")
+            object.__setattr__(self, kind, value)
 
     def reach(self, base, attachment, generator):
         felt = sensitivity(base, self.calibration) if self.score == "gradient" else {}
@@ -90,8 +80,7 @@ class PruneStructures(Method):
         with plain():
             removed = self.removed(base.anatomy.shape, score if known else first_of)
         attachment.enter(SmallerModel(base.anatomy, removed))
-        named = {kind: getattr(removed, kind) for kind in (*KINDS, "layers")}
-        attachment.chosen = PruneStructures(**named)
+        attachment.chosen = PruneStructures(**vars(removed))
 
     def removed(self, shape: Shape, score: Callable = first_of) -> Removed:
         """The structures to take out: those with the lowest score(kind, name, size)."""
@@ -104,6 +93,5 @@ class PruneStructures(Method):
         """The remaining shape."""
         return self.removed(shape).smaller(shape)
 
-    def parameters(self, shape: Shape) -> int:
-        """Nothing trains: the rest of the model is frozen."""
+    def parameters(self, shape):
         return 0

@@ -1,9 +1,6 @@
 """QLoRA: LoRA beside frozen weights that are held in four bits."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import ClassVar
 
 from peftlab.methods.lora import LoRA
 from peftlab.methods.nf4 import NF4
@@ -18,8 +15,7 @@ class QLoRA(LoRA):
     Every linear weight is held as codes; `target_modules` only says which get A and B. Trained and
     stored: A and B, r·(d_in + d_out) numbers a target. `[NF4(...), LoRA(...)]` is the same method
     in two parts. The gradient passes through every W̃, but no W̃ has a gradient of its own. At the
-    start h is the output of the base in four bits, not of the base itself. Merging into the codes
-    rounds, so it needs `requantise`.
+    start h is the output of the base in four bits. Merging rounds, so it needs `requantise`.
 
     Dettmers et al. 2023, arXiv:2305.14314, section 3, equation 5; defaults from section 5. The
     paper also keeps optimiser states in pages of host memory; here they stay on the device.
@@ -31,8 +27,8 @@ class QLoRA(LoRA):
     double_quant: bool = True
     quant_type: str = "nf4"
 
-    name: ClassVar[str] = "qlora"
-    title: ClassVar[str] = "QLoRA"
+    name = "qlora"
+    title = "QLoRA"
 
     def __post_init__(self):
         super().__post_init__()

@@ -7,10 +7,10 @@
 [[0, 1, 1], [0, 1, 1]]
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
+from itertools import chain, groupby
 
 import torch
 from jaxtyping import Bool, Float
@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from peftlab.bases import Anatomy, LanguageModel, Linear, Shape
 from peftlab.sites.structures import Removed, attentions, blocks
 
+Matrix = Float[Tensor, "d_out d_in"]
 
-def magnitude(W: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:
+
+def magnitude(W: Matrix) -> Matrix:
     """|W|: how far an entry is from zero."""
     return W.abs()
 
 
-def wanda(
-    W: Float[Tensor, "d_out d_in"], norms: Float[Tensor, " d_in"]
-) -> Float[Tensor, "d_out d_in"]:
+def wanda(W: Matrix, norms: Float[Tensor, " d_in"]) -> Matrix:
     """|W_ij| ‖X_j‖: an entry counts by its size times the usual size of its input."""
     return W.abs() * norms.to(W)
 
@@ -75,9 +75,8 @@ def input_norms(
 ) -> dict[nn.Module, Float[Tensor, " d_in"]]:
     """‖X_j‖₂ of every input feature of these weights, over all real tokens of the texts.
 
-    Keyed by module, because q, k and v of a fused one read the same input. An encoder reads the
-    texts as they are; T5's decoder reads them again after its start token. Raises ValueError if no
-    text has a token.
+    By module, because q, k and v of a fused one read the same input. An encoder reads the texts as
+    they are; T5's decoder reads them after its start token. Raises ValueError if none has a token.
     """
     squares: dict[nn.Module, Tensor] = {}
     mask = torch.zeros(0)
@@ -88,24 +87,27 @@ def input_norms(
 
     with ExitStack() as stack, model._evaluating():
         for module in dict.fromkeys(linear.module for linear in linears):
-            stack.callback(module.register_forward_pre_hook(collect).remove)
+            stack.enter_context(module.register_forward_pre_hook(collect))
         for start in range(0, len(texts), batch_size):
-            chunk = list(texts[start : start + batch_size])
-            batch = model.tokenizer(
-                chunk, return_tensors="pt", padding=True, padding_side="right"
-            ).to(model.device)
-            ids, real = batch["input_ids"].long(), batch["attention_mask"]
-            mask = real.bool()
-            if not mask.any():
-                continue
-            given = ()
-            if model.kind == "encoder-decoder":
-                first = torch.full_like(ids[:, :1], model.decoder_start[0])
-                given = (torch.cat([first, ids[:, :-1]], dim=1),)
-            model(ids, real, *given)
+            batch = _tokens(model, texts[start : start + batch_size])
+            mask = batch["attention_mask"].bool()
+            if mask.any():
+                model(**batch)
     if not squares:
         raise ValueError("no token in the calibration texts: Wanda needs the inputs of W")
     return {module: total.sqrt() for module, total in squares.items()}
+
+
+def _tokens(model: LanguageModel, texts: tuple[str, ...] | list[str]) -> dict[str, Tensor]:
+    """The tokens of these texts and their mask, and for T5's decoder the same tokens once more."""
+    batch = model.tokenizer(list(texts), return_tensors="pt", padding=True, padding_side="right")
+    batch = batch.to(model.device)
+    ids = batch["input_ids"].long()
+    read = {"input_ids": ids, "attention_mask": batch["attention_mask"]}
+    if model.kind == "encoder-decoder":
+        first = torch.full_like(ids[:, :1], model.decoder_start[0])
+        read["decoder_input_ids"] = torch.cat([first, ids[:, :-1]], dim=1)
+    return read
 
 
 @torch.no_grad()
@@ -135,8 +137,8 @@ def sensitivity(
     """The mean of |∂L/∂ξ| over the texts, where ξ = 1 multiplies the output of a structure: by
     (kind, name), for every head, query, neuron and layer at once. A layer has ξ on o and down.
 
-    L is a text's own loss: a decoder predicts the next token, an encoder every seventh token,
-    masked, and T5 the text that it reads.
+    L is a text's own loss: a decoder predicts the next token, an encoder every seventh, masked, and
+    T5 the text that it reads.
     """
     anatomy, gates, totals = model.anatomy, {}, {}
     counts = {"heads": anatomy.shape.kv_heads, "queries": anatomy.shape.heads}
@@ -147,29 +149,22 @@ def sensitivity(
             gates[key] = torch.ones(len(x), count, dtype=x.dtype, device=x.device).requires_grad_()
         return gates[key].repeat_interleave(x.shape[-1] // count, dim=1)[:, None]
 
-    def inside(name: str, kinds: tuple[str, ...]):
-        def hook(module, args):
-            (x,) = args
-            for kind in kinds:
-                x = x * gate((kind, name), x, counts.get(kind, x.shape[-1]))
-            return (x,)
+    def inside(name: str, kinds: tuple[str, ...], module, args):
+        (x,) = args
+        for kind in kinds:
+            x = x * gate((kind, name), x, counts.get(kind, x.shape[-1]))
+        return (x,)
 
-        return hook
-
-    def outside(name: str):
-        return lambda module, args, y: y * gate(("layers", name), y, 1)
+    def outside(name: str, module, args, y):
+        return y * gate(("layers", name.removesuffix(".cross")), y, 1)
 
     with ExitStack() as stack, torch.enable_grad(), model._evaluating():
         for key, linear in anatomy.linears.items():
             name, module = key.rsplit(".", 1)[0], linear.module
             if linear.target in ("o", "down"):
                 kinds = ("heads", "queries") if linear.target == "o" else ("neurons",)
-                hooks = [
-                    module.register_forward_pre_hook(inside(name, kinds)),
-                    module.register_forward_hook(outside(name.removesuffix(".cross"))),
-                ]
-                for hook in hooks:
-                    stack.callback(hook.remove)
+                stack.enter_context(module.register_forward_pre_hook(partial(inside, name, kinds)))
+                stack.enter_context(module.register_forward_hook(partial(outside, name)))
         for start in range(0, len(texts), batch_size):
             gates.clear()
             own_loss(model, list(texts[start : start + batch_size])).sum().backward()
@@ -180,18 +175,14 @@ def sensitivity(
 
 def own_batch(model: LanguageModel, texts: list[str]) -> dict[str, Tensor]:
     """The batch with which these texts would train the model; `sensitivity` has the labels."""
-    batch = model.tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
-    batch = batch.to(model.device)
-    ids, mask, given = batch["input_ids"].long(), batch["attention_mask"], {}
+    batch = _tokens(model, texts)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
     labels = ids.masked_fill(mask == 0, -100)
     if model.kind == "encoder":
         hidden = torch.arange(ids.shape[1], device=ids.device) % 7 == 3
         labels = labels.masked_fill(~hidden, -100)
-        ids = ids.masked_fill(hidden & mask.bool(), model.tokenizer.mask_token_id)
-    elif model.kind == "encoder-decoder":
-        first = torch.full_like(ids[:, :1], model.decoder_start[0])
-        given["decoder_input_ids"] = torch.cat([first, ids[:, :-1]], dim=1)
-    return given | {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        batch["input_ids"] = ids.masked_fill(hidden & mask.bool(), model.tokenizer.mask_token_id)
+    return batch | {"labels": labels}
 
 
 def own_loss(model: LanguageModel, texts: list[str]) -> Tensor:
@@ -213,11 +204,9 @@ def lowest_structures(shape: Shape, fractions: dict, score: Callable) -> Removed
     given fraction with the lowest score(kind, name, size)."""
     layers, gone, group = fractions["layers"], {}, shape.heads // shape.kv_heads
     if not isinstance(layers, tuple):
-        stacks: dict[str, list[str]] = {}
-        for name in blocks(shape):
-            stacks.setdefault(name.rpartition("layers")[0], []).append(name)
-        lowest = (_lowest_layers(names, layers, score) for names in stacks.values())
-        layers = tuple(name for names in lowest for name in names)
+        stacks = groupby(blocks(shape), lambda name: name.rpartition("layers")[0])
+        lowest = [_lowest_layers(list(names), layers, score) for _, names in stacks]
+        layers = tuple(chain.from_iterable(lowest))
     if fractions["queries"] and group == 1:
         raise ValueError(f"queries: each head of {shape.name} has one query; give heads")
     sizes = {"heads": shape.kv_heads, "queries": group, "neurons": shape.d_ff}

@@ -1,21 +1,20 @@
 """The common parts of soft prompts: their initial values, their readers and their modules.
 
 A module makes a soft prompt: its `forward()` returns tensors by name, {"prompt": P} at the input,
-{"P_k": …, "P_v": …} in attention. A flat module holds them as parameters. A reparameterised one
-computes them, and only its results are stored.
+{"P_k": …, "P_v": …} in attention. A flat module holds them as parameters; of one that computes them
+only the results are stored.
 """
 
-from __future__ import annotations
-
 import contextlib
+import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from peftlab import attention
-from peftlab.attention import AttentionSite
+from peftlab.attention import AttentionSite, recorded
 from peftlab.bases import Base
 from peftlab.bases.plain import plain
 from peftlab.methods.method import Attachment
@@ -46,14 +45,11 @@ class PrefixMLP(nn.Module):
     of the input and is returned as the prompt.
     """
 
-    def __init__(
-        self, table: Tensor, m: int, sites: list[AttentionSite], with_prompt: bool = False
-    ):
+    def __init__(self, table: Tensor, m: int, sites: list[AttentionSite], with_prompt=False):
         super().__init__()
         self.size = (2, len(sites), sites[0].kv_heads, sites[0].head_dim)
-        out = 2 * len(sites) * sites[0].kv_heads * sites[0].head_dim
-        self.table = nn.Parameter(table)
-        self.mlp = nn.Sequential(nn.Linear(table.shape[1], m), nn.Tanh(), nn.Linear(m, out))
+        W_1, W_2 = nn.Linear(table.shape[1], m), nn.Linear(m, math.prod(self.size))
+        self.table, self.mlp = nn.Parameter(table), nn.Sequential(W_1, nn.Tanh(), W_2)
         self.with_prompt = with_prompt
 
     def forward(self) -> dict[str, Tensor]:
@@ -83,13 +79,11 @@ class PromptEncoder(nn.Module):
         elif encoder == "attention":
             self.mix = nn.MultiheadAttention(d, 4 if d % 4 == 0 else 1, batch_first=True)
         self.mlp = nn.Sequential()
-        widths = mlp_widths(encoder, sizes, hidden, d)
-        for i, (wide_in, wide_out) in enumerate(zip(widths, widths[1:], strict=False)):
-            if i:
-                self.mlp.append(nn.ReLU())
-            self.mlp.append(nn.Linear(wide_in, wide_out))
+        for widths in pairwise(mlp_widths(encoder, sizes, hidden, d)):
+            self.mlp.extend([nn.Linear(*widths), nn.ReLU()])
+        del self.mlp[-1]  # no ReLU on the prompt itself
 
-    def train(self, mode: bool = True) -> PromptEncoder:
+    def train(self, mode: bool = True) -> nn.Module:
         """Nothing here depends on `mode`, but a GPU's LSTM has no gradient unless it trains."""
         super().train(mode)
         if isinstance(self.mix, nn.LSTM):
@@ -147,30 +141,26 @@ def initial_prompt(
 
 
 def initial_prefix(
-    base: Base,
-    sites: list[AttentionSite],
-    init: str,
-    text: str | None,
-    count: int,
-    generator: torch.Generator,
+    base: Base, sites: list[AttentionSite], init: str, text: str | None, count: int, generator
 ) -> dict[str, Float[Tensor, "sites kv_heads virtual head_dim"]]:
     """The initial values of a prefix, on the CPU; `PrefixTuning` describes each `init`."""
     weight = base.anatomy.embedding.weight
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    size = (len(sites), sites[0].kv_heads, count, sites[0].head_dim)
+    size = (2, len(sites), sites[0].kv_heads, count, sites[0].head_dim)
     if init == "zero":
-        return {name: torch.zeros(size, dtype=dtype) for name in ("P_k", "P_v")}
-    if init == "random":
-        drawn = torch.randn(2, *size, generator=generator, dtype=dtype)
-        return {"P_k": drawn[0].clone(), "P_v": drawn[1].clone()}
-    ids = token_ids(base, init, text, count, generator)
-    return keys_values(base, sites, ids.to(weight.device))
+        made = torch.zeros(size, dtype=dtype)
+    elif init == "random":
+        made = torch.randn(size, generator=generator, dtype=dtype)
+    else:
+        ids = token_ids(base, init, text, count, generator).to(weight.device)
+        made = keys_values(base, sites, ids).to("cpu", dtype)
+    return {"P_k": made[0].clone(), "P_v": made[1].clone()}
 
 
 @torch.no_grad()
 def keys_values(
     base: Base, sites: list[AttentionSite], ids: Tensor
-) -> dict[str, Float[Tensor, "sites kv_heads virtual head_dim"]]:
+) -> Float[Tensor, "2 sites kv_heads virtual head_dim"]:
     """The keys and values of a text's tokens in every sublayer, with positions from 0 on.
 
     An encoder-decoder reads the text on both sides. Virtual tokens of another method are left out.
@@ -181,18 +171,10 @@ def keys_values(
         given["decoder_input_ids"] = ids
     else:
         given["position_ids"] = base.anatomy.positions(given["attention_mask"])
-    with (
-        base._evaluating(),
-        base.anatomy.alone(),
-        attention.recorded(base.model, sites) as records,
-    ):
+    with base._evaluating(), base.anatomy.alone(), recorded(base.model, sites) as records:
         base.model(**given)
-    made = {
-        "P_k": torch.stack([records[site.name].key[0] for site in sites]),
-        "P_v": torch.stack([records[site.name].value[0] for site in sites]),
-    }
-    dtype = torch.promote_types(base.anatomy.embedding.weight.dtype, torch.float32)
-    return {name: tensor.to("cpu", dtype).clone() for name, tensor in made.items()}
+    read = [records[site.name] for site in sites]
+    return torch.stack([torch.stack([x.key[0], x.value[0]]) for x in read], dim=1)
 
 
 def attentions(base: Base, reaches: Callable[[AttentionSite, int], bool]) -> list[AttentionSite]:
@@ -204,10 +186,8 @@ def attentions(base: Base, reaches: Callable[[AttentionSite, int], bool]) -> lis
     layers = {"decoder": shape.decoder_layers}
     sites = [s for s in base.anatomy.attentions if reaches(s, layers.get(s.stack, shape.layers))]
     if not sites:
-        raise ValueError(
-            f"{base.name} computes attention in a way that no prefix reaches: "
-            "its family does not use transformers' attention registry"
-        )
+        why = "its family does not use transformers' attention registry"
+        raise ValueError(f"{base.name} computes attention in a way that no prefix reaches: {why}")
     return sites
 
 
@@ -227,8 +207,7 @@ def blocks(base: Base, placement: tuple | None, count: int) -> list[tuple[int, s
     """The placement with token ids. Raises ValueError for a text that is not one token."""
     resolved = []
     for size, where in placement or [(count, "front")]:
-        side, _, text = where.partition(" ")
-        token = None
+        (side, _, text), token = where.partition(" "), None
         if text:
             ids = base.tokenizer(text, add_special_tokens=False)["input_ids"]
             if len(ids) != 1:

@@ -1,10 +1,7 @@
 """VeRA: random projections that all weights share, and two small vectors for each weight."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -32,8 +29,8 @@ class Projections(nn.Module):
 class VectorDelta(nn.Module):
     r"""The formula:  $\Delta W = \Lambda_b B \Lambda_d A$,  the Λ diagonal.
 
-    A is the first d_in columns of the shared A, and B the first d_out rows of the shared B. b
-    (d_out) starts at zero, d (r) at `d_initial`.
+    A is the first d_in columns of the shared A, B the first d_out rows of the shared B. b (d_out)
+    starts at zero, d (r) at `d_initial`.
     """
 
     def __init__(self, shared: Projections, d_in: int, d_out: int, d_initial: float, dropout):
@@ -56,7 +53,6 @@ class VectorDelta(nn.Module):
         return self.b * times(self.d * times(x, self.A), self.B)
 
     def delta_weight(self) -> Float[Tensor, "d_out d_in"]:
-        """ΔW itself, for merging and inspection."""
         return (self.b[:, None] * self.B) @ (self.d[:, None] * self.A)
 
 
@@ -70,8 +66,7 @@ class VeRA(DeltaMethod):
     Trained and stored: d and b, r + d_out numbers for each target matrix. A and B are drawn once,
     as large as the largest target needs; every target uses their first columns and rows. They are
     not stored: `projection_prng_key` is their seed and part of the method, so the same method draws
-    the same A and B anywhere. Each unit of r costs only one number a matrix, so r is large; it may
-    be larger than the matrix.
+    the same A and B anywhere. A unit of r costs one number a matrix, so r may exceed the matrix.
 
     Kopiczko et al. 2024, arXiv:2310.11454, section 3.2, with d_initial = 0.1 and r = 256 or more.
     """
@@ -82,16 +77,11 @@ class VeRA(DeltaMethod):
     d_initial: int | float = 0.1
     dropout: int | float = 0.0
 
-    rank: ClassVar[None] = None
-    name: ClassVar[str] = "vera"
-    title: ClassVar[str] = "VeRA"
-    learning_rate: ClassVar[float] = 2e-2
-    limits: ClassVar[dict] = {
-        "r": (1,),
-        "projection_prng_key": (0,),
-        "d_initial": (0.0,),
-        "dropout": (0.0, 1.0),
-    }
+    rank = None
+    name = "vera"
+    title = "VeRA"
+    learning_rate = 2e-2
+    limits = {"r": (1,), "projection_prng_key": (0,), "d_initial": (0.0,), "dropout": (0.0, 1.0)}
 
     def __post_init__(self):
         super().__post_init__()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 
@@ -65,9 +63,9 @@ class CodedWeight(Site):
         vars(self.module).pop(CODES, None)
         self.module.weight.data = self.original.to(self.module.weight.device)
 
-    def held(self) -> Iterator[Tensor]:
+    def held(self) -> list[Tensor]:
         """The original, on the CPU."""
-        yield self.original
+        return [self.original]
 
     def _leave_a_view(self, device: torch.device | str) -> None:
         nothing = self.original.new_full((), torch.nan, device=device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from inspect import signature
 
@@ -66,8 +66,7 @@ class InputEmbeddings(Site):
         return self
 
     def __exit__(self, *_):
-        for hook in self.hooks:
-            hook.remove()
+        super().__exit__()
         self.real = None
 
     def _put_in(self, stack, args, kwargs):
@@ -208,7 +207,6 @@ class InputEmbeddings(Site):
             return (hidden, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": hidden}
 
-    def held(self) -> Iterator[Tensor]:
+    def held(self) -> list[Tensor]:
         """The places of the virtual and the real tokens in the last forward pass."""
-        if self.real is not None:
-            yield from (self.virtual, self.real)
+        return [] if self.real is None else [self.virtual, self.real]

@@ -33,7 +33,6 @@ class KeysValues(Site):
         self.inside = [attention.Prefixed(prefixes), attention.Dispatched(self.anatomy.model)]
         for context in self.inside:
             context.__enter__()
-        self.hooks = []
         if self.shift and self.anatomy.takes_positions:
             for module in self.anatomy.stacks.values():
                 hook = module.register_forward_pre_hook(self._shift_positions, with_kwargs=True)
@@ -41,8 +40,7 @@ class KeysValues(Site):
         return self
 
     def __exit__(self, *_):
-        for hook in self.hooks:
-            hook.remove()
+        super().__exit__()
         for context in reversed(self.inside):
             context.__exit__()
 

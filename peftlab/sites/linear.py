@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -26,19 +26,10 @@ class LinearWeight(Site):
     def __init__(self, linear: Linear, delta: nn.Module):
         super().__init__(linear.name, [part.name for part in linear.parts])
         self.linear, self.delta = linear, delta
-        self.original: object | None = None  # the rows, or codes, that merging replaced
-
-    @property
-    def merged(self) -> bool:
-        return self.original is not None
 
     def __enter__(self):
-        self.hook = self.linear.module.register_forward_hook(self._add)
+        self.hooks = [self.linear.module.register_forward_hook(self._add)]
         return self
-
-    def __exit__(self, *_):
-        self.unmerge()
-        self.hook.remove()
 
     def frozen(self) -> Tensor:
         """W alone, even while the delta is merged into it."""
@@ -52,10 +43,9 @@ class LinearWeight(Site):
         state = self.delta.state_dict(keep_vars=True)
         return {f"{self.name}.{key}": t for key, t in state.items() if key not in trained}
 
-    def held(self) -> Iterator[Tensor]:
+    def held(self) -> list[Tensor]:
         """The original rows, while the delta is merged."""
-        if isinstance(self.original, Tensor):
-            yield self.original
+        return [self.original] if isinstance(self.original, Tensor) else []
 
     def _add(self, module, args, output):
         x = (args[0],)
@@ -72,12 +62,8 @@ class LinearWeight(Site):
         if self.linear.mask is None:
             return delta(x, *product)
         weight = self._masked(delta.delta_weight())
-        return nn.functional.linear(self._dropout(x.to(weight.dtype)), weight)
-
-    @property
-    def _dropout(self) -> Callable[[Tensor], Tensor]:
-        """The delta's dropout on x, or the identity if it has none."""
-        return getattr(self.delta, "dropout", nn.Identity())
+        dropout = getattr(self.delta, "dropout", nn.Identity())
+        return nn.functional.linear(dropout(x.to(weight.dtype)), weight)
 
     def _masked(self, delta: Tensor) -> Tensor:
         mask = self.linear.mask
@@ -92,7 +78,7 @@ class LinearWeight(Site):
             summed = weight + self._masked(delta.delta_weight()).to(weight.dtype)
             self.original = weight.clone() if code is None else code.snapshot()
             self.linear.write(summed)
-            self.hook.remove()  # a merged weight runs as a plain one
+            self.hooks.pop().remove()  # a merged weight runs as a plain one
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -103,4 +89,4 @@ class LinearWeight(Site):
             elif isinstance(self.original, Tensor):  # otherwise the codes are gone, and ΔW in them
                 self.linear.write(self.original)  # `write` moves it to the model's device
             self.original = None
-            self.hook = self.linear.module.register_forward_hook(self._add)
+            self.__enter__()

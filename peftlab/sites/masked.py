@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from jaxtyping import Bool, UInt8
 from torch import Tensor, nn
@@ -72,11 +70,10 @@ class MaskedWeight(Site):
         """The mask, one bit an entry."""
         return {self.name: self.bits}
 
-    def held(self) -> Iterator[Tensor]:
+    def held(self) -> list[Tensor]:
         """The original rows, the bits, and the mask on the deltas."""
-        yield from (self.original, self.bits)
-        if self.linear.mask is not None:
-            yield self.linear.mask
+        held = [self.original, self.bits, self.linear.mask]
+        return [tensor for tensor in held if tensor is not None]
 
     def to(self, device) -> None:
         self.bits, self.original = self.bits.to(device), self.original.to(device)

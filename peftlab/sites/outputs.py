@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 
@@ -42,8 +40,7 @@ class SublayerOutput(Site):
         self.hooks[0] = self.sublayer.last.module.register_forward_hook(self._add)
 
     def __exit__(self, *_):
-        for hook in self.hooks:
-            hook.remove()
+        super().__exit__()
         self.x = None
 
     def _read(self, module, args):
@@ -75,31 +72,22 @@ class Scale(Site):
             )
         super().__init__(linear.name)
         self.linear, self.module, self.of_input = linear, module, of_input
-        self.original: tuple[object, Tensor | None] | None = None  # what merging replaced
-
-    @property
-    def merged(self) -> bool:
-        return self.original is not None
 
     def __enter__(self):
+        module = self.linear.module
         if self.of_input:
-            self.hook = self.linear.module.register_forward_pre_hook(self._scale_input)
+            self.hooks = [module.register_forward_pre_hook(self._scale_input)]
         else:
-            self.hook = self.linear.module.register_forward_hook(self._scale_output)
+            self.hooks = [module.register_forward_hook(self._scale_output)]
         return self
 
-    def __exit__(self, *_):
-        self.unmerge()
-        self.hook.remove()
-
-    def held(self) -> Iterator[Tensor]:
-        """The originals, while the factors are merged."""
-        yield from (t for t in self.original or () if isinstance(t, Tensor))
+    def held(self) -> list[Tensor]:
+        """The original weight and bias, while the factors are merged."""
+        return [t for t in self.original or () if isinstance(t, Tensor)]
 
     def _scale_input(self, module, args):
-        if self.merged:
-            return args
-        return ((args[0] * self.module.l).to(args[0].dtype), *args[1:])
+        x = args[0] if self.merged else (args[0] * self.module.l).to(args[0].dtype)
+        return (x, *args[1:])
 
     def _scale_output(self, module, args, output):
         return output if self.merged else self.linear.scale(output, self.module.l)

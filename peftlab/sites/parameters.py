@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from torch import Tensor, nn
 
@@ -37,6 +37,5 @@ class ExistingParameters(Site):
             parameter.grad = None
             parameter.data = self.originals[name].to(parameter.device)
 
-    def held(self) -> Iterator[Tensor]:
-        """The originals."""
-        return iter(self.originals.values())
+    def held(self) -> list[Tensor]:
+        return list(self.originals.values())

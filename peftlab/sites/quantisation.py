@@ -15,7 +15,7 @@ of bitsandbytes and not always those of w / m.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Float32, UInt8
@@ -33,9 +33,6 @@ ABSMAX_BLOCK = 256  # how many m's share one scale under double quantisation
 NF4_OFFSET = ((1 - 1 / 30) + (1 - 1 / 32)) / 2
 
 
-# --- tables ------------------------------------------------------------------------------------
-
-
 def normal_levels(
     negative: int = 7, positive: int = 8, offset: float = NF4_OFFSET
 ) -> Float32[Tensor, " levels"]:
@@ -44,11 +41,9 @@ def normal_levels(
     The probabilities go from ½ to `offset` in equal steps, as many as there are levels on that
     side. Each half has its own step, so that neither has a level of −0 beside the zero.
     """
-    sides = [
-        torch.special.ndtri(torch.linspace(0.5, offset, count + 1, dtype=torch.float64)[1:])
-        for count in (negative, positive)
-    ]
-    levels = torch.cat([-sides[0].flip(0), torch.zeros(1, dtype=torch.float64), sides[1]])
+    steps = [torch.linspace(0.5, offset, n + 1, dtype=torch.float64) for n in (negative, positive)]
+    below, above = (torch.special.ndtri(step[1:]) for step in steps)
+    levels = torch.cat([-below.flip(0), torch.zeros(1, dtype=torch.float64), above])
     return (levels / levels.abs().max()).float()
 
 
@@ -85,15 +80,9 @@ def dynamic_table() -> Float32[Tensor, " levels"]:
     """The 8-bit levels for the m's: zero, one, and ±10⁻ᵉ times the middles of 2⁶⁻ᵉ cells of
     [0.1, 1], for e = 0 … 6: fine near the ends, and never coarse in ratio. Dettmers et al. 2021,
     arXiv:2110.02861, section 2.1."""
-    positive = []
-    for e in range(7):
-        edges = torch.linspace(0.1, 1, 2 ** (6 - e) + 1)
-        positive.append((edges[:-1] + edges[1:]) / 2 * 10.0**-e)
-    positive = torch.cat(positive)
+    edges = [torch.linspace(0.1, 1, 2 ** (6 - e) + 1) for e in range(7)]
+    positive = torch.cat([(x[:-1] + x[1:]) / 2 * 10.0**-e for e, x in enumerate(edges)])
     return torch.cat([-positive, positive, torch.tensor([0.0, 1.0])]).sort().values
-
-
-# --- codes -------------------------------------------------------------------------------------
 
 
 def nearest(
@@ -153,8 +142,8 @@ class Quantised:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """All tensors held here. The table of levels, 64 bytes, serves all instances."""
-        held = {"packed": self.packed, "absmax": self.absmax, "scale": self.scale}
-        return {k: t for k, t in (held | {"mean": self.mean}).items() if t is not None}
+        held = {name: getattr(self, name) for name in ("packed", "absmax", "scale", "mean")}
+        return {name: tensor for name, tensor in held.items() if tensor is not None}
 
     @property
     def bytes(self) -> int:
@@ -188,8 +177,7 @@ class Quantised:
 
     def to(self, device: torch.device | str) -> Quantised:
         """The same bytes on another device."""
-        moved = {name: tensor.to(device) for name, tensor in self.tensors.items()}
-        return Quantised(**{**vars(self), **moved})
+        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors.items()})
 
 
 @torch.no_grad()
@@ -218,22 +206,16 @@ def quantise(
     return Quantised(pack(codes), absmax, scale, mean, weight.shape, block_size, levels)
 
 
-# --- closed forms ------------------------------------------------------------------------------
-
-
 def check_block_size(block_size: int, n: int = 0, where: str = "the tensor") -> None:
     """Raise ValueError unless blocks of this size fill n weights; without n, unless they could."""
     if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
         raise ValueError(f"block_size={block_size!r}: a whole number of at least 1 is needed")
     if n % block_size:
+        near = max(d for d in range(1, block_size + 1) if n % d == 0)
         raise ValueError(
             f"block_size={block_size} does not divide the {n:,} weights of {where}: "
-            f"allowed is a divisor of {n:,}, such as {_divisor_near(block_size, n)}"
+            f"allowed is a divisor of {n:,}, such as {near}"
         )
-
-
-def _divisor_near(block_size: int, n: int) -> int:
-    return max(d for d in range(1, block_size + 1) if n % d == 0)
 
 
 def held_bytes(n: int, block_size: int = 64, double_quant: bool = True) -> int:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from peftlab.bases import Linear
-
-if TYPE_CHECKING:
-    from peftlab.sites.quantisation import Quantised
+from peftlab.sites.quantisation import Quantised
 
 
 class Site:
@@ -21,7 +17,7 @@ class Site:
             ...
                         and is what it was before, bit for bit
 
-    A site implements `__enter__` and `__exit__`. All else has a default that fits most sites.
+    A site implements `__enter__`. All else has a default that fits most sites.
 
     name, names    the site's name, and the name of each of its places. Two methods may not reach a
                    place of the same name, and `alone` says why
@@ -31,7 +27,9 @@ class Site:
     codes          the codes that hold the weight, if codes hold it
     parameters     the model's own parameters that the site unfreezes, by name
     in_the_weight  the change is in the model's own tensors: there is nothing to merge
-    can_merge      `merge` can write the change into the model's own tensors; `merged` says it has
+    can_merge      `merge` can write the change into the model's own tensors, and keeps what it
+                   replaced as `original`; `merged` says it has
+    hooks          the site's hooks on modules, which `__exit__` removes
     """
 
     alone = ""
@@ -41,11 +39,16 @@ class Site:
     codes: Quantised | None = None
     in_the_weight = False
     can_merge = False
-    merged = False
+    original: object = None
 
     def __init__(self, name: str, names: list[str] | None = None):
         self.name, self.names = name, [name] if names is None else names
         self.parameters: dict[str, nn.Parameter] = {}
+        self.hooks: list[RemovableHandle] = []
+
+    @property
+    def merged(self) -> bool:
+        return self.can_merge and self.original is not None
 
     def __enter__(self):
         """Change the model. On an error nothing is changed."""
@@ -53,7 +56,9 @@ class Site:
 
     def __exit__(self, *_):
         """Undo every change, merged or not."""
-        raise NotImplementedError
+        self.unmerge()
+        while self.hooks:
+            self.hooks.pop().remove()
 
     def settle(self) -> None:
         """Called after all methods are attached: move hooks behind the others, if that matters."""
@@ -71,9 +76,9 @@ class Site:
     def refresh(self) -> None:
         """Called after values were copied into the stored tensors: apply them."""
 
-    def held(self) -> Iterator[Tensor]:
+    def held(self) -> list[Tensor]:
         """The tensors that the site keeps beside the model: originals to put back, masks."""
-        return iter(())
+        return []
 
     def to(self, device: torch.device | str) -> None:
         """Move the kept tensors to the model's device."""

@@ -29,15 +29,13 @@ class Source(Site):
         self._outermost: nn.Module | None = None
 
     def __enter__(self):
-        self.hooks = []
         for module in dict.fromkeys([self.anatomy.model, *self.anatomy.stacks.values()]):
             self.hooks.append(module.register_forward_pre_hook(self._begin, prepend=True))
             self.hooks.append(module.register_forward_hook(self._end, always_call=True))
         return self
 
     def __exit__(self, *_):
-        for hook in self.hooks:
-            hook.remove()
+        super().__exit__()
         self._made = self._outermost = None
 
     def __call__(self) -> dict[str, Tensor]:

@@ -13,36 +13,31 @@ query heads alone, and each group keeps the same number of them.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from peftlab.attention import cache_in
-from peftlab.bases import FAMILIES, Anatomy, Linear, Shape
+from peftlab.bases import FAMILIES, Anatomy, Linear, Shape, fused
 from peftlab.bases.plain import plain
 from peftlab.bases.shapes import ATTENTION
 from peftlab.sites.site import Site
 
 KINDS = ("heads", "queries", "neurons")  # removed by index; layers are removed by name
-HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads")  # attributes with attentions' sizes
-WIDTHS = ("split_size", "all_head_size", "inner_dim")
 
 
 def blocks(shape: Shape) -> list[str]:
     """The names of all blocks."""
-    if not shape.decoder_layers:
-        return [f"layers.{i}" for i in range(shape.layers)]
-    both = {"encoder": shape.layers, "decoder": shape.decoder_layers}
-    return [f"{stack}.layers.{i}" for stack, count in both.items() for i in range(count)]
+    first = "encoder." if shape.decoder_layers else ""
+    counts = {first: shape.layers, "decoder.": shape.decoder_layers}
+    return [f"{stack}layers.{i}" for stack, count in counts.items() for i in range(count)]
 
 
 def attentions(shape: Shape) -> list[str]:
     """The names of all attention sublayers."""
-    crossing = [f"{name}.cross" for name in blocks(shape) if name.startswith("decoder")]
-    return [*blocks(shape), *crossing]
+    names = blocks(shape)
+    return names + [f"{name}.cross" for name in names if name.startswith("decoder")]
 
 
 @dataclass(frozen=True)
@@ -85,8 +80,7 @@ class Removed:
                 raise ValueError(f"no block {name!r}: {shape.name} has {there[0]} to {there[-1]}")
             if shape.decoder_layers and name.endswith("layers.0"):
                 raise ValueError(f"{name} holds the table of positions that its stack reads")
-        stacks = {name.rpartition("layers")[0] for name in there}
-        for stack in stacks:
+        for stack in {name.rpartition("layers")[0] for name in there}:
             if all(name in self.layers for name in there if name.startswith(stack)):
                 raise ValueError(f"every block of {shape.name} would go: at least one must stay")
         sizes = {"heads": shape.kv_heads, "queries": shape.heads, "neurons": shape.d_ff}
@@ -139,22 +133,18 @@ class SmallerModel(Site):
     in_the_weight = True
 
     def __init__(self, anatomy: Anatomy, removed: Removed):
-        names = [
-            f"{name}.{kind}"
-            for kind in KINDS
-            for name, indices in getattr(removed, kind).items()
-            if indices
-        ]
+        places = {kind: getattr(removed, kind).items() for kind in KINDS}
+        names = [f"{name}.{kind}" for kind in KINDS for name, gone in places[kind] if gone]
         super().__init__("structures", [*names, *removed.layers])
         self.anatomy, self.removed, self.shape = anatomy, removed, removed.smaller(anatomy.shape)
-        self.aside: list[nn.Parameter | nn.Module] = []  # parameters and blocks to put back
+        self.aside: list[Tensor] = []  # replaced parameters, and the tensors of blocks taken out
         self.before: list[tuple[object, str, object]] = []  # an owner, its attribute, the value
-        self.hooks: list[RemovableHandle] = []
 
     def __enter__(self):
         try:
             self._forget_attentions()
-            self._take_blocks()
+            if self.removed.layers:
+                self._take_blocks()
             self._take_rows()
             self._set("shape", self.shape, self.anatomy)
         except BaseException:
@@ -163,27 +153,19 @@ class SmallerModel(Site):
         return self
 
     def __exit__(self, *_):
-        for hook in self.hooks:
-            hook.remove()
+        super().__exit__()
         self._forget_attentions()
         while self.before:
             owner, name, value = self.before.pop()
             setattr(owner, name, value)
-        self.aside, self.hooks = [], []
+        self.aside = []
 
-    def held(self) -> Iterator[Tensor]:
-        """The parameters that smaller ones replace, and those of the blocks taken out."""
-        for part in self.aside:
-            tensors = part.parameters() if isinstance(part, nn.Module) else [part]
-            yield from tensors
-            yield from part.buffers() if isinstance(part, nn.Module) else ()
+    def held(self) -> list[Tensor]:
+        return self.aside
 
     def to(self, device) -> None:
-        for part in self.aside:
-            if isinstance(part, nn.Module):
-                part.to(device)
-            else:
-                part.data = part.data.to(device)
+        for tensor in self.aside:
+            tensor.data = tensor.data.to(device)
 
     def _set(self, name: str, value, owner) -> None:
         """Set an attribute to another value until the site is left."""
@@ -196,13 +178,13 @@ class SmallerModel(Site):
 
     def _take_blocks(self) -> None:
         anatomy, gone = self.anatomy, self.removed.layers
-        if not gone:
-            return
-        layers = {}
+        layers = {stack: [] for stack in anatomy.layers}
         for stack, every in anatomy.layers.items():
-            names = [f"{stack}.layers.{i}".removeprefix(".") for i in range(len(every))]
-            layers[stack] = [b for b, name in zip(every, names, strict=True) if name not in gone]
-            self.aside += [b for b, name in zip(every, names, strict=True) if name in gone]
+            for i, block in enumerate(every):
+                if f"{stack}.layers.{i}".removeprefix(".") in gone:
+                    self.aside += [*block.parameters(), *block.buffers()]
+                else:
+                    layers[stack].append(block)
             path, _, last = FAMILIES[anatomy.family].stacks[stack].layers.rpartition(".")
             parent = anatomy.stacks[stack].get_submodule(path)
             self._set(last, nn.ModuleList(layers[stack]), parent)
@@ -226,18 +208,15 @@ class SmallerModel(Site):
             q, kv = (_rows_of(heads, shape.head_dim) for heads in (queries, keys))
             rows |= {linears[f"{name}.q"]: q, linears[f"{name}.k"]: kv, linears[f"{name}.v"]: kv}
             columns[linears[f"{name}.o"].module] = q
-            self._tell_attention(linears[f"{name}.q"].module, len(queries), len(keys))
+            self._tell_attention(name, len(queries), len(keys))
         for name, gone in removed.neurons.items():
             stay = _rows_of([i for i in range(shape.d_ff) if i not in set(gone)])
-            ins = [linears.get(f"{name}.{target}") for target in ("up", "gate")]
-            rows |= {linear: stay for linear in ins if linear is not None}
+            ins = [f"{name}.{target}" for target in ("up", "gate")]
+            rows |= {linears[place]: stay for place in ins if place in linears}
             columns[linears[f"{name}.down"].module] = stay
-        parts: dict[nn.Module, list[Linear]] = {}
-        for linear in linears.values():
-            parts.setdefault(linear.module, []).append(linear)
-        for module, roles in parts.items():
-            if module in columns or any(linear in rows for linear in roles):
-                self._shrink(module, roles, rows, columns.get(module))
+        for whole in fused(list(linears.values())):
+            if whole.module in columns or any(part in rows for part in whole.parts):
+                self._shrink(whole.module, whole.parts, rows, columns.get(whole.module))
         if shape.buckets and (removed.heads or removed.queries):
             self._share_positions()
 
@@ -248,7 +227,7 @@ class SmallerModel(Site):
         W = module.weight.T if transposed else module.weight
         with plain():
             every, keep = torch.arange(len(W)), torch.zeros(len(W), dtype=torch.bool)
-            mine = {x: every[x.index][rows[x]] if x in rows else every[x.index] for x in roles}
+            mine = {x: every[x.index][rows.get(x, slice(None))] for x in roles}
             for kept in mine.values():
                 keep[kept] = True
             numbers, stay = keep.cumsum(dim=0) - 1, every[keep]
@@ -256,12 +235,11 @@ class SmallerModel(Site):
                 new = numbers[kept]
                 start, stop = new[0].item(), new[-1].item() + 1
                 self._set("rows", (start, stop) if stop - start == len(new) else new, linear)
-        less = len(stay) < len(W)
+        if module.bias is not None and len(stay) < len(W):
+            self._replace(module, "bias", module.bias[stay.to(W.device)])
         W = W[stay.to(W.device)]
         W = W if columns is None else W[:, columns.to(W.device)]
         self._replace(module, "weight", W.T if transposed else W)
-        if module.bias is not None and less:
-            self._replace(module, "bias", module.bias[stay.to(W.device)])
         sizes = ("nf", "nx") if transposed else ("out_features", "in_features")
         for size, value in zip(sizes, W.shape, strict=True):
             self._set(size, value, module)
@@ -271,30 +249,33 @@ class SmallerModel(Site):
         small = nn.Parameter(values.contiguous().clone(), requires_grad=False)
         self._set(name, small, module)
 
-    def _tell_attention(self, q: nn.Module, heads: int, kv_heads: int) -> None:
+    def _attention(self, name: str) -> nn.Module:
+        """The module of an attention sublayer, which has its q as a child."""
+        q = self.anatomy.linears[f"{name}.q"].module
+        return next(m for m in self.anatomy.model.modules() if q in m.children())
+
+    def _tell_attention(self, name: str, heads: int, kv_heads: int) -> None:
         """Set the sizes that an attention module keeps beside its weights."""
-        owner = next(m for m in self.anatomy.model.modules() if q in m.children())
-        told = dict.fromkeys(HEAD_COUNTS, heads)
-        told |= dict.fromkeys(WIDTHS, heads * self.anatomy.shape.head_dim)
+        owner = self._attention(name)
+        told = dict.fromkeys(("num_heads", "num_attention_heads", "n_heads"), heads)
+        width = heads * self.anatomy.shape.head_dim
+        told |= dict.fromkeys(("split_size", "all_head_size", "inner_dim"), width)
         told["num_key_value_groups"] = heads // kv_heads
-        for name, value in told.items():
-            if hasattr(owner, name):
-                self._set(name, value, owner)
+        for size, value in told.items():
+            if hasattr(owner, size):
+                self._set(size, value, owner)
 
     def _share_positions(self) -> None:
         """T5: the first layer makes the bias of all heads, and each layer reads its own columns."""
-        shape, linears = self.anatomy.shape, self.anatomy.linears
-        for name in {key.rsplit(".", 1)[0] for key, x in linears.items() if x.target == "q"}:
-            q = linears[f"{name}.q"].module
-            owner = next(m for m in self.anatomy.model.modules() if q in m.children())
+        for linear in self.anatomy.select(("q",)):
+            name = linear.name.removesuffix(".q")
+            owner = self._attention(name)
             if name.endswith(".cross"):
                 self.hooks.append(owner.register_forward_pre_hook(_one_column, with_kwargs=True))
             else:
-                columns = _Columns(_rows_of(self.removed.kept(shape, name)))
-                self.hooks += [
-                    owner.register_forward_pre_hook(columns.take, with_kwargs=True),
-                    owner.register_forward_hook(columns.give_back),
-                ]
+                columns = _Columns(_rows_of(self.removed.kept(self.anatomy.shape, name)))
+                take = owner.register_forward_pre_hook(columns.take, with_kwargs=True)
+                self.hooks += [take, owner.register_forward_hook(columns.give_back)]
 
 
 def _rows_of(structures: list[int], width: int = 1) -> Tensor:
@@ -316,13 +297,11 @@ class _Columns:
         self.heads, self.whole = heads, None
 
     def take(self, module, args, kwargs):
-        bias, hidden = kwargs.get("position_bias"), args[0]
+        bias = kwargs.get("position_bias")
         if bias is None:
-            cache, length = cache_in(kwargs), hidden.shape[1]
+            cache, length = cache_in(kwargs), args[0].shape[1]
             past = 0 if cache is None else cache.get_seq_length(module.layer_idx)
-            bias = module.compute_bias(
-                length, past + length, device=hidden.device, past_seen_tokens=past
-            )
+            bias = module.compute_bias(length, past + length, args[0].device, past)
         self.whole = bias
         return args, {**kwargs, "position_bias": bias[:, self.heads.to(bias.device)]}
 

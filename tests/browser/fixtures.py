@@ -139,6 +139,17 @@ def stop_kernels(address: str) -> None:
         ask(f"kernels/{kernel['id']}", "DELETE")
 
 
+def filled(source: str) -> set[str]:
+    """The names of what a cell puts something into: `curves[name] = value`, `f.scaling = 2`."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Subscript | ast.Attribute) and isinstance(node.ctx, ast.Store):
+            while not isinstance(node, ast.Name | ast.Call):
+                node = node.value
+            names |= {node.id} if isinstance(node, ast.Name) else set()
+    return names
+
+
 def names_of(source: str) -> tuple[set[str], set[str]]:
     """The global names that a cell binds, and those it reads, in its functions too, before that."""
     bound, read = set(), set()
@@ -157,7 +168,7 @@ def names_of(source: str) -> tuple[set[str], set[str]]:
 
 
 def cells_for(cells: list, calls: Collection[str]) -> list:
-    """The set-up cell, the cells with these calls, and the cells that make what those read.
+    """The set-up cell, the cells with these calls, and the cells that make or fill what they read.
 
     The texts just before a kept cell stay with it. A call that no cell has is an error.
     """
@@ -169,7 +180,8 @@ def cells_for(cells: list, calls: Collection[str]) -> list:
         else:
             bound, read = names_of(cell.source)
             here = {call for call in calls if f"{call}(" in cell.source}
-            keep = text = bool(cell is first or here or bound & needed)
+            makes = bound | filled(cell.source)
+            keep = text = bool(cell is first or here or makes & needed)
             missing -= here
             needed = (needed - bound) | read if keep else needed
         if keep:
