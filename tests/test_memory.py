@@ -529,3 +529,11 @@ def test_what_was_predicted_beside_a_recorded_row_is_predicted_still(name):
     said = row["predicted"]
     assert now.bytes("activations") == pytest.approx(said["activations"], rel=1e-3)
     assert now.peak == pytest.approx(said["peak"], rel=0.01)
+
+
+def test_what_has_no_gradient_has_no_states():
+    """The decoder's prefixes train, but a head on the last layer alone reads none of the rest."""
+    config = transformers.AutoConfig.for_model("bert", **RELATIVES["roberta"])
+    model = transformers.AutoModel.from_config(config)  # with a pooler, which a head goes past
+    base = Base("pooled", model, tokenizer("bert"))
+    agree(base, [FullFineTuning()], head=Tagging(("O", "B")))
