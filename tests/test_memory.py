@@ -531,9 +531,21 @@ def test_what_was_predicted_beside_a_recorded_row_is_predicted_still(name):
     assert now.peak == pytest.approx(said["peak"], rel=0.01)
 
 
+@dataclass(frozen=True)
+class Idle(LoRA, listed=False):
+    """LoRA, and a tensor that nothing reads."""
+
+    def reach(self, base, attachment, generator):
+        super().reach(base, attachment, generator)
+        attachment.trainable["idle"] = torch.nn.Parameter(torch.zeros(1000))
+
+
 def test_what_has_no_gradient_has_no_states():
-    """The decoder's prefixes train, but a head on the last layer alone reads none of the rest."""
-    config = transformers.AutoConfig.for_model("bert", **RELATIVES["roberta"])
-    model = transformers.AutoModel.from_config(config)  # with a pooler, which a head goes past
-    base = Base("pooled", model, tokenizer("bert"))
-    agree(base, [FullFineTuning()], head=Tagging(("O", "B")))
+    base = tiny("gpt2")
+    plain, said = (predict(method, base, BATCH, LENGTH) for method in (LoRA(), Idle()))
+    with attach(base, Idle()) as tuned:
+        found = measure(tuned, batch_of(tuned))
+    assert found == said
+    assert found.bytes("optimiser") == plain.bytes("optimiser")
+    assert found.bytes("weights") == plain.bytes("weights") + 4000
+    assert found.peak == plain.peak + 4000
