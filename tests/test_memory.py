@@ -415,7 +415,7 @@ def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="unknown family 'mamba'; known: gpt2, llama"):
         predict(LoRA(), {"model_type": "mamba"}, length=8)
     with pytest.raises(ValueError, match="bert has no head of its own: attach it with one"):
-        predict(LoRA(), {"model_type": "bert"} | RELATIVES["roberta"])
+        predict(LoRA(), {"model_type": "bert"} | RELATIVES["roberta"], length=8)
     with pytest.raises(ValueError, match="unknown model 'gpt9'"):
         predict(LoRA(), "gpt9")
     for name in ("dtype", "optimiser", "device"):
