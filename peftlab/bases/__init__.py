@@ -261,7 +261,7 @@ class Base(LanguageModel):
     @property
     def has_lm_head(self) -> bool:
         """Whether the model predicts tokens, not only hidden states."""
-        return self.anatomy.has_lm_head
+        return self.anatomy.shape.head in ("lm", "masked_lm")
 
     def __repr__(self) -> str:
         shape = self.anatomy.shape
