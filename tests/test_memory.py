@@ -172,14 +172,22 @@ def test_methods_together_keep_what_is_predicted(composed, family):
 SHORT = [LoRA(r=3, target_modules=ALL), PromptAndPrefix(3, prefix_projection=False)]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+OTHERWISE = [("float32", True), ("bfloat16", False), ("bfloat16", True)]
+
+
+@pytest.mark.parametrize("dtype, checkpointing", OTHERWISE)
 @pytest.mark.parametrize("method", [FullFineTuning(), *SHORT], ids=lambda m: m.name)
 @pytest.mark.parametrize("family", FOUR)
 def test_in_16_bits_and_with_checkpointing(family, method, dtype, checkpointing):
     """What trains is in float32, and so is the whole of a model whose own parameters train."""
     width = torch.float32 if method.in_place else getattr(torch, dtype)
     agree(tiny(family, width), [method], dtype=dtype, checkpointing=checkpointing)
+
+
+@pytest.mark.parametrize("method", [FullFineTuning(), *SHORT], ids=lambda m: m.name)
+def test_float16_scales_its_gradients(method):
+    width = torch.float32 if method.in_place else torch.float16
+    agree(tiny("gpt2", width), [method], dtype="float16")
 
 
 @pytest.mark.parametrize("case", ["qlora", "adapter + lora", "prune + lora", "smaller + lora"])
@@ -521,3 +529,23 @@ def test_what_was_predicted_beside_a_recorded_row_is_predicted_still(name):
     said = row["predicted"]
     assert now.bytes("activations") == pytest.approx(said["activations"], rel=1e-3)
     assert now.peak == pytest.approx(said["peak"], rel=0.01)
+
+
+@dataclass(frozen=True)
+class Idle(LoRA, listed=False):
+    """LoRA, and a tensor that nothing reads."""
+
+    def reach(self, base, attachment, generator):
+        super().reach(base, attachment, generator)
+        attachment.trainable["idle"] = torch.nn.Parameter(torch.zeros(1000))
+
+
+def test_what_has_no_gradient_has_no_states():
+    base = tiny("gpt2")
+    plain, said = (predict(method, base, BATCH, LENGTH) for method in (LoRA(), Idle()))
+    with attach(base, Idle()) as tuned:
+        found = measure(tuned, batch_of(tuned))
+    assert found == said
+    assert found.bytes("optimiser") == plain.bytes("optimiser")
+    assert found.bytes("weights") == plain.bytes("weights") + 4000
+    assert found.peak == plain.peak + 4000

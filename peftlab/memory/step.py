@@ -178,11 +178,9 @@ def followed(
                     if moment == "forward":  # what is not used is gone with its graph
                         kept = {at: what for at, what in kept.items() if what.alive}
                         parts["activations"] = kept.copy()
-            parts["gradients"] = _storages(
-                (place(name, p), p.grad)
-                for name, p in tuned.trainable.items()
-                if p.grad is not None
-            )
+            gradients = {name: p.grad for name, p in tuned.trainable.items() if p.grad is not None}
+            parts["gradients"] = _storages((place(n, g), g) for n, g in gradients.items())
+            _without(tuned.trainable.keys() - gradients.keys(), tuned, optimizer, parts, memory)
             held = _storages((place(n), t) for n, t in _held(tuned, how))
             other = standing.keys() | parts["activations"].keys()
             parts["aside"] = {at: what for at, what in held.items() if at not in other}
@@ -251,7 +249,7 @@ def _running(tuned: Tuned, how: How) -> Iterator[None]:
     """Inside, dropout is off. With checkpointing the blocks are told so, and they alone are in
     training, for only there are they computed again; the model's own switch leaves a hook behind.
     """
-    blocks = [block for stack in tuned.anatomy.layers.values() for block in stack]
+    stacks = tuned.anatomy.layers.values() if how.checkpointing else ()
     options = dict(use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), how.again()))
     told = {
         "training": True,
@@ -259,9 +257,9 @@ def _running(tuned: Tuned, how: How) -> Iterator[None]:
         "_gradient_checkpointing_func": partial(checkpoint, **options),
     }
     with tuned._evaluating():
-        before = {block: vars(block).copy() for block in blocks}
+        before = {block: vars(block).copy() for stack in stacks for block in stack}
         try:
-            for block in blocks if how.checkpointing else ():
+            for block in before:
                 vars(block).update(told)
             yield
         finally:

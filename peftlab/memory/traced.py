@@ -32,7 +32,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from transformers import masking_utils
 
@@ -178,7 +177,7 @@ class _Blank:
         config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
         family = FAMILIES[config.model_type]
         kind = CLASSES[family.kind] if "lm" in facts.head else transformers.AutoModel
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.mode = _Numberless(allow_non_fake_inputs=True)
         with self.numberless(How()):
             model = kind.from_config(config, dtype=facts.dtype)
             model.tie_weights()
@@ -191,7 +190,6 @@ class _Blank:
         """Inside, tensors are made without numbers, and what is asked of them is answered."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.mode)
-            stack.enter_context(_Answers())
             # Rows are full: transformers may ask that too, and leave the mask out.
             stack.enter_context(mock.patch.object(masking_utils, "is_tracing", lambda *_: False))
             # Everything is made where it belongs, and in float32 at least.
@@ -202,10 +200,12 @@ class _Blank:
             yield
 
 
-class _Answers(TorchDispatchMode):
+class _Numberless(FakeTensorMode):
     """Whether something holds of a tensor without numbers: yes. What number it is: 1."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # asked for more often than anything else
         if function is torch.ops.aten._local_scalar_dense.default:
             (asked,) = args
             if isinstance(asked, FakeTensor) and asked.constant is None:
@@ -213,7 +213,7 @@ class _Answers(TorchDispatchMode):
                     return True
                 if asked.is_floating_point():
                     return 1.0
-        return function(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(function, types, args, kwargs)
 
 
 # --- what a GPU does otherwise ---------------------------------------------------------------
