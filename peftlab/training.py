@@ -9,11 +9,11 @@ has learned so far.
 from __future__ import annotations
 
 import math
+import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from itertools import chain, repeat
 
 import pandas as pd
 import torch
@@ -30,20 +30,13 @@ from peftlab.tuned import Tuned
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
-@runtime_checkable
-class Stop(Protocol):
-    """Anything with `is_set()`, such as a threading.Event."""
-
-    def is_set(self) -> bool: ...
-
-
 @dataclass
 class Run:
     """The record of a training run.
 
     `history` has one row a step (step, loss in nats per target token, lr, seconds since the
-    start), with the metrics at the steps that were evaluated. `seconds` is the training time
-    without evaluation.
+    start), with the metrics at the steps that were evaluated. `seconds` is the training time until
+    the last step. All seconds are without evaluation.
     """
 
     method: str
@@ -110,15 +103,16 @@ def train(
     warmup: int = 10,
     progress: bool = True,
     on_step: Callable[[dict], None] | None = None,
-    stop: Stop | None = None,
+    stop: threading.Event | None = None,
     evaluate: bool = True,
 ) -> Run:
     """Train the adapter on `task.train`.
 
     `lr` defaults to the rate of the first method that trains; a head uses `head_lr`. The dev set
     is scored every `eval_every` steps (0: never); with `evaluate`, the test set is scored before
-    and after. The same seed on the same machine gives the same result. Raises ValueError for a
-    setting out of range or a batch that does not fit the context.
+    and after. `stop`, once set, ends the run before the next step. The same seed on the same
+    machine gives the same result. Raises ValueError for a setting out of range or a batch that
+    does not fit the context.
     """
     least = {"steps": 1, "batch_size": 1, "eval_every": 0, "warmup": 0}
     for name, value in zip(least, (steps, batch_size, eval_every, warmup), strict=True):
@@ -139,24 +133,20 @@ def train(
     for name, rate in (("lr", lr), ("head_lr", head_lr)):
         if not 0 < rate < math.inf:
             raise ValueError(f"{name}={rate}: allowed is a number above 0")
-    arithmetic = precision_for(tuned.device, precision)
-    run = Run(
-        tuned.label,
-        task.name,
-        seed,
-        str(tuned.device),
-        arithmetic,
-        lr,
-        min(batch_size, len(task.train)),
-        head_lr if tuned.head else None,
-    )
+    precision, batch_size = precision_for(tuned.device, precision), min(batch_size, len(task.train))
+    run = Run(tuned.label, task.name, seed, str(tuned.device), precision, lr, batch_size)
+    if tuned.head:
+        run.head_lr = head_lr
     if evaluate:
         run.before = task.score(tuned)
-    objective, optimizer, batches, accelerator = _prepare(tuned, task, run, steps, arithmetic)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_cosine(warmup, steps))
+    objective, optimizer, loader, accelerator = _prepare(tuned, task, run)
+    batches = chain.from_iterable(repeat(loader))  # epoch after epoch, without end
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: _warm_cosine(step, warmup, steps)
+    )
     bar = tqdm(total=steps, disable=not progress, desc=f"{tuned.label} on {task.name}")
     tuned.train(True)
-    clock = _Clock()
+    start = time.perf_counter()
     try:
         with torch.random.fork_rng(devices=[tuned.device] if tuned.device.type == "cuda" else []):
             torch.manual_seed(seed)
@@ -170,19 +160,15 @@ def train(
                 optimizer.step()
                 tuned.after_step(step, steps)
                 optimizer.zero_grad(set_to_none=True)
-                record = {
-                    "step": step,
-                    "loss": loss.item(),
-                    "lr": schedule.get_last_lr()[0],
-                    "seconds": clock.seconds(),
-                }
-                schedule.step()
+                record = {"step": step, "loss": loss.item(), "lr": schedule.get_last_lr()[0]}
+                record["seconds"] = run.seconds = time.perf_counter() - start
                 run.steps = step
                 run.records.append(record)
+                schedule.step()
                 if eval_every and (step % eval_every == 0 or step == steps):
-                    with clock.stopped():
-                        record |= task.score(tuned, task.dev)
-                        tuned.train(True)
+                    record |= task.score(tuned, task.dev)
+                    tuned.train(True)
+                    start = time.perf_counter() - run.seconds  # the clock stood still meanwhile
                 bar.update()
                 bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
                 if on_step is not None:
@@ -190,7 +176,6 @@ def train(
     except KeyboardInterrupt:
         run.interrupted = True
     finally:
-        run.seconds = clock.seconds()
         bar.close()
         tuned.train(False)
         for parameter in tuned.trainable.values():
@@ -214,70 +199,37 @@ def move(tuned: Tuned, device: str | torch.device) -> None:
         tuned.use(tuned.using)  # the kept adapters in use move as well
 
 
-def _prepare(tuned: Tuned, task: Task, run: Run, steps: int, arithmetic: str):
-    """Let accelerate prepare the objective, the optimizer and an endless stream of batches."""
+def _prepare(tuned: Tuned, task: Task, run: Run):
+    """Let accelerate prepare the objective, the optimizer and the batches of an epoch."""
     AcceleratorState._reset_state(reset_partial_state=True)  # clear an earlier device or precision
-    accelerator = Accelerator(
-        cpu=tuned.device.type == "cpu",
-        mixed_precision="no" if arithmetic == "fp32" else arithmetic,
-    )
-    optimizer = torch.optim.AdamW(
-        _groups(tuned, run),
-        weight_decay=0.0,
-        # On a CPU the default loops over the tensors, and LoRA has many small ones.
-        fused=True if tuned.device.type == "cpu" else None,
-    )
-    order = torch.Generator().manual_seed(run.seed)
+    on_cpu, mixed = tuned.device.type == "cpu", "no" if run.precision == "fp32" else run.precision
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision=mixed)
+    # On a CPU the default loops over the tensors, and LoRA has many small ones.
+    fused = True if on_cpu else None
+    optimizer = torch.optim.AdamW(_groups(tuned, run), weight_decay=0.0, fused=fused)
     loader = DataLoader(
         task.train,
         batch_size=run.batch_size,
         shuffle=True,
         drop_last=True,
-        generator=order,
+        generator=torch.Generator().manual_seed(run.seed),
         collate_fn=lambda examples: task.batch_for(tuned, examples),
     )
-    objective, optimizer, loader = accelerator.prepare(_Objective(tuned), optimizer, loader)
-    return objective, optimizer, _endless(loader), accelerator
+    return *accelerator.prepare(_Objective(tuned), optimizer, loader), accelerator
 
 
 def _groups(tuned: Tuned, run: Run) -> list[dict]:
     """The parameters grouped by learning rate: a head has its own, a method may have several."""
+    rates = {name: each.method.rate(name) for each in tuned.attachments for name in each.trainable}
     groups: dict[float, list] = {}
     for name, parameter in tuned.trainable.items():
-        lr = run.head_lr if name.startswith("head.") else run.lr * tuned.rate(name)
+        lr = run.lr * rates[name] if name in rates else run.head_lr
         groups.setdefault(lr, []).append(parameter)
     return [{"params": parameters, "lr": lr} for lr, parameters in groups.items()]
 
 
-def _endless(loader: DataLoader) -> Iterator[dict[str, Tensor]]:
-    while True:
-        yield from loader
-
-
-def _warm_cosine(warmup: int, steps: int) -> Callable[[int], float]:
+def _warm_cosine(step: int, warmup: int, steps: int) -> float:
     """The factor of the learning rate: a linear rise for `warmup` steps, then a cosine to zero."""
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
-
-    return factor
-
-
-class _Clock:
-    """Seconds since the start, without the time spent inside `stopped()`."""
-
-    def __init__(self):
-        self.start, self.paused = time.perf_counter(), 0.0
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self.start - self.paused
-
-    @contextmanager
-    def stopped(self):
-        at = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.paused += time.perf_counter() - at
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))

@@ -27,18 +27,8 @@ from peftlab.bases.plain import has_numbers
 from peftlab.bases.real import GGUF, REAL, Place, find, read_gguf, unpacked
 from peftlab.bases.shapes import Shape
 
-__all__ = [
-    "FAMILIES",
-    "TARGETS",
-    "Anatomy",
-    "Base",
-    "LanguageModel",
-    "Linear",
-    "Shape",
-    "Sublayer",
-    "fused",
-    "load",
-]
+__all__ = ["FAMILIES", "TARGETS", "Anatomy", "Base", "LanguageModel", "Linear", "Shape"]
+__all__ += ["Sublayer", "fused", "load"]
 
 
 class LanguageModel:
@@ -183,11 +173,9 @@ class LanguageModel:
                 ids, mask = batch["input_ids"], batch["attention_mask"]
                 if ids.shape[1] < 2:
                     continue
-                logits = self(ids, mask)[:, :-1].float()
-                labels = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
-                total += F.cross_entropy(
-                    logits.flatten(0, 1), labels.flatten(), reduction="sum"
-                ).item()
+                logits = self(ids, mask)[:, :-1].float().flatten(0, 1)
+                labels = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100).flatten()
+                total += F.cross_entropy(logits, labels, reduction="sum").item()
                 tokens += int((labels != -100).sum())
         if tokens == 0:
             raise ValueError("no text has a second token to predict")
@@ -226,8 +214,8 @@ class Base(LanguageModel):
             if FAMILIES[family].kind != "decoder":  # a decoder never reads its padding
                 raise ValueError(f"{name!r}: {family} needs a tokenizer with a padding token")
             tokenizer.pad_token = tokenizer.eos_token
-        self.name, self.model, self.tokenizer = name, model.eval(), tokenizer
-        self.source = source
+        self.name, self.source = name, source
+        self.model, self.tokenizer = model.eval(), tokenizer
         self.anatomy = Anatomy(model, name)
         self.adapted_by = None  # the Tuned that is attached now, if any
         model.requires_grad_(False)
@@ -261,7 +249,7 @@ class Base(LanguageModel):
     @property
     def has_lm_head(self) -> bool:
         """Whether the model predicts tokens, not only hidden states."""
-        return self.anatomy.has_lm_head
+        return self.anatomy.shape.head in ("lm", "masked_lm")
 
     def __repr__(self) -> str:
         shape = self.anatomy.shape
@@ -299,61 +287,63 @@ def load(
     encoder or T5 whose tokenizer has no padding token; FileNotFoundError if the search finds no
     base.
     """
-    shipped = data_path("bases")
+    name, shipped = str(name), data_path("bases")
     ours = sorted(path.parent.name for path in shipped.glob("*/config.json"))
     missing = (
-        f"no base {str(name)!r}: peftlab ships {', '.join(ours)} and knows {', '.join(REAL)}; "
+        f"no base {name!r}: peftlab ships {', '.join(ours)} and knows {', '.join(REAL)}; "
         "otherwise give a local folder in Hugging Face format or a hub name that this machine can "
         "reach"
     )
     bases = bases or os.environ.get("PEFTLAB_BASES")
-    if str(name) in ours:
+    if name in ours:
         place = Place(shipped / name, "peftlab itself")
     else:
-        place = find(str(name), bases, missing)
-        if bases and str(name) in REAL:
-            with _quiet():
-                place = unpacked(place, Path(bases, name))
-    source = place.path
-    if source.suffix != GGUF and not (source / "config.json").exists():
+        place = find(name, bases, missing)
+    with _quiet():
+        if bases and name in REAL:
+            place = unpacked(place, Path(bases, name))
+        model, tokenizer = _read(name, place.path, dtype, missing)
+    return Base(name, model.to(device), tokenizer, place.source)
+
+
+def _read(name: str, source: Path, dtype: torch.dtype, missing: str):
+    """The model and tokenizer in a folder or a GGUF file."""
+    if source.suffix == GGUF:
+        return read_gguf(source, dtype)
+    if not (source / "config.json").exists():
         raise FileNotFoundError(f"no config.json in {str(source)!r}; {missing}")
     damaged = f"the base in {str(source)!r} is damaged"
-    if source.suffix == GGUF:
-        with _quiet():
-            model, tokenizer = read_gguf(source, dtype)
-        return Base(str(name), model.to(device), tokenizer, place.source)
-    with _quiet():
-        try:
-            config, _ = transformers.PretrainedConfig.get_config_dict(source)
-            family = config.get("model_type")
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            if Path(source).exists():
-                raise ValueError(f"{damaged}: {error}") from error
-            raise FileNotFoundError(missing) from error
-        if family not in FAMILIES:
-            raise ValueError(_unknown_family(str(name), family))
-        try:
-            model, problems = _read(CLASSES[FAMILIES[family].kind], source, dtype)
-            if FAMILIES[family].kind == "encoder" and _head(model) <= problems.keys():
-                model, problems = _read(transformers.AutoModel, source, dtype)
-                pooler = {"pooler.dense.weight", "pooler.dense.bias"}
-                if pooler <= problems.keys():  # the class drew it: the file has none
-                    model.pooler = None
-                    problems = {key: what for key, what in problems.items() if key not in pooler}
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        except OSError as error:
-            raise FileNotFoundError(f"{missing} ({error})") from error
-        except (RuntimeError, ValueError, safetensors.SafetensorError) as error:
-            raise ValueError(f"{damaged}: {error}") from error
+    try:
+        family = transformers.PretrainedConfig.get_config_dict(source)[0].get("model_type")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{damaged}: {error}") from error
+    if family not in FAMILIES:
+        raise ValueError(_unknown_family(name, family))
+    kind = FAMILIES[family].kind
+    try:
+        model, problems = _load_weights(CLASSES[kind], source, dtype)
+        backbone = f"{model.base_model_prefix}."
+        head = {key for key, _ in model.named_parameters() if not key.startswith(backbone)}
+        if kind == "encoder" and head <= problems.keys():  # saved without its head
+            model, problems = _load_weights(transformers.AutoModel, source, dtype)
+            pooler = {"pooler.dense.weight", "pooler.dense.bias"}
+            if pooler <= problems.keys():  # the class drew it: the file has none
+                model.pooler = None
+                problems = {key: what for key, what in problems.items() if key not in pooler}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    except OSError as error:
+        raise FileNotFoundError(f"{missing} ({error})") from error
+    except (RuntimeError, ValueError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{damaged}: {error}") from error
     if problems:
         raise ValueError(f"{damaged}: {min(problems)} {problems[min(problems)]}")
     if len(tokenizer) - len(tokenizer.all_special_tokens) < 2:  # transformers invented it
         raise FileNotFoundError(f"no tokenizer in {str(source)!r}")
-    return Base(str(name), model.to(device), tokenizer, place.source)
+    return model, tokenizer
 
 
-def _read(auto_class, source, dtype) -> tuple[transformers.PreTrainedModel, dict[str, str]]:
-    """The model, and the problem with each tensor that was drawn instead of loaded."""
+def _load_weights(auto_class, source: Path, dtype: torch.dtype):
+    """The model, and the problem with each tensor that was drawn instead of loaded, by its name."""
     model, report = auto_class.from_pretrained(
         source,
         dtype=dtype,
@@ -364,12 +354,6 @@ def _read(auto_class, source, dtype) -> tuple[transformers.PreTrainedModel, dict
     problems = dict.fromkeys(report["missing_keys"], "is missing")
     wrong_size = (key for key, *_ in report["mismatched_keys"])
     return model, problems | dict.fromkeys(wrong_size, "is not of the size in config.json")
-
-
-def _head(model: transformers.PreTrainedModel) -> set[str]:
-    """Names of the parameters outside the backbone and not tied to it."""
-    backbone = f"{model.base_model_prefix}."
-    return {name for name, _ in model.named_parameters() if not name.startswith(backbone)}
 
 
 def _unknown_family(name: str, family: str) -> str:

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from peftlab.attention import AttentionSite, observe
 from peftlab.bases.plain import plain
-from peftlab.bases.shapes import Shape
+from peftlab.bases.shapes import ATTENTION, GATED_MLP, Shape
 
-TARGETS = ("q", "k", "v", "o", "up", "down", "gate")
+TARGETS = ATTENTION + GATED_MLP
 
 
 @dataclass(frozen=True)
@@ -36,139 +36,61 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Stack:
-    """One stack of blocks. `linears` is keyed by target, cross.target for T5's second attention."""
-
-    path: str  # from the backbone, like all paths outside a block; "" is the backbone itself
-    layers: str
-    linears: dict[str, Part]
-
-
-@dataclass(frozen=True)
 class Family:
-    """Module paths of one architecture."""
+    """Module paths of one architecture, from the model without its head or from a block.
+
+    `stacks` is keyed by the stack's own path ("" is the whole model), each with its linear weights
+    by target; those of T5's second attention are cross.target.
+    """
 
     kind: str  # "decoder", "encoder" or "encoder-decoder"
     embedding: str
-    stacks: dict[str, Stack]
+    layers: str  # the blocks in a stack
+    stacks: dict[str, dict[str, Part]]
 
 
 def _parts(paths: dict[str, str]) -> dict[str, Part]:
     return {target: Part(path) for target, path in paths.items()}
 
 
-def _t5(attentions: dict[str, str], mlp: str) -> dict[str, Part]:
-    """One T5 block: the paths of its attentions, by their prefix to q k v o, and of its MLP."""
-    return _parts(
-        {f"{before}{t}": f"{path}.{t}" for before, path in attentions.items() for t in "qkvo"}
-        | {"up": f"{mlp}.wi", "down": f"{mlp}.wo"}
-    )
+def _one_matrix(path: str, by_head: bool = False) -> dict[str, Part]:
+    """q, k and v, which one fused matrix computes."""
+    return {target: Part(path, part, 3, by_head) for part, target in enumerate("qkv")}
 
 
-_LLAMA = Family(
-    kind="decoder",
-    embedding="embed_tokens",
-    stacks={
-        "": Stack(
-            "",
-            "layers",
-            _parts({t: f"self_attn.{t}_proj" for t in "qkvo"})
-            | _parts({t: f"mlp.{t}_proj" for t in ("up", "down", "gate")}),
-        )
-    },
+_GPT2 = _one_matrix("attn.c_attn") | _parts(
+    {"o": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"}
 )
-_BERT = Family(
-    kind="encoder",
-    embedding="embeddings.word_embeddings",
-    stacks={
-        "": Stack(
-            "",
-            "encoder.layer",
-            _parts(
-                {
-                    "q": "attention.self.query",
-                    "k": "attention.self.key",
-                    "v": "attention.self.value",
-                    "o": "attention.output.dense",
-                    "up": "intermediate.dense",
-                    "down": "output.dense",
-                }
-            ),
-        )
-    },
+_LLAMA = _parts(
+    {target: f"self_attn.{target}_proj" for target in "qkvo"}
+    | {target: f"mlp.{target}_proj" for target in GATED_MLP}
 )
+_GPT_NEOX = _one_matrix("attention.query_key_value", by_head=True) | _parts(
+    {"o": "attention.dense", "up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"}
+)
+_BERT = _parts(
+    {name[0]: f"attention.self.{name}" for name in ("query", "key", "value")}
+    | {"o": "attention.output.dense", "up": "intermediate.dense", "down": "output.dense"}
+)
+_DISTILBERT = _parts(
+    {target: f"attention.{target}_lin" for target in "qkv"}
+    | {"o": "attention.out_lin", "up": "ffn.lin1", "down": "ffn.lin2"}
+)
+_T5_SELF = _parts({target: f"layer.0.SelfAttention.{target}" for target in "qkvo"})
+_T5_CROSS = _parts({f"cross.{target}": f"layer.1.EncDecAttention.{target}" for target in "qkvo"})
+_T5_MLP = _parts({"up": "layer.1.DenseReluDense.wi", "down": "layer.1.DenseReluDense.wo"})
+_T5_DECODER_MLP = _parts({"up": "layer.2.DenseReluDense.wi", "down": "layer.2.DenseReluDense.wo"})
+_T5 = {"encoder": _T5_SELF | _T5_MLP, "decoder": _T5_SELF | _T5_CROSS | _T5_DECODER_MLP}
+_WORDS = "embeddings.word_embeddings"
 FAMILIES = {
-    "gpt2": Family(
-        kind="decoder",
-        embedding="wte",
-        stacks={
-            "": Stack(
-                "",
-                "h",
-                {
-                    "q": Part("attn.c_attn", 0, 3),  # one fused matrix computes q, k and v
-                    "k": Part("attn.c_attn", 1, 3),
-                    "v": Part("attn.c_attn", 2, 3),
-                    "o": Part("attn.c_proj"),
-                    "up": Part("mlp.c_fc"),
-                    "down": Part("mlp.c_proj"),
-                },
-            )
-        },
-    ),
-    "llama": _LLAMA,
-    "qwen2": _LLAMA,
-    "gpt_neox": Family(
-        kind="decoder",
-        embedding="embed_in",
-        stacks={
-            "": Stack(
-                "",
-                "layers",
-                {
-                    "q": Part("attention.query_key_value", 0, 3, by_head=True),
-                    "k": Part("attention.query_key_value", 1, 3, by_head=True),
-                    "v": Part("attention.query_key_value", 2, 3, by_head=True),
-                    "o": Part("attention.dense"),
-                    "up": Part("mlp.dense_h_to_4h"),
-                    "down": Part("mlp.dense_4h_to_h"),
-                },
-            )
-        },
-    ),
-    "bert": _BERT,
-    "roberta": _BERT,
-    "distilbert": Family(
-        kind="encoder",
-        embedding="embeddings.word_embeddings",
-        stacks={
-            "": Stack(
-                "",
-                "transformer.layer",
-                _parts({t: f"attention.{t}_lin" for t in "qkv"})
-                | _parts({"o": "attention.out_lin", "up": "ffn.lin1", "down": "ffn.lin2"}),
-            )
-        },
-    ),
-    "t5": Family(
-        kind="encoder-decoder",
-        embedding="shared",
-        stacks={
-            "encoder": Stack(
-                "encoder",
-                "block",
-                _t5({"": "layer.0.SelfAttention"}, "layer.1.DenseReluDense"),
-            ),
-            "decoder": Stack(
-                "decoder",
-                "block",
-                _t5(
-                    {"": "layer.0.SelfAttention", "cross.": "layer.1.EncDecAttention"},
-                    "layer.2.DenseReluDense",
-                ),
-            ),
-        },
-    ),
+    "gpt2": Family("decoder", "wte", "h", {"": _GPT2}),
+    "llama": Family("decoder", "embed_tokens", "layers", {"": _LLAMA}),
+    "qwen2": Family("decoder", "embed_tokens", "layers", {"": _LLAMA}),
+    "gpt_neox": Family("decoder", "embed_in", "layers", {"": _GPT_NEOX}),
+    "bert": Family("encoder", _WORDS, "encoder.layer", {"": _BERT}),
+    "roberta": Family("encoder", _WORDS, "encoder.layer", {"": _BERT}),
+    "distilbert": Family("encoder", _WORDS, "transformer.layer", {"": _DISTILBERT}),
+    "t5": Family("encoder-decoder", "shared", "block", _T5),
 }
 
 
@@ -249,11 +171,10 @@ class Linear:
 
         Raises ValueError if their shape is not that of W.
         """
-        stored = self._stored
         if values.shape != (self.d_out, self.d_in):
-            raise ValueError(
-                f"{self.name} is {self.d_out}×{self.d_in}, not {'×'.join(map(str, values.shape))}"
-            )
+            given = "×".join(map(str, values.shape))
+            raise ValueError(f"{self.name} is {self.d_out}×{self.d_in}, not {given}")
+        stored = self._stored
         stored[self.index] = values.to(stored.device, stored.dtype)
         if self.code is not None:
             self.code.encode(stored.T if self.transposed else stored)
@@ -261,8 +182,7 @@ class Linear:
     def product(self, output: Float[Tensor, "*batch all_rows"]) -> Float[Tensor, "*batch d_out"]:
         """W x from the module's output: this weight's columns minus the bias; never a view."""
         rows = output[..., self.index]
-        bias = self.module.bias
-        return rows.clone() if bias is None else rows - bias[self.index]
+        return rows.clone() if self.bias is None else rows - self.bias
 
     def add_to(
         self, output: Float[Tensor, "*batch all_rows"], delta: Float[Tensor, "*batch d_out"]
@@ -378,14 +298,13 @@ class Anatomy:
         self.stacks: dict[str, nn.Module] = {}
         self.layers: dict[str, list[nn.Module]] = {}
         self.linears: dict[str, Linear] = {}
-        for stack, where in family.stacks.items():
-            self.stacks[stack] = backbone.get_submodule(where.path)
-            self.layers[stack] = list(self.stacks[stack].get_submodule(where.layers))
+        for stack, parts in family.stacks.items():
+            if self.shape.gated and "gate" not in parts:  # a newer T5
+                up = parts["up"].path
+                parts = parts | {"up": Part(f"{up}_1"), "gate": Part(f"{up}_0")}
+            self.stacks[stack] = backbone.get_submodule(stack)
+            self.layers[stack] = list(self.stacks[stack].get_submodule(family.layers))
             for layer, block in enumerate(self.layers[stack]):
-                parts = where.linears
-                if self.shape.gated and "gate" not in parts:  # a newer T5
-                    up = parts["up"].path
-                    parts = parts | {"up": Part(f"{up}_1"), "gate": Part(f"{up}_0")}
                 for key, part in parts.items():
                     site = f"{stack}.layers.{layer}.{key}".removeprefix(".")
                     self.linears[site] = self._linear(site, layer, block, part)
@@ -394,19 +313,13 @@ class Anatomy:
         module = block.get_submodule(part.path)
         transposed = not isinstance(module, nn.Linear)
         every = module.weight.shape[1 if transposed else 0]
+        size = every // part.of
+        rows = (part.part * size, (part.part + 1) * size)
         if part.by_head:
             with plain():
                 numbers = torch.arange(every).view(self.shape.heads, part.of, -1)
                 rows = numbers[:, part.part].flatten()
-        else:
-            size = every // part.of
-            rows = (part.part * size, (part.part + 1) * size)
         return Linear(site, site.rsplit(".", 1)[-1], layer, module, rows, transposed)
-
-    @property
-    def has_lm_head(self) -> bool:
-        """Whether the model predicts tokens, not only hidden states."""
-        return self.shape.head in ("lm", "masked_lm")
 
     @property
     def backbone(self) -> nn.Module:
@@ -419,8 +332,8 @@ class Anatomy:
         found = []
         for name, last in self.linears.items():
             if last.target in ("o", "down"):
-                first, kind = ("q", "attention") if last.target == "o" else ("up", "mlp")
                 where = name.removesuffix(last.target)
+                first, kind = ("q", "attention") if last.target == "o" else ("up", "mlp")
                 block = where.removesuffix("cross.")
                 kind = kind if where == block else "cross"
                 found.append(Sublayer(block + kind, kind, self.linears[where + first], last))
@@ -466,11 +379,9 @@ class Anatomy:
 
         Raises ValueError for a role that this family does not have.
         """
-        unknown = [t for t in targets if t not in self.targets]
-        if unknown:
-            raise ValueError(
-                f"unknown target {unknown[0]!r}: {self.family} has {', '.join(self.targets)}"
-            )
+        if unknown := [t for t in targets if t not in self.targets]:
+            has = ", ".join(self.targets)
+            raise ValueError(f"unknown target {unknown[0]!r}: {self.family} has {has}")
         return [linear for linear in self.linears.values() if linear.target in targets]
 
 

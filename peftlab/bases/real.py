@@ -84,15 +84,13 @@ def find(name: str, bases: str | Path | None, missing: str) -> Place:
     if not known and Path(name).exists():
         return Place(Path(name), _kept_source(Path(name)))
     repository = known.hub if known else name
-    place = _in_folder(name, bases) or _in_cache(repository)
-    if place is None and known:
-        place = _in_package(known)
-    if place is None:
+    place = _in_folder(name, bases) or _in_cache(repository) or (known and _in_package(known))
+    if not place:
         if known:
             missing = (
-                f"no base {name!r} on this machine: not in PEFTLAB_BASES ("
-                f"{bases or 'not set'}), not in the hub's cache, and the "
-                f"package {known.package} is not installed. To get it: {known.install}"
+                f"no base {name!r} on this machine: not in PEFTLAB_BASES ({bases or 'not set'}), "
+                f"not in the hub's cache, and the package {known.package} is not installed. To get "
+                f"it: {known.install}"
             )
         place = _on_hub(name, repository, missing)
     print(f"{name}: found in {place.source}", flush=True)
@@ -101,10 +99,8 @@ def find(name: str, bases: str | Path | None, missing: str) -> Place:
 
 def _in_folder(name: str, bases: str | Path | None) -> Place | None:
     """A folder of that name: the name as a path, or in the folder `bases`."""
-    for path in (Path(name), *([Path(bases, name)] if bases else [])):
-        if path.is_dir():
-            return Place(path, _kept_source(path))
-    return None
+    folders = (Path(name), *([Path(bases, name)] if bases else []))
+    return next((Place(path, _kept_source(path)) for path in folders if path.is_dir()), None)
 
 
 def _kept_source(path: Path) -> str:
@@ -142,8 +138,8 @@ def _in_package(known: Package) -> Place | None:
     except importlib.metadata.PackageNotFoundError:
         return None
     root = Path(installed.locate_file(known.package.replace("-", "_")))
-    label, again = f"the package {known.package} {installed.version}", known.install
-    again = again.replace("install", "install --force-reinstall", 1)
+    label = f"the package {known.package} {installed.version}"
+    again = known.install.replace("install", "install --force-reinstall", 1)
     files = sorted(root.rglob(known.file))
     if not files:
         raise ValueError(
@@ -207,8 +203,8 @@ def read_gguf(path: Path, dtype: torch.dtype):
     """
     if importlib.util.find_spec("gguf") is None:
         raise ImportError(f"{path.name} is read with the package gguf: pip install gguf")
-    unpacked = getattr(transformers, "GgufConfig", None)  # without it a GPU may keep the codes
-    options = {"quantization_config": unpacked(dequantize=True)} if unpacked else {}
+    config = getattr(transformers, "GgufConfig", None)  # without it a GPU may keep the codes
+    options = {"quantization_config": config(dequantize=True)} if config else {}
     where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
@@ -223,13 +219,9 @@ def read_gguf(path: Path, dtype: torch.dtype):
         first = min(report["missing_keys"])
         raise ValueError(f"the GGUF file {str(path)!r} is damaged: {first} is missing")
     # The weights are plain numbers now: nothing may treat this as a quantised model.
-    for owner, note in (
-        (model, "hf_quantizer"),
-        (model, "quantization_method"),
-        (model.config, "quantization_config"),
-    ):
-        if hasattr(owner, note):
-            delattr(owner, note)
+    for name in ("hf_quantizer", "quantization_method"):
+        vars(model).pop(name, None)
+    vars(model.config).pop("quantization_config", None)
     model.is_quantized = False
     return model, tokenizer
 

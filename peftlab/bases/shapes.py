@@ -72,7 +72,7 @@ class Shape:
         if family not in FAMILIES:
             raise ValueError(f"unknown family {family!r}; known: {', '.join(FAMILIES)}")
         name = name or fields.get("_name_or_path") or family
-        return cls(name=name, family=family, **FAMILIES[family](fields))
+        return cls(name=name, family=family, vocab=fields["vocab_size"], **FAMILIES[family](fields))
 
     def without_head(self) -> "Shape":
         """The shape of the same model without its head."""
@@ -130,11 +130,11 @@ class Shape:
         """Numbers in all biases: those of linear maps, LayerNorms and the head."""
         maps = sum(n * d_out for t in self.biased for n, _, d_out in self.matrices(t))
         norms = self.norms * (self.norm_size - self.d_model)
-        head = {"pooler": self.d_model, "masked_lm": self.d_model + self._head_biases}
+        head = {"pooler": self.d_model, "masked_lm": self.d_model + self._decoder_biases}
         return maps + norms + head.get(self.head, 0)
 
     @property
-    def _head_biases(self) -> int:
+    def _decoder_biases(self) -> int:
         """Numbers in the bias of a masked-LM head's decoder: it has two, which are usually tied."""
         twice = not self.tied and self.family != "distilbert"
         return self.vocab * (2 if twice else 1)
@@ -151,16 +151,9 @@ class Shape:
             raise ValueError(f"{self.name} has no target {target!r}; it has: {known}")
         d, inner = self.d_model, self.heads * self.head_dim
         copies = self.attentions if target in ATTENTION else self.blocks
-        d_in, d_out = {
-            "q": (d, inner),
-            "k": (d, self.d_kv),
-            "v": (d, self.d_kv),
-            "o": (inner, d),
-            "up": (d, self.d_ff),
-            "gate": (d, self.d_ff),
-            "down": (self.d_ff, d),
-        }[target]
-        return [(copies, d_in, d_out)]
+        attention = {"q": (d, inner), "k": (d, self.d_kv), "v": (d, self.d_kv), "o": (inner, d)}
+        mlp = {"up": (d, self.d_ff), "gate": (d, self.d_ff), "down": (self.d_ff, d)}
+        return [(copies, *(attention | mlp)[target])]
 
     def modules(self, targets: tuple[str, ...]) -> list[tuple[int, int, str]]:
         """`(copies, weights, target)` of the whole modules that hold these targets; GPT-2 has one
@@ -170,11 +163,8 @@ class Shape:
             parts = [matrix for target in self.fused for matrix in self.matrices(target)]
             size = sum(d_in * d_out for _, d_in, d_out in parts)
             found.append((parts[0][0], size, self.fused[0]))
-        for target in targets:
-            if target not in self.fused:
-                sizes = self.matrices(target)
-                found += [(copies, d_in * d_out, target) for copies, d_in, d_out in sizes]
-        return found
+        alone = [target for target in targets if target not in self.fused]
+        return found + [(n, d_in * d_out, t) for t in alone for n, d_in, d_out in self.matrices(t)]
 
     def parameters(self) -> int:
         """All parameters of the plain model: tables, linear maps, norms and the head.
@@ -184,62 +174,47 @@ class Shape:
         T5ForConditionalGeneration.
         """
         d = self.d_model
-        linear = sum(
-            copies * (d_in * d_out + (d_out if target in self.biased else 0))
-            for target in self.targets
-            for copies, d_in, d_out in self.matrices(target)
-        )
+        maps = sum(n * d_in * d_out for t in self.targets for n, d_in, d_out in self.matrices(t))
         tables = (self.vocab + self.positions + self.segments) * d
         if self.decoder_layers:  # T5: one table of relative positions in each stack
             tables += 2 * self.buckets * self.heads
-        return tables + linear + self.norms * self.norm_size + self._head_parameters()
+        scales = self.norms * d
+        untied = 0 if self.tied else self.vocab * d
+        head = {"lm": untied, "pooler": d * d, "masked_lm": d * d + untied}  # a dense layer first
+        return tables + maps + scales + head.get(self.head, 0) + self.biases
 
-    def _head_parameters(self) -> int:
-        """Parameters of the head without its norm."""
-        d, untied = self.d_model, 0 if self.tied else self.vocab * self.d_model
-        if self.head == "lm":
-            return untied
-        if self.head == "pooler":
-            return d * d + d
-        if self.head == "masked_lm":  # a dense layer, then the decoder with its bias
-            return d * d + d + self._head_biases + untied
-        return 0
+
+def _sizes(c: Mapping, layers: str, d_model: str, heads: str, d_ff: str, context: str) -> dict:
+    """The sizes in the fields of these names; every head has its own keys and values."""
+    d, n = c[d_model], c[heads]
+    attention = dict(d_model=d, heads=n, kv_heads=n, head_dim=d // n)
+    return attention | dict(layers=c[layers], d_ff=c[d_ff], context=c[context])
+
+
+HIDDEN = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+NAMES = (*HIDDEN, "max_position_embeddings")  # the fields of most families
 
 
 def _gpt2(c: Mapping) -> dict:
-    d, heads = c["n_embd"], c["n_head"]
-    return dict(
-        layers=c["n_layer"],
-        d_model=d,
-        heads=heads,
-        kv_heads=heads,
-        head_dim=d // heads,
-        d_ff=c.get("n_inner") or 4 * d,
-        vocab=c["vocab_size"],
-        context=c["n_positions"],
+    c = {**c, "n_inner": c.get("n_inner") or 4 * c["n_embd"]}
+    return _sizes(c, "n_layer", "n_embd", "n_head", "n_inner", "n_positions") | dict(
+        positions=c["n_positions"],
         tied=c.get("tie_word_embeddings", True),
         biased=ATTENTION + MLP,
         activation=c.get("activation_function", "gelu_new"),
-        positions=c["n_positions"],
     )
 
 
 def _llama(c: Mapping) -> dict:
-    d, heads = c["hidden_size"], c["num_attention_heads"]
+    sizes = _sizes(c, *NAMES)
     biased = ATTENTION if c.get("attention_bias") else ()
-    return dict(
-        layers=c["num_hidden_layers"],
-        d_model=d,
-        heads=heads,
-        kv_heads=c.get("num_key_value_heads") or heads,
-        head_dim=c.get("head_dim") or d // heads,
-        d_ff=c["intermediate_size"],
-        vocab=c["vocab_size"],
-        context=c["max_position_embeddings"],
-        activation=c.get("hidden_act", "silu"),
+    return sizes | dict(
+        kv_heads=c.get("num_key_value_heads") or sizes["heads"],
+        head_dim=c.get("head_dim") or sizes["head_dim"],
         gated=True,
         tied=c.get("tie_word_embeddings", False),
         biased=biased + (GATED_MLP if c.get("mlp_bias") else ()),
+        activation=c.get("hidden_act", "silu"),
     )
 
 
@@ -248,38 +223,20 @@ def _qwen2(c: Mapping) -> dict:
 
 
 def _gpt_neox(c: Mapping) -> dict:
-    d, heads = c["hidden_size"], c["num_attention_heads"]
-    return dict(
-        layers=c["num_hidden_layers"],
-        d_model=d,
-        heads=heads,
-        kv_heads=heads,
-        head_dim=d // heads,
-        d_ff=c["intermediate_size"],
-        vocab=c["vocab_size"],
-        context=c["max_position_embeddings"],
-        activation=c.get("hidden_act", "gelu"),
+    return _sizes(c, *NAMES) | dict(
         tied=c.get("tie_word_embeddings", False),
         biased=(ATTENTION if c.get("attention_bias", True) else ()) + MLP,
+        activation=c.get("hidden_act", "gelu"),
     )
 
 
 def _bert(c: Mapping) -> dict:
-    d, heads = c["hidden_size"], c["num_attention_heads"]
-    return dict(
-        layers=c["num_hidden_layers"],
-        d_model=d,
-        heads=heads,
-        kv_heads=heads,
-        head_dim=d // heads,
-        d_ff=c["intermediate_size"],
-        vocab=c["vocab_size"],
-        context=c["max_position_embeddings"],
+    return _sizes(c, *NAMES) | dict(
+        positions=c["max_position_embeddings"],
+        segments=c.get("type_vocab_size", 2),
         tied=c.get("tie_word_embeddings", True),
         biased=ATTENTION + MLP,
         activation=c.get("hidden_act", "gelu"),
-        positions=c["max_position_embeddings"],
-        segments=c.get("type_vocab_size", 2),
         head="pooler",
     )
 
@@ -290,19 +247,12 @@ def _roberta(c: Mapping) -> dict:
 
 
 def _distilbert(c: Mapping) -> dict:
-    return dict(
-        layers=c["n_layers"],
-        d_model=c["dim"],
-        heads=c["n_heads"],
-        kv_heads=c["n_heads"],
-        head_dim=c["dim"] // c["n_heads"],
-        d_ff=c["hidden_dim"],
-        vocab=c["vocab_size"],
-        context=c["max_position_embeddings"],
+    names = ("n_layers", "dim", "n_heads", "hidden_dim", "max_position_embeddings")
+    return _sizes(c, *names) | dict(
+        positions=c["max_position_embeddings"],
         tied=c.get("tie_word_embeddings", True),
         biased=ATTENTION + MLP,
         activation=c.get("activation", "gelu"),
-        positions=c["max_position_embeddings"],
         head="none",
     )
 
@@ -318,7 +268,6 @@ def _t5(c: Mapping) -> dict:
         kv_heads=c["num_heads"],
         head_dim=c["d_kv"],
         d_ff=c["d_ff"],
-        vocab=c["vocab_size"],
         context=c.get("n_positions") or 512,  # trained on 512; relative positions set no limit
         gated=gated,
         activation="gelu_new" if gated and act == "gelu" else act,

@@ -14,8 +14,8 @@
     Source              the module that makes a soft prompt, run once a forward pass
 """
 
-from peftlab.sites.codes import CodedProduct, CodedWeight
-from peftlab.sites.embeddings import InputEmbeddings, Read
+from peftlab.sites.codes import CodedWeight
+from peftlab.sites.embeddings import InputEmbeddings
 from peftlab.sites.keys_values import KeysValues
 from peftlab.sites.linear import LinearWeight
 from peftlab.sites.masked import MaskedWeight
@@ -26,14 +26,12 @@ from peftlab.sites.source import Source
 from peftlab.sites.structures import SmallerModel
 
 __all__ = [
-    "CodedProduct",
     "CodedWeight",
     "ExistingParameters",
     "InputEmbeddings",
     "KeysValues",
     "LinearWeight",
     "MaskedWeight",
-    "Read",
     "Scale",
     "Site",
     "SmallerModel",

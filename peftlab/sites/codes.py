@@ -1,7 +1,5 @@
 """The weight of one linear module held as codes of four bits."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

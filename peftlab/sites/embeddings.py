@@ -1,7 +1,5 @@
 """Virtual tokens in the embedded input, or new ones at every layer."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from functools import partial
 from inspect import signature
@@ -14,6 +12,7 @@ from peftlab.bases import Anatomy
 from peftlab.sites.site import Site
 
 Read = Callable[[], dict[str, Tensor]]  # returns the current tensors of a soft prompt
+Block = tuple[int, str, int | None]  # virtual tokens at one place: their number, place, token
 
 
 class InputEmbeddings(Site):
@@ -34,35 +33,26 @@ class InputEmbeddings(Site):
     """
 
     def __init__(
-        self,
-        anatomy: Anatomy,
-        read: Read,
-        placement: Iterable[tuple[int, str, int | None]],
-        every_layer: bool = False,
+        self, anatomy: Anatomy, read: Read, placement: Iterable[Block], every_layer: bool = False
     ):
         super().__init__("input_embeddings")
         self.anatomy, self.read, self.placement = anatomy, read, tuple(placement)
         self.count = sum(count for count, _, _ in self.placement)
         self.every_layer = every_layer
-        self.stack_name, self.stack = next(iter(anatomy.stacks.items()))
-        self.has_positions = anatomy.takes_positions
         # All virtual tokens in front of the text and its padding; the model takes position ids.
-        self.simple = self.has_positions and all(w == "front" for _, w, _ in self.placement)
+        self.simple = anatomy.takes_positions and all(w == "front" for _, w, _ in self.placement)
         self.real: Tensor | None = None  # (batch, seq): where the real tokens have moved to
 
     def __enter__(self):
-        hooks = [
-            self.stack.register_forward_pre_hook(self._put_in, with_kwargs=True),
-            self.stack.register_forward_hook(self._take_out),
-        ]
-        decoder = self.anatomy.stacks.get("decoder")
-        if decoder is not None:
-            hooks.append(decoder.register_forward_pre_hook(self._widen_mask, with_kwargs=True))
+        changes = {self.anatomy.backbone: self._put_in}
+        if "decoder" in self.anatomy.stacks:
+            changes[self.anatomy.stacks["decoder"]] = self._widen_mask
         if self.every_layer:
-            for layer, block in enumerate(self.anatomy.layers[self.stack_name][1:], start=1):
-                hook = partial(self._replace, layer)
-                hooks.append(block.register_forward_pre_hook(hook, with_kwargs=True))
-        self.hooks = hooks
+            blocks = next(iter(self.anatomy.layers.values()))
+            changes |= {blocks[i]: partial(self._replace, i) for i in range(1, len(blocks))}
+        for module, change in changes.items():
+            self.hooks.append(module.register_forward_pre_hook(change, with_kwargs=True))
+        self.hooks.append(self.anatomy.backbone.register_forward_hook(self._take_out))
         return self
 
     def __exit__(self, *_):
@@ -70,15 +60,14 @@ class InputEmbeddings(Site):
         self.real = None
 
     def _put_in(self, stack, args, kwargs):
+        self.real = None
         if self.anatomy.bare:
-            self.real = None
             return args, kwargs
         if args:
-            names = signature(stack.forward).parameters
-            kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+            kwargs |= zip(signature(stack.forward).parameters, args, strict=False)
         kwargs.pop("cache_position", None)
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
-        embedded = kwargs.get("inputs_embeds")
+        embedded, positions = kwargs.get("inputs_embeds"), kwargs.get("position_ids")
         if embedded is None:
             embedded = self.anatomy.embedding(ids)  # batch seq d_model
         batch, length, _ = embedded.shape
@@ -87,27 +76,21 @@ class InputEmbeddings(Site):
         if mask is None:
             real = length + max(cached - self.count, 0)
             mask = torch.ones(batch, real, dtype=torch.long, device=embedded.device)
-        positions = kwargs.get("position_ids")
-        if positions is None and self.has_positions:
+        if positions is None and self.anatomy.takes_positions:
             positions = self.anatomy.positions(mask)[:, -length:]
+        order, at = self._order(mask, ids, inside=not cached)
+        kwargs["attention_mask"] = self._arrange(order, mask, 1)
         if cached:
-            self.real = None
-            order, _ = self._order(mask)
-            kwargs["attention_mask"] = self._arrange(order, mask, 1)
-            if self.has_positions:
+            if self.anatomy.takes_positions:
                 kwargs["position_ids"] = positions + self.count
             return (), kwargs
         prompt = self.read()["prompt"]
         first = (prompt[..., 0, :, :] if self.every_layer else prompt).to(embedded.dtype)
-        if ids is None and any(token is not None for *_, token in self.placement):
-            raise ValueError("virtual tokens stand at a token of the text: input_ids are needed")
-        order, at = self._order(mask, ids, inside=True)
-        kwargs["attention_mask"] = self._arrange(order, mask, 1)
         kwargs["inputs_embeds"] = self._arrange(order, embedded, first)
         kwargs["input_ids"] = None
         if kwargs.get("token_type_ids") is not None:
             kwargs["token_type_ids"] = self._arrange(order, kwargs["token_type_ids"], 0)
-        if self.has_positions:
+        if self.anatomy.takes_positions:
             positions = positions.expand(batch, -1)
             kwargs["position_ids"] = self._arrange(order, *self._positions(positions, at))
         if order is None:
@@ -150,6 +133,10 @@ class InputEmbeddings(Site):
                 at = first
             elif where == "back":
                 at = mask.shape[1] - mask.flip(1).int().argmax(dim=1)
+            elif ids is None:
+                raise ValueError(
+                    "virtual tokens stand at a token of the text: input_ids are needed"
+                )
             else:
                 hits = (ids == token) & mask.bool()
                 if not hits.any(dim=1).all():
@@ -172,19 +159,15 @@ class InputEmbeddings(Site):
         joined = torch.cat([virtual, real], dim=1)
         if order is None:
             return joined
-        return joined.gather(
-            1, order.view(*order.shape, *[1] * (joined.ndim - 2)).expand_as(joined)
-        )
+        index = order.view(*order.shape, *[1] * (joined.ndim - 2))
+        return joined.gather(1, index.expand_as(joined))
 
     def _take_out(self, stack, args, output):
         if self.real is not None and "decoder" not in self.anatomy.stacks:
             hidden = output.last_hidden_state
-            if self.simple:
-                output.last_hidden_state = hidden[:, self.count :]
-            else:
-                where = self.real[:, :, None].expand(-1, -1, hidden.shape[2])
-                output.last_hidden_state = hidden.gather(1, where)
-        return output
+            where = self.real[:, :, None].expand(-1, -1, hidden.shape[2])
+            real = hidden[:, self.count :] if self.simple else hidden.gather(1, where)
+            output.last_hidden_state = real
 
     def _widen_mask(self, decoder, args, kwargs):
         """Let T5's decoder see the encoder's virtual tokens too."""
@@ -198,14 +181,11 @@ class InputEmbeddings(Site):
         """Replace the hidden states of the virtual tokens by this layer's own vectors."""
         if self.real is None:
             return args, kwargs
-        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden, *others = args
         own = self.read()["prompt"][..., layer, :, :].to(hidden.dtype)
         own = own.expand(len(hidden), -1, -1)
         where = self.virtual[:, :, None].expand_as(own)
-        hidden = hidden.scatter(1, where, own)
-        if args:
-            return (hidden, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": hidden}
+        return (hidden.scatter(1, where, own), *others), kwargs
 
     def held(self) -> list[Tensor]:
         """The places of the virtual and the real tokens in the last forward pass."""

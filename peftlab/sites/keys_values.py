@@ -1,7 +1,5 @@
 """Virtual keys and values in attention."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

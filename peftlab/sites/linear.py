@@ -1,7 +1,5 @@
 """A delta beside one linear weight."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

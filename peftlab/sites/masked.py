@@ -1,7 +1,5 @@
 """Some entries of a linear weight held at zero."""
 
-from __future__ import annotations
-
 import torch
 from jaxtyping import Bool, UInt8
 from torch import Tensor, nn
@@ -51,7 +49,6 @@ class MaskedWeight(Site):
         """W (d_out, d_in) before masking: the current weight if it trains, else the original."""
         return self.linear.weight.detach() if self.trains else self.original
 
-    @torch.no_grad()
     def hold(self, mask: Tensor) -> None:
         """Use this mask from now on."""
         self.bits.copy_(pack(mask))

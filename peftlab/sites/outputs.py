@@ -1,7 +1,5 @@
 """A small module after or beside a sublayer, and factors on a linear weight."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """Some of the model's own parameters, unfrozen."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from torch import Tensor, nn

@@ -12,8 +12,6 @@ w · (1/m) and the halfway points are (a + b)/2, both in float32, so near a tie 
 of bitsandbytes and not always those of w / m.
 """
 
-from __future__ import annotations
-
 import functools
 from dataclasses import dataclass, replace
 
@@ -21,6 +19,8 @@ import torch
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 from torch.nn.functional import embedding, pad
+
+Levels = Float32[Tensor, " levels"]
 
 QUANT_TYPES = ("nf4", "fp4", "e2m1", "int4")
 ABSMAX_BLOCK = 256  # how many m's share one scale under double quantisation
@@ -33,9 +33,7 @@ ABSMAX_BLOCK = 256  # how many m's share one scale under double quantisation
 NF4_OFFSET = ((1 - 1 / 30) + (1 - 1 / 32)) / 2
 
 
-def normal_levels(
-    negative: int = 7, positive: int = 8, offset: float = NF4_OFFSET
-) -> Float32[Tensor, " levels"]:
+def normal_levels(negative: int = 7, positive: int = 8, offset: float = NF4_OFFSET) -> Levels:
     """Quantiles of the normal on both sides of an exact zero, divided by the largest.
 
     The probabilities go from ½ to `offset` in equal steps, as many as there are levels on that
@@ -47,7 +45,7 @@ def normal_levels(
     return (levels / levels.abs().max()).float()
 
 
-def float_levels(subnormal: float) -> Float32[Tensor, " levels"]:
+def float_levels(subnormal: float) -> Levels:
     """Numbers with one sign, two exponent and one mantissa bit: 2ᵉ (1 + m/2), and a subnormal.
 
     Sorted, and divided by the largest. Before that the positive ones are 2, 3, 4, 6, 8, 12, and
@@ -58,7 +56,7 @@ def float_levels(subnormal: float) -> Float32[Tensor, " levels"]:
 
 
 @functools.cache
-def table(quant_type: str = "nf4") -> Float32[Tensor, " levels"]:
+def table(quant_type: str = "nf4") -> Levels:
     """The levels of a data type in [−1, 1], lowest first. Raises ValueError for an unknown type.
 
     nf4    16 levels at quantiles of the normal
@@ -76,7 +74,7 @@ def table(quant_type: str = "nf4") -> Float32[Tensor, " levels"]:
 
 
 @functools.cache
-def dynamic_table() -> Float32[Tensor, " levels"]:
+def dynamic_table() -> Levels:
     """The 8-bit levels for the m's: zero, one, and ±10⁻ᵉ times the middles of 2⁶⁻ᵉ cells of
     [0.1, 1], for e = 0 … 6: fine near the ends, and never coarse in ratio. Dettmers et al. 2021,
     arXiv:2110.02861, section 2.1."""
@@ -85,9 +83,7 @@ def dynamic_table() -> Float32[Tensor, " levels"]:
     return torch.cat([-positive, positive, torch.tensor([0.0, 1.0])]).sort().values
 
 
-def nearest(
-    values: Float32[Tensor, "*size"], levels: Float32[Tensor, " levels"]
-) -> UInt8[Tensor, "*size"]:
+def nearest(values: Float32[Tensor, "*size"], levels: Levels) -> UInt8[Tensor, "*size"]:
     """The index of the nearest level; a value exactly halfway takes the lower one.
 
     Levels may come in any order. Of two equal levels the first takes the values below them.
@@ -98,7 +94,7 @@ def nearest(
 
 
 def blockwise(
-    flat: Float32[Tensor, " n"], block_size: int, levels: Float32[Tensor, " levels"]
+    flat: Float32[Tensor, " n"], block_size: int, levels: Levels
 ) -> tuple[UInt8[Tensor, " n"], Float32[Tensor, " blocks"]]:
     """Codes, and m = max|w| of every block; the last block may be short.
 
@@ -137,7 +133,7 @@ class Quantised:
     mean: Float32[Tensor, ""] | None
     shape: torch.Size
     block_size: int
-    levels: Float32[Tensor, " levels"]
+    levels: Levels
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -175,7 +171,7 @@ class Quantised:
         values = values[: self.shape.numel()].view(-1, self.block_size)
         return values.mul_(self.scales[:, None]).view(self.shape).to(dtype)
 
-    def to(self, device: torch.device | str) -> Quantised:
+    def to(self, device: torch.device | str) -> "Quantised":
         """The same bytes on another device."""
         return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors.items()})
 
@@ -186,7 +182,7 @@ def quantise(
     block_size: int = 64,
     quant_type: str = "nf4",
     double_quant: bool = True,
-    levels: Float32[Tensor, " levels"] | None = None,
+    levels: Levels | None = None,
 ) -> Quantised:
     """Encode a tensor in codes of 4 bits.
 

@@ -1,7 +1,5 @@
 """The interface of all sites."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle

@@ -1,7 +1,5 @@
 """The module that makes a soft prompt, run once a forward pass."""
 
-from __future__ import annotations
-
 import contextlib
 
 from torch import Tensor, nn

@@ -10,8 +10,6 @@ query heads alone, and each group keeps the same number of them.
     395137
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass, field, fields
 
@@ -211,8 +209,8 @@ class SmallerModel(Site):
             self._tell_attention(name, len(queries), len(keys))
         for name, gone in removed.neurons.items():
             stay = _rows_of([i for i in range(shape.d_ff) if i not in set(gone)])
-            ins = [f"{name}.{target}" for target in ("up", "gate")]
-            rows |= {linears[place]: stay for place in ins if place in linears}
+            for target in {"up", "gate"} & {*self.anatomy.targets}:
+                rows[linears[f"{name}.{target}"]] = stay
             columns[linears[f"{name}.down"].module] = stay
         for whole in fused(list(linears.values())):
             if whole.module in columns or any(part in rows for part in whole.parts):
@@ -226,13 +224,11 @@ class SmallerModel(Site):
         transposed = roles[0].transposed
         W = module.weight.T if transposed else module.weight
         with plain():
-            every, keep = torch.arange(len(W)), torch.zeros(len(W), dtype=torch.bool)
+            every = torch.arange(len(W))
             mine = {x: every[x.index][rows.get(x, slice(None))] for x in roles}
-            for kept in mine.values():
-                keep[kept] = True
-            numbers, stay = keep.cumsum(dim=0) - 1, every[keep]
+            stay = torch.cat(list(mine.values())).sort().values
             for linear, kept in mine.items():
-                new = numbers[kept]
+                new = torch.searchsorted(stay, kept)
                 start, stop = new[0].item(), new[-1].item() + 1
                 self._set("rows", (start, stop) if stop - start == len(new) else new, linear)
         if module.bias is not None and len(stay) < len(W):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from peftlab.bases import Base
 from peftlab.tuned.layouts import KNOWN, Layout, Unknown
-from peftlab.tuned.saving import CONFIG, is_peft, write_peft
+from peftlab.tuned.saving import CONFIG, write_peft
 from peftlab.tuned.tuned import Tuned
 
 __all__ = ["KNOWN", "Unknown", "from_peft", "to_peft"]
@@ -40,7 +40,8 @@ def from_peft(base: Base, folder: str | Path) -> Tuned:
     and ValueError if it is damaged, of an unknown kind, or of sizes that do not fit the base; after
     an error nothing stays attached.
     """
-    if (Path(folder) / CONFIG).is_file() and not is_peft(Path(folder)):
+    config = Path(folder, CONFIG)
+    if config.is_file() and b'"peft_type"' not in config.read_bytes():
         raise ValueError(
             f"{CONFIG} in {str(folder)!r} has no peft_type: PEFT did not write it. "
             "peftlab.attach(base, folder) reads peftlab's own layout"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from peftlab.bases import LanguageModel
-from peftlab.tuned import saving
+from peftlab.tuned import layouts, saving
 
 Names = str | list[str] | tuple[str, ...] | dict[str, int | float] | None
 
@@ -27,74 +28,64 @@ def keep(tuned: LanguageModel, name: str, folder: str | Path | None = None) -> N
     state = tuned.state()
     if folder is not None:
         config, fill = saving.read(folder, tuned.base)
-        saving.check_base(config, tuned.base)
         saving.check_kind(config, tuned)
-        saved = fill(tuned)
-        saving.check_shapes(saved, state)
-        state = saved
+        wanted, state = state, fill(tuned)
+        layouts.check_shapes(state, wanted)
     tuned.kept[name] = {key: tensor.to(tuned.device) for key, tensor in state.items()}
 
 
 def use(tuned: LanguageModel, names: Names) -> None:
     """See `Tuned.use`."""
     wanted = [names] if isinstance(names, str) else list(names or [])
-    several, weights = not isinstance(names, str), names if isinstance(names, dict) else None
-    _check(tuned, wanted, several, weights)
+    _check(tuned, names, wanted)
     tuned.using = names if wanted else None
-    for name, source in tuned.sources.items():
+    rows = wanted if isinstance(names, (list, tuple)) else None
+    weights = names if isinstance(names, dict) else dict.fromkeys(wanted, 1.0)
+    for place, source in tuned.sources.items():
         source.instead = None
         if wanted:
-            rows = [_of_source(tuned, name, row) for row in wanted]
-            stacked = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
-            source.instead = stacked if several else rows[0]
-    rows = wanted if several and weights is None else None
-    if rows is None and weights is None:
-        weights = dict.fromkeys(wanted, 1.0)
-    for site in tuned._sites:
-        if site.delta is not None:
-            kept = {name: _of_delta(tuned, site.delta, name) for name in wanted}
-            site.instead = Deltas(kept, weights, rows) if wanted else None
+            prompts = [_below(f"{place}.", tuned.kept[name]) for name in wanted]
+            stacked = {key: torch.stack([each[key] for each in prompts]) for key in prompts[0]}
+            source.instead = stacked if rows else prompts[0]
+    for attachment in tuned.attachments:
+        for site in attachment.sites:
+            if site.delta is not None:
+                place = f"{attachment.method.name}.{site.name}."
+                kept = {name: Kept(site.delta, _below(place, tuned.kept[name])) for name in wanted}
+                site.instead = Deltas(kept, weights, rows) if wanted else None
     tuned._linear_now = tuned.linear
     if wanted and tuned.head is not None:
         tuned._linear_now = copy.deepcopy(tuned.linear).requires_grad_(False)
-        kept = {key: tuned.kept[names][f"head.{key}"] for key in ("weight", "bias")}
-        tuned._linear_now.load_state_dict(kept)
+        tuned._linear_now.load_state_dict(_below("head.", tuned.kept[names]))
 
 
-def _check(tuned: LanguageModel, wanted: list[str], several: bool, weights: dict | None) -> None:
+def _check(tuned: LanguageModel, names: Names, wanted: list[str]) -> None:
     """Raise KeyError or ValueError unless these can be put in place."""
     if unknown := [name for name in wanted if name not in tuned.kept]:
         raise KeyError(f"nothing was kept as {unknown[0]!r}: there are {sorted(tuned.kept)}")
     if tuned.merged:
         raise ValueError("the deltas are merged: call unmerge() before use()")
-    if wanted and several and tuned.head is not None:
+    if wanted and not isinstance(names, str) and tuned.head is not None:
         raise ValueError("a head is one for the whole batch: use one name")
-    if weights is not None and tuned.sources:
-        raise ValueError("soft prompts have no weighted sum: name one, or one for each row")
-    for name, weight in (weights or {}).items():
-        if not isinstance(weight, (int, float)) or not math.isfinite(weight):
-            raise ValueError(f"the weight of {name!r} is {weight!r}: a number is needed")
+    if isinstance(names, dict):
+        if tuned.sources:
+            raise ValueError("soft prompts have no weighted sum: name one, or one for each row")
+        for name, weight in names.items():
+            if not isinstance(weight, (int, float)) or not math.isfinite(weight):
+                raise ValueError(f"the weight of {name!r} is {weight!r}: a number is needed")
 
 
-def _of_delta(tuned: LanguageModel, delta: nn.Module, name: str) -> Kept:
-    """The kept tensors of this delta, by the delta's own names for them."""
-    own = {id(t): key for key, t in (*delta.named_parameters(), *delta.named_buffers())}
-    places = tuned.trainable | tuned.frozen
-    its = {key: own[id(place)] for key, place in places.items() if id(place) in own}
-    return Kept(delta, {own_name: tuned.kept[name][key] for key, own_name in its.items()})
+def _below(start: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names start so, by the rest of their names."""
+    return {key.removeprefix(start): t for key, t in tensors.items() if key.startswith(start)}
 
 
-def _of_source(tuned: LanguageModel, source: str, row: str) -> dict[str, Tensor]:
-    start = f"{source}."
-    kept = tuned.kept[row].items()
-    return {key.removeprefix(start): t for key, t in kept if key.startswith(start)}
-
-
+@dataclass
 class Kept:
     """A delta that runs with kept tensors in place of those that train."""
 
-    def __init__(self, delta: nn.Module, tensors: dict[str, Tensor]):
-        self.delta, self.tensors = delta, tensors
+    delta: nn.Module
+    tensors: dict[str, Tensor]
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         return torch.func.functional_call(self.delta, self.tensors, inputs)
@@ -116,6 +107,7 @@ class _Weight(nn.Module):
         return self.delta.delta_weight()
 
 
+@dataclass
 class Deltas:
     """Several kept deltas beside one weight: Σ w_i ΔW_i, or one delta for each row of the batch.
 
@@ -123,13 +115,9 @@ class Deltas:
     contain products of one adapter's A with another's B.
     """
 
-    def __init__(
-        self,
-        deltas: dict[str, Kept],
-        weights: dict[str, float] | None = None,
-        rows: list[str] | None = None,
-    ):
-        self.deltas, self.weights, self.rows = deltas, weights, rows
+    deltas: dict[str, Kept]
+    weights: dict[str, int | float]
+    rows: list[str] | None
 
     def apply(self, added: Callable, *inputs: Tensor) -> Tensor:
         """The output of all deltas, where `added(delta, *inputs)` is the output of one."""
@@ -142,8 +130,7 @@ class Deltas:
             its = [i for i, row in enumerate(self.rows) if row == name]
             parts.append(added(delta, *(tensor[its] for tensor in inputs)))
             order += its
-        where = torch.tensor(order, device=parts[0].device).argsort()
-        return torch.cat(parts)[where]
+        return torch.cat(parts)[torch.tensor(order, device=parts[0].device).argsort()]
 
     def delta_weight(self) -> Tensor:
         """Σ w_i ΔW_i. Raises ValueError if rows have different deltas."""

@@ -7,8 +7,7 @@ file converts to and from PEFT.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import zip_longest
 from pathlib import Path
 
@@ -25,36 +24,37 @@ from peftlab.sites.structures import SmallerShape
 from peftlab.tuned import layouts
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+PICKLED = (
+    f"{PICKLE} there is a pickle, which can run code when it is read, so it is not read. "
+    "Convert it to safetensors: PEFT's save_pretrained writes them"
+)
 RECORD = "peftlab.json"  # our record, where CONFIG is PEFT's
 FORMATS = {CONFIG: 1, RECORD: 2}
 # Hyper-parameters that decide the meaning of tensors of the same size.
 MEANING = ("name", "placement", "shift_positions", "depth", "r", "init_r", "alpha", "use_rslora")
 MEANING += ("projection_prng_key",)
 
-Fill = Callable[[LanguageModel], dict[str, Tensor]]
-
-
-# Writing ---------------------------------------------------------------------------------------
-
 
 def save(tuned: LanguageModel, folder: Path) -> Path:
     """Write PEFT's own layout if it holds all that is stored, otherwise ours."""
-    try:
+    with suppress(layouts.Unknown):
         layout = layouts.Layout.of(tuned)
-    except layouts.Unknown:
-        layout = None
-    if layout is not None and layout.whole:
-        return write_peft(tuned, layout, folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / RECORD).unlink(missing_ok=True)  # the record of an earlier adapter
-    save_file(tuned.state(), folder / WEIGHTS, metadata={"format": "pt"})
-    _write(folder / CONFIG, {"format": FORMATS[CONFIG], **_record(tuned, tuned.folded)})
-    return folder
+        if layout.whole:
+            return write_peft(tuned, layout, folder)
+    return _write(folder, tuned.state(), {CONFIG: _record(tuned, tuned.folded, CONFIG)})
 
 
-def _record(tuned: LanguageModel, methods: list[Method]) -> dict:
-    """The record of a saved adapter: these methods, on this base."""
+def write_peft(tuned: LanguageModel, layout: layouts.Layout, folder: Path) -> Path:
+    """Write PEFT's two files and our record beside them."""
+    methods = [m if isinstance(m, NF4) else layout.method for m in tuned.folded]
+    described = {CONFIG: layout.config, RECORD: _record(tuned, methods, RECORD)}
+    return _write(folder, layout.tensors, described)
+
+
+def _record(tuned: LanguageModel, methods: list[Method], file: str) -> dict:
+    """The record of a saved adapter, for this file: these methods, on this base."""
     return {
+        "format": FORMATS[file],
         "base": tuned.name,
         "base_shape": tuned.facts,
         "base_digest": tuned.base.digest,
@@ -64,26 +64,14 @@ def _record(tuned: LanguageModel, methods: list[Method]) -> dict:
     }
 
 
-def _write(path: Path, config: dict) -> None:
-    path.write_text(json.dumps(config, indent=2) + "\n")
-
-
-def write_peft(tuned: LanguageModel, layout: layouts.Layout, folder: Path) -> Path:
-    """Write PEFT's two files and our record beside them."""
+def _write(folder: Path, tensors: dict[str, Tensor], described: dict[str, dict]) -> Path:
+    """Write the tensors and the JSON files. The record of an earlier adapter goes."""
     folder.mkdir(parents=True, exist_ok=True)
-    methods = [m if isinstance(m, NF4) else layout.method for m in tuned.folded]
-    save_file(layout.tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    _write(folder / CONFIG, layout.config)
-    _write(folder / RECORD, {"format": FORMATS[RECORD], **_record(tuned, methods)})
+    (folder / RECORD).unlink(missing_ok=True)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    for name, config in described.items():
+        (folder / name).write_text(json.dumps(config, indent=2) + "\n")
     return folder
-
-
-def _loaded(path: Path) -> dict:
-    """The object in a JSON file. Raises ValueError if it holds something else."""
-    found = json.loads(path.read_text())
-    if not isinstance(found, dict):
-        raise ValueError(f"{path.name} holds no object")
-    return found
 
 
 def export(tuned: LanguageModel, folder: Path) -> Path:
@@ -128,54 +116,43 @@ def _plain(tuned: LanguageModel, loose: list[Site]) -> dict[str, Tensor]:
     return state
 
 
-# Reading ---------------------------------------------------------------------------------------
-
-
-def is_peft(folder: Path) -> bool:
-    """Whether the adapter in this folder is in PEFT's layout."""
-    try:
-        return "peft_type" in _loaded(folder / CONFIG)
-    except ValueError:
-        return False
-
-
-def read(folder: str | Path, base: Base) -> tuple[dict, Fill]:
+def read(folder: str | Path, base: Base) -> tuple[dict, layouts.Fill]:
     """The configuration of a saved adapter, with its methods and head built, and a function that
-    returns its tensors once these are attached."""
+    returns its tensors once these are attached. Raises ValueError if it is for another base."""
     folder = Path(folder)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"no {name} in {str(folder)!r}: {_missing(folder, name)}")
+            pickled = name == WEIGHTS and (folder / PICKLE).is_file()
+            problem = PICKLED if pickled else "no adapter was saved there"
+            raise FileNotFoundError(f"no {name} in {str(folder)!r}: {problem}")
     name = RECORD if (folder / RECORD).is_file() else CONFIG
     with _damaged(folder, name):
         config, theirs = _loaded(folder / name), _loaded(folder / CONFIG)
         tensors = load_file(folder / WEIGHTS)
-        if name == CONFIG and "peft_type" in config:
-            config = {"head": None}
-        else:
+        peft_alone = name == CONFIG and "peft_type" in config
+        if not peft_alone:
             if config["format"] != FORMATS[name]:
                 raise ValueError(f"format {config['format']}; this peftlab reads {FORMATS[name]}")
             config["methods"] = [Method.from_dict(method) for method in config["methods"]]
             config["head"] = Head.from_dict(config["head"]) if config["head"] else None
             for key in ("base", "base_shape", "base_digest", "trained_as"):
                 config[key]
+    if peft_alone:  # PEFT stores at most the base's name: `layouts.read` checks each tensor's size
+        with _damaged(folder, CONFIG, (KeyError, TypeError, AttributeError)):
+            method, fill = layouts.read(base, theirs, tensors)
+        return {"methods": [method], "head": None}, fill
+    _check_base(config, base)
     if name == RECORD:
         return config, lambda tuned: layouts.Layout.of(tuned).read(theirs, tensors)
-    if "methods" in config:
-        return config, lambda tuned: tensors
-    with _damaged(folder, CONFIG, (KeyError, TypeError, AttributeError)):
-        method, fill = layouts.read(base, theirs, tensors)
-    return config | {"methods": [method]}, fill
+    return config, lambda tuned: tensors
 
 
-def _missing(folder: Path, name: str) -> str:
-    """Advice about a missing file."""
-    if name == WEIGHTS and (folder / PICKLE).is_file():
-        return (
-            f"{PICKLE} there is a pickle, which can run code when it is read, so it is not read. "
-            "Convert it to safetensors: PEFT's save_pretrained writes them"
-        )
-    return "no adapter was saved there"
+def _loaded(path: Path) -> dict:
+    """The object in a JSON file. Raises ValueError if it holds something else."""
+    found = json.loads(path.read_text())
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name} holds no object")
+    return found
 
 
 @contextmanager
@@ -189,10 +166,8 @@ def _damaged(folder: Path, name: str, errors: tuple = ()):
         raise ValueError(f"the adapter in {str(folder)!r} is damaged: {problem}") from error
 
 
-def check_base(config: dict, base: Base) -> None:
+def _check_base(config: dict, base: Base) -> None:
     """Raise ValueError unless the adapter was trained on this base."""
-    if "base" not in config:  # PEFT stores at most a name; each tensor's size was checked
-        return
     trained_on, shape = config["base"], config["base_shape"]
     if shape != (here := shape_facts(base)):
         raise ValueError(f"this adapter was trained on {trained_on} {shape}; {base.name} is {here}")
@@ -219,22 +194,8 @@ def check_kind(config: dict, tuned: LanguageModel) -> None:
         raise ValueError(f"the adapter has head={config['head']}; here it is {tuned.head}")
 
 
-def check_shapes(tensors: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
-    """Raise ValueError unless these are the wanted tensors, by name and size."""
-    if missing := wanted.keys() ^ tensors.keys():
-        raise ValueError(f"the adapter's tensors do not match: {sorted(missing)[0]}")
-    for name, tensor in tensors.items():
-        if (size := wanted[name].shape) != tensor.shape:
-            raise ValueError(f"{name} is {tuple(tensor.shape)}; {tuple(size)} is needed")
-
-
 def shape_facts(base: Base) -> dict:
     """The facts by which an adapter recognises its base."""
     shape = base.anatomy.shape
-    return {
-        "family": shape.family,
-        "layers": shape.layers,
-        "d_model": shape.d_model,
-        "vocab": shape.vocab,
-        "parameters": shape.parameters(),
-    }
+    facts = {name: getattr(shape, name) for name in ("family", "layers", "d_model", "vocab")}
+    return facts | {"parameters": shape.parameters()}

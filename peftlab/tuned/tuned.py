@@ -20,7 +20,7 @@ from peftlab.methods import Attachment, Method, check_composition
 from peftlab.methods.heads import Head
 from peftlab.sites import Site, Source
 from peftlab.sites.quantisation import Quantised
-from peftlab.tuned import kept, saving
+from peftlab.tuned import kept, layouts, saving
 
 
 @dataclass(frozen=True)
@@ -28,27 +28,21 @@ class Count:
     """The size of an adapter: `parameters` in closed form, and `measured`, which equals it.
 
     `stored` counts the numbers left after training. `head` is counted apart from all of these.
+    `file_bytes` are the bytes of the stored tensors, with trained numbers in float32, including the
+    head; in PEFT's layout of a fused module, a saved file has zeros beside them.
     """
 
     parameters: int
     measured: int
     stored: int
     base: int
-    head: int = 0
-    method_bytes: int = 0
+    head: int
+    file_bytes: int
 
     @property
     def percent(self) -> float:
         """Trainable parameters as a percentage of the base's."""
         return 100 * self.parameters / self.base
-
-    @property
-    def file_bytes(self) -> int:
-        """Bytes of the stored tensors, with trained numbers in float32, including the head.
-
-        In PEFT's layout of a fused module, a saved file has zeros beside them.
-        """
-        return self.method_bytes + 4 * self.head
 
     def __repr__(self) -> str:
         head = f" and {self.head:,} of a head" if self.head else ""
@@ -75,7 +69,6 @@ class Tuned(LanguageModel):
         self.base, self.methods, self.head = base, list(methods), head
         self.name, self.model, self.tokenizer = base.name, base.model, base.tokenizer
         self.anatomy = base.anatomy
-        self.base_parameters = base.anatomy.shape.parameters()
         self.facts = saving.shape_facts(base)  # read now, because a method may shrink the base
         generator = torch.Generator().manual_seed(seed)
         self.trainable: dict[str, nn.Parameter] = {}
@@ -85,9 +78,7 @@ class Tuned(LanguageModel):
         self.attachments: list[Attachment] = []
         try:
             for method in self.methods:
-                attachment = method.attach(base, generator, headless=head is not None)
-                self.attachments.append(attachment)
-                self._claim(attachment)
+                self._claim(method.attach(base, generator, headless=head is not None))
             for site in self._sites:
                 site.settle()
             if not self._sites and methods:
@@ -109,13 +100,14 @@ class Tuned(LanguageModel):
 
     def _claim(self, attachment: Attachment) -> None:
         """Add a method's attachment. Raises ValueError if it reached another method's site."""
-        others = [site for each in self.attachments[:-1] for site in each.sites]
-        taken = {name: site for site in others for name in site.names}
+        taken = {name: site for site in self._sites for name in site.names}
+        self.attachments.append(attachment)
         for site in attachment.sites:
-            if twice := [name for name in site.names if name in taken]:
-                reason = taken[twice[0]].alone or site.alone
-                why = f": {reason}" if reason else ""
-                raise ValueError(f"two methods want the same site, {twice[0]}{why}")
+            for name in site.names:
+                if name in taken:
+                    reason = taken[name].alone or site.alone
+                    why = f": {reason}" if reason else ""
+                    raise ValueError(f"two methods want the same site, {name}{why}")
         self.trainable |= attachment.trainable
         self.modules |= attachment.modules
         self.sources |= attachment.sources
@@ -175,8 +167,7 @@ class Tuned(LanguageModel):
 
     def _made(self, key: str) -> Tensor:
         for source in self.sources.values():
-            made = source.now()
-            if key in made:
+            if key in (made := source.now()):
                 return made[key]
         raise AttributeError(f"{self.label} has no {'prompt' if key == 'prompt' else 'prefix'}")
 
@@ -199,16 +190,15 @@ class Tuned(LanguageModel):
 
     def count(self) -> Count:
         """The trainable parameters, in closed form and measured; the two must be equal."""
-        shape = self.anatomy.shape
-        head = 0
+        shape, head = self.anatomy.shape, 0
         if self.head is not None:
             head, shape = self.head.parameters(shape.d_model), shape.without_head()
         closed = sum(method.parameters(shape) for method in self.methods)
         measured = sum(p.numel() for p in self.trainable.values()) - head
         assert closed == measured, f"closed form {closed:,}, measured {measured:,}"
         stored = sum(method.stored(shape) for method in self.methods)
-        size = sum(method.file_bytes(shape) for method in self.methods)
-        return Count(closed, measured, stored, self.base_parameters, head, size)
+        size = sum(method.file_bytes(shape) for method in self.methods) + 4 * head
+        return Count(closed, measured, stored, self.facts["parameters"], head, size)
 
     @property
     def merged(self) -> bool:
@@ -216,10 +206,7 @@ class Tuned(LanguageModel):
         return any(site.merged for site in self._sites)
 
     def mergeable(self) -> list[Site]:
-        """The sites whose change `merge` would write into the model's own tensors.
-
-        Raises ValueError if one of them cannot be merged.
-        """
+        """The sites that `merge` writes into the model. Raises ValueError if one has no ΔW."""
         sites = [site for site in self._sites if site.names and not site.in_the_weight]
         for site in sites:
             if not site.can_merge:
@@ -260,13 +247,6 @@ class Tuned(LanguageModel):
             self.train(False)
         return self.base
 
-    def rate(self, name: str) -> float:
-        """The learning rate of this trained tensor, as a multiple of the run's rate."""
-        for attachment in self.attachments:
-            if name in attachment.trainable:
-                return attachment.method.rate(name)
-        return 1.0
-
     def after_step(self, step: int, steps: int) -> None:
         """Tell the methods that a training step is done; the gradients are still there."""
         for attachment in self.attachments:
@@ -296,15 +276,11 @@ class Tuned(LanguageModel):
     def state(self) -> dict[str, Tensor]:
         """The stored tensors by name, on the CPU: the trained ones, the frozen ones that belong to
         them, and in place of a network that makes a soft prompt, the prompt it made."""
-        folded = {
-            f"{name}.{key}": tensor
-            for name, source in self.sources.items()
-            for key, tensor in source.module().items()
-        }
-        plain = {
-            name: p for name, p in self.trainable.items() if name.split(".")[0] not in self.sources
-        }
-        tensors = plain | folded | self.frozen
+        own = self.trainable.items()
+        tensors = {name: p for name, p in own if name.split(".")[0] not in self.sources}
+        for name, source in self.sources.items():
+            tensors |= {f"{name}.{key}": tensor for key, tensor in source.module().items()}
+        tensors |= self.frozen
         return {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
 
     def keep(self, name: str, folder: str | Path | None = None) -> None:
@@ -338,10 +314,9 @@ class Tuned(LanguageModel):
         If PEFT has the method, the folder has PEFT's layout, and its `peftlab.json` records what
         was trained, and on which base. If PEFT does not have it, if there is a head, or if PEFT's
         tensors would lack some of ours or be many more, the tensors have our names, and the methods
-        are in `adapter_config.json`. `attach(base, folder)` reads both, bit for bit.
-
-        A network that makes a soft prompt is not stored: the folder holds the prompt it made, and
-        the method without the network. `trained_as` still records the method as trained.
+        are in `adapter_config.json`. `attach(base, folder)` reads both, bit for bit. In place of a
+        network that makes a soft prompt, the folder holds the prompt it made, and the method
+        without the network; `trained_as` still records the method as trained.
         """
         self._check_attached()
         return saving.save(self, Path(folder))
@@ -354,7 +329,6 @@ class Tuned(LanguageModel):
         adapter was trained on a base of another shape. On an error nothing stays attached.
         """
         config, fill = saving.read(folder, base)
-        saving.check_base(config, base)
         tuned = cls(base, config["methods"], head=config["head"])
         try:
             tuned.load_state(fill(tuned))
@@ -380,7 +354,7 @@ class Tuned(LanguageModel):
         """Copy tensors by name. All are checked before the first is copied."""
         self._check_attached()
         places = self.trainable | self.frozen
-        saving.check_shapes(tensors, places)
+        layouts.check_shapes(tensors, places)
         for name, tensor in tensors.items():
             places[name].copy_(tensor)
         for site in self._sites:
@@ -391,10 +365,7 @@ class Tuned(LanguageModel):
 
 
 def attach(
-    base: Base,
-    methods: Method | list[Method] | str | Path,
-    seed: int = 0,
-    head: Head | None = None,
+    base: Base, methods: Method | list[Method] | str | Path, seed: int = 0, head: Head | None = None
 ) -> Tuned:
     """Attach a method, a list of methods, or an adapter folder to a frozen base.
 
@@ -405,6 +376,4 @@ def attach(
     """
     if isinstance(methods, (str, Path)):
         return Tuned.load(base, methods)
-    if isinstance(methods, Method):
-        methods = [methods]
-    return Tuned(base, methods, seed, head)
+    return Tuned(base, [methods] if isinstance(methods, Method) else methods, seed, head)

@@ -32,7 +32,14 @@ from peftlab.methods import (
     PTuning,
     VeRA,
 )
-from peftlab.tuned.layouts.write import ADALORA_EPSILON, WHERE, Layout, no_prefix, whole_number
+from peftlab.tuned.layouts.write import (
+    ADALORA_EPSILON,
+    WHERE,
+    Layout,
+    check_size,
+    no_prefix,
+    whole_number,
+)
 
 Fill = Callable[[LanguageModel], dict[str, Tensor]]  # returns the state for an attached method
 # Options that do not change the function, or that the tensors show.
@@ -65,7 +72,7 @@ class Module:
     def check(self, **sizes: tuple[int, ...]) -> None:
         """Raise ValueError unless the tensors have these sizes."""
         for short, size in sizes.items():
-            _check_size(self.keys[short], self.tensors[short], size)
+            check_size(self.keys[short], self.tensors[short], size)
 
 
 def read(base: Base, config: dict, tensors: dict[str, Tensor]) -> tuple[Method, Fill]:
@@ -100,11 +107,6 @@ def read(base: Base, config: dict, tensors: dict[str, Tensor]) -> tuple[Method, 
         made_for = config.get("base_model_name_or_path")
         more = f" (it was made for {made_for!r})" if made_for and made_for != base.name else ""
         raise ValueError(f"PEFT's adapter cannot go on {base.name}{more}: {error}") from error
-
-
-def _check_size(key: str, tensor: Tensor, size: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != tuple(size):
-        raise ValueError(f"{key} is {tuple(tensor.shape)}; {tuple(size)} is needed")
 
 
 def _value(config: dict, key: str, kind: type, found=None):
@@ -323,7 +325,7 @@ def _norms(base: Base, config: dict, tensors: dict[str, Tensor]) -> tuple[Method
     for name, (key, tensor) in named.items():
         if name not in norms or mark not in key:
             raise ValueError(f"{key} is no part of a norm of {base.name}")
-        _check_size(key, tensor, norms[name])
+        check_size(key, tensor, norms[name])
     if not named:
         raise ValueError("there is no tensor in it")
 
@@ -347,7 +349,7 @@ def _prompt(base: Base, config: dict, tensors: dict[str, Tensor]) -> tuple[Metho
     P, table = _table(config, tensors)
     # PEFT may store a second table for a decoder, but never reads it.
     copies = 2 if base.kind == "encoder-decoder" and len(table) == 2 * P else 1
-    _check_size("prompt_embeddings", table, (copies * P, base.anatomy.shape.d_model))
+    check_size("prompt_embeddings", table, (copies * P, base.anatomy.shape.d_model))
     if config["peft_type"] == "P_TUNING":
         method = PTuning(P, encoder="embedding", init="zero")
     else:
@@ -361,7 +363,7 @@ def _prefix(base: Base, config: dict, tensors: dict[str, Tensor]) -> tuple[Metho
         raise ValueError(reason)
     sites = base.anatomy.attentions
     wide = 2 * sum(site.kv_heads * site.head_dim for site in sites)
-    _check_size("prompt_embeddings", table, (P, wide))
+    check_size("prompt_embeddings", table, (P, wide))
     method = PrefixTuning(P, init="zero", shift_positions=True)
     return method, lambda tuned: Layout.of(tuned).parts[0].read(table)
 

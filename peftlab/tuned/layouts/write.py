@@ -68,6 +68,20 @@ class Unknown(ValueError):
     """PEFT has no layout for this."""
 
 
+def check_size(name: str, tensor: Tensor, size: tuple[int, ...]) -> None:
+    """Raise ValueError unless the tensor has this size."""
+    if tuple(tensor.shape) != tuple(size):
+        raise ValueError(f"{name} is {tuple(tensor.shape)}; {tuple(size)} is needed")
+
+
+def check_shapes(tensors: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Raise ValueError unless these are the wanted tensors, by name and size."""
+    if missing := wanted.keys() ^ tensors.keys():
+        raise ValueError(f"the adapter's tensors do not match: {sorted(missing)[0]}")
+    for name, tensor in tensors.items():
+        check_size(name, tensor, wanted[name].shape)
+
+
 @dataclass
 class Part:
     """One tensor of PEFT's, and the places of ours in it; everywhere else it equals `rest`.
@@ -141,20 +155,15 @@ class Layout:
         Raises ValueError if this layout would write them differently: then another library has
         changed them, and its changes may have no place here.
         """
-        wanted = {part.key: part for part in self.parts}
-        if missing := wanted.keys() ^ tensors.keys():
-            raise ValueError(f"the adapter's tensors do not match: {sorted(missing)[0]}")
+        check_shapes(tensors, {part.key: part.rest for part in self.parts})
         changed = [k for k, v in self.config.items() if k not in FREE and config.get(k) != v]
         state: dict[str, Tensor] = {}
-        for key, part in wanted.items():
-            if part.rest.shape != tensors[key].shape:
-                needed = f"{tuple(part.rest.shape)} is needed"
-                raise ValueError(f"{key} is {tuple(tensors[key].shape)}; {needed}")
-            found = part.read(tensors[key])
+        for part in self.parts:
+            theirs, found = tensors[part.key], part.read(tensors[part.key])
             # Another machine may sum a norm of W in another order; a zero stays a zero.
-            again = part.write(found).to(tensors[key].dtype)
-            if not torch.allclose(again, tensors[key], rtol=1e-5, atol=0, equal_nan=True):
-                changed.append(key)
+            again = part.write(found).to(theirs.dtype)
+            if not torch.allclose(again, theirs, rtol=1e-5, atol=0, equal_nan=True):
+                changed.append(part.key)
             state |= found
         if changed:
             raise ValueError(
