@@ -127,7 +127,8 @@ def agree(base: Base, methods: list[Method], head=None, lstm: bool = False, **ho
     with attach(base, methods, head=head) as tuned:
         found = measure(tuned, batch_of(tuned), **how)
         check_formulas(tuned, found)
-    for moment in MOMENTS:
+    # With checkpointing a block keeps its mask and positions too, which autograd does not see.
+    for moment in MOMENTS if not how.get("checkpointing") else ():
         # What is left over is the loss and positions that a site makes anew: below 2%, not below 0.
         rest = found.total[moment] - found.sum(moment)
         assert 0 <= rest <= 0.02 * found.total[moment], (moment, rest)
@@ -139,8 +140,17 @@ def agree(base: Base, methods: list[Method], head=None, lstm: bool = False, **ho
         for moment in MOMENTS:  # it is all that sets the two apart
             assert found.total[moment] - said.total[moment] in (0, extra)
             assert found.most[moment] - said.most[moment] in (0, extra)
+        return
+    assert found.parts == said.parts  # to the byte, in every layer
+    indices = (
+        any(isinstance(m, PruneStructures) for m in methods) and base.kind == "encoder-decoder"
+    )
+    if indices or base.anatomy.family == "gpt_neox":  # numbers of rows: without numbers, twice
+        for moment in MOMENTS:
+            assert 0 <= said.total[moment] - found.total[moment] < 1024
+            assert 0 <= said.most[moment] - found.most[moment] < 1024
     else:
-        assert found == said  # to the byte, in every layer and at every moment
+        assert found == said  # and at every moment
 
 
 def check_formulas(tuned, found: Memory) -> None:
@@ -204,7 +214,7 @@ def test_checkpointing_under_what_changes_a_block(case):
 
 
 def test_checkpointing_keeps_the_inputs_of_the_blocks():
-    config = dict(model_type="gpt2", n_layer=4, n_embd=32, n_head=4, vocab_size=50)
+    config = shallow("gpt2", 4) | dict(n_embd=32, n_head=4)
     whole, less = (
         predict(FullFineTuning(), config, 2, 16, checkpointing=on).parts["activations"]
         for on in (False, True)
