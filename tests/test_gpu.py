@@ -51,8 +51,7 @@ def alike(tuned, other) -> None:
     for name, tensor in tuned.frozen.items():
         tensor.copy_(other.frozen[name])
     for site in tuned._sites:
-        if hasattr(site, "refresh"):
-            site.refresh()
+        site.refresh()
 
 
 @pytest.mark.parametrize("family, case", PAIRS)
