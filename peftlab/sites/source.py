@@ -1,6 +1,7 @@
 """The module that makes a soft prompt, run once a forward pass."""
 
 import contextlib
+from collections.abc import Iterator
 
 from torch import Tensor, nn
 
@@ -47,6 +48,10 @@ class Source(Site):
     def now(self) -> dict[str, Tensor]:
         """The current tensors, whatever tensors the last forward pass has read."""
         return self.module() if self.instead is None else self.instead
+
+    def held(self) -> Iterator[Tensor]:
+        """The tensors of the last forward pass."""
+        yield from (self._made or {}).values()
 
     @contextlib.contextmanager
     def once(self):
