@@ -48,11 +48,10 @@ def alike(tuned, other) -> None:
     """Every tensor that is trained or kept, as the other has it."""
     for name, parameter in tuned.trainable.items():
         parameter.copy_(other.trainable[name])
-    for name, read in tuned.frozen.items():
-        read().copy_(other.frozen[name]())
+    for name, tensor in tuned.frozen.items():
+        tensor.copy_(other.frozen[name])
     for site in tuned._sites:
-        if hasattr(site, "refresh"):
-            site.refresh()
+        site.refresh()
 
 
 @pytest.mark.parametrize("family, case", PAIRS)

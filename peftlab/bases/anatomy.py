@@ -98,17 +98,10 @@ FAMILIES = {
 class Coded(Protocol):
     """Something that holds a module's weight as codes: it decodes them and encodes new weights."""
 
-    def decode(self) -> Tensor:
-        """The weight as the module stores it."""
-
-    def encode(self, weight: Tensor) -> None:
-        """Hold this weight from now on."""
-
-    def snapshot(self) -> object:
-        """The codes as they are now."""
-
-    def restore(self, snapshot: object) -> None:
-        """Hold these codes again."""
+    def decode(self) -> Tensor: ...  # the weight as the module stores it
+    def encode(self, weight: Tensor) -> None: ...  # hold this weight from now on
+    def snapshot(self) -> object: ...  # the codes as they are now
+    def restore(self, snapshot: object) -> None: ...  # hold these codes again
 
 
 CODES = "peftlab_codes"  # attribute of a module whose weight is held as codes: a `Coded`

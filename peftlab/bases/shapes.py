@@ -130,14 +130,10 @@ class Shape:
         """Numbers in all biases: those of linear maps, LayerNorms and the head."""
         maps = sum(n * d_out for t in self.biased for n, _, d_out in self.matrices(t))
         norms = self.norms * (self.norm_size - self.d_model)
-        head = {"pooler": self.d_model, "masked_lm": self.d_model + self._decoder_biases}
+        # A masked-LM head's decoder has two biases, which are usually tied.
+        decoder = self.vocab * (1 if self.tied or self.family == "distilbert" else 2)
+        head = {"pooler": self.d_model, "masked_lm": self.d_model + decoder}
         return maps + norms + head.get(self.head, 0)
-
-    @property
-    def _decoder_biases(self) -> int:
-        """Numbers in the bias of a masked-LM head's decoder: it has two, which are usually tied."""
-        twice = not self.tied and self.family != "distilbert"
-        return self.vocab * (2 if twice else 1)
 
     @property
     def d_kv(self) -> int:
@@ -176,10 +172,8 @@ class Shape:
         d = self.d_model
         maps = sum(n * d_in * d_out for t in self.targets for n, d_in, d_out in self.matrices(t))
         tables = (self.vocab + self.positions + self.segments) * d
-        if self.decoder_layers:  # T5: one table of relative positions in each stack
-            tables += 2 * self.buckets * self.heads
-        scales = self.norms * d
-        untied = 0 if self.tied else self.vocab * d
+        tables += 2 * self.buckets * self.heads  # relative positions: a table in each stack of T5
+        scales, untied = self.norms * d, 0 if self.tied else self.vocab * d
         head = {"lm": untied, "pooler": d * d, "masked_lm": d * d + untied}  # a dense layer first
         return tables + maps + scales + head.get(self.head, 0) + self.biases
 

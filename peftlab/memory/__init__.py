@@ -16,14 +16,3 @@ from peftlab.memory.step import (
     measure,
 )
 from peftlab.memory.traced import predict
-
-__all__ = [
-    "MOMENTS",
-    "PRESENT",
-    "Live",
-    "Memory",
-    "gpu_peak",
-    "lesson_on_gpu",
-    "measure",
-    "predict",
-]

@@ -15,7 +15,6 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -124,34 +123,11 @@ def measure(
     return followed(tuned, batch, how, counter)
 
 
-@runtime_checkable
-class Counting(Protocol):
-    """What tells how many bytes are alive, entered around the step that it counts."""
-
-    elsewhere: int
-
-    def start(self, standing: Found) -> None:
-        """Begin: these are there already."""
-
-    def see(self, tensor: Tensor) -> None:
-        """Autograd keeps this one, whenever it was made."""
-
-    def now(self) -> int:
-        """Bytes alive now."""
-
-    def most(self) -> int:
-        """The most bytes since `start`, or since this was asked last."""
-
-    def __enter__(self): ...
-
-    def __exit__(self, *_): ...
-
-
 def followed(
     tuned: Tuned,
     batch: dict[str, Tensor],
     how: How,
-    counter: Counting,
+    counter: Counter | Allocator,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> Memory:
     """A step that the counter sees, of an optimiser that has its states. Nothing stays of it."""

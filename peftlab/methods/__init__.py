@@ -30,33 +30,3 @@ from peftlab.methods.prune import Prune
 from peftlab.methods.prune_structures import PruneStructures
 from peftlab.methods.qlora import QLoRA
 from peftlab.methods.vera import VeRA
-
-__all__ = [
-    "AdaLoRA",
-    "Adapter",
-    "NF4",
-    "Attachment",
-    "BitFit",
-    "DeepPromptTuning",
-    "DoRA",
-    "FullFineTuning",
-    "HoulsbyAdapter",
-    "IA3",
-    "LayerNormTuning",
-    "LoRA",
-    "METHODS",
-    "Method",
-    "PTuning",
-    "PTuningV2",
-    "ParallelAdapter",
-    "PfeifferAdapter",
-    "PiSSA",
-    "PrefixTuning",
-    "PromptAndPrefix",
-    "PromptTuning",
-    "VeRA",
-    "check_composition",
-    "Prune",
-    "PruneStructures",
-    "QLoRA",
-]

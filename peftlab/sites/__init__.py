@@ -24,17 +24,3 @@ from peftlab.sites.parameters import ExistingParameters
 from peftlab.sites.site import Site
 from peftlab.sites.source import Source
 from peftlab.sites.structures import SmallerModel
-
-__all__ = [
-    "CodedWeight",
-    "ExistingParameters",
-    "InputEmbeddings",
-    "KeysValues",
-    "LinearWeight",
-    "MaskedWeight",
-    "Scale",
-    "Site",
-    "SmallerModel",
-    "Source",
-    "SublayerOutput",
-]

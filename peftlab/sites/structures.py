@@ -183,7 +183,7 @@ class SmallerModel(Site):
                     self.aside += [*block.parameters(), *block.buffers()]
                 else:
                     layers[stack].append(block)
-            path, _, last = FAMILIES[anatomy.family].stacks[stack].layers.rpartition(".")
+            path, _, last = FAMILIES[anatomy.family].layers.rpartition(".")
             parent = anatomy.stacks[stack].get_submodule(path)
             self._set(last, nn.ModuleList(layers[stack]), parent)
             for index, block in enumerate(layers[stack]):

@@ -8,5 +8,3 @@ interop   adapters to PEFT and from PEFT
 """
 
 from peftlab.tuned.tuned import Count, Tuned, attach
-
-__all__ = ["Count", "Tuned", "attach"]

@@ -185,7 +185,7 @@ def test_save_and_load_give_the_same_output(case, family, tmp_path):
     assert torch.equal(frozen(loaded, ids), wanted)
     assert loaded.methods == tuned.folded
     assert loaded.head == tuned.head
-    frozen_numbers = sum(read().numel() for read in loaded.frozen.values())
+    frozen_numbers = sum(tensor.numel() for tensor in loaded.frozen.values())
     assert loaded.count().measured + frozen_numbers == loaded.count().stored == tuned.count().stored
     networks = tuple(f"{name}.encoder." for name in tuned.sources)
     assert not any(name.startswith(networks) for name in loaded.trainable)
