@@ -38,7 +38,7 @@ BETWEEN = [  # of batches and lengths, none was traced
     *(("tiny-gpt", label, 7, 61) for label in panels.BESIDE_FULL),
     ("tiny-llama", "LoRA, q and v", 3, 100),
     ("tiny-t5", "Prefix tuning", 1, 77),
-    ("gpt2", FULL, 1, 33),
+    ("gpt2", FULL, 2, 33),
     ("gpt2", PROMPT, 6, 250),
     ("smollm2-135m", "LoRA, all linear", 64, 2048),
 ]
@@ -53,6 +53,16 @@ def test_between_what_was_traced_it_is_what_is_predicted(model, label, batch, le
         assert getattr(step, part) == told.bytes(part), part
     assert step.at_loss == max(told.most["forward"], told.most["backward"])
     assert step.at_update == told.most["step"]
+
+
+@pytest.mark.parametrize("label", ["LoRA, q and v", PROMPT])
+def test_of_one_row_it_is_the_most(label):
+    """The logits of one row lie together without a copy, and so do its labels."""
+    step = panels.memory_view("tiny-gpt", 1, 64).steps[label]
+    told = memory.predict(panels.BESIDE_FULL[label], "tiny-gpt", 1, 64)
+    assert step.weights == told.bytes("weights")
+    assert 0 <= step.activations - told.bytes("activations") <= 8 * 64
+    assert told.peak <= step.peak <= told.peak + 4 * 64 * 1024 * 8
 
 
 def test_the_ratio_falls_from_four_towards_one_as_rows_are_added():

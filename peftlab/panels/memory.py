@@ -131,8 +131,9 @@ def _traces() -> dict:
 def memory_view(model: str | Shape, batch: int, length: int) -> MemoryView:
     """The bytes of one training step on `batch` rows of `length` tokens, for `BESIDE_FULL`.
 
-    They are those of `memory.predict`, to the byte, from stored traces. Raises ValueError for a
-    model without one or a batch that does not fit.
+    They are those of `memory.predict`, to the byte, from stored traces; of a single row, whose
+    logits a decoder does not copy, they are the most that it can be. Raises ValueError for a model
+    without a trace or a batch that does not fit.
     """
     shape = as_shape(model)
     if shape.name not in _traces():
