@@ -62,7 +62,7 @@ def test_of_one_row_it_is_the_most(label):
     told = memory.predict(panels.BESIDE_FULL[label], "tiny-gpt", 1, 64)
     assert step.weights == told.bytes("weights")
     assert 0 <= step.activations - told.bytes("activations") <= 8 * 64
-    assert told.peak <= step.peak <= told.peak + 4 * 64 * 1024 * 8
+    assert told.peak <= step.peak <= told.peak + 16 * 1024
 
 
 def test_the_ratio_falls_from_four_towards_one_as_rows_are_added():
