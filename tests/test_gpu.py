@@ -86,8 +86,12 @@ def test_it_trains_and_leaves_nothing_behind(family, case):
         tuned.after_step(step, 2)
     assert any(not torch.equal(p, start[name]) for name, p in tuned.trainable.items())
     assert all(torch.isfinite(p).all() for p in tuned.trainable.values())
+    coded = bool(tuned.codes)
     tuned.detach()
-    assert surroundings(base) == before
+    after = surroundings(base)
+    if coded:  # the originals waited on the CPU, and come back to other places of the GPU
+        del before["addresses"], after["addresses"]
+    assert after == before
 
 
 @pytest.mark.parametrize("family", FAMILIES)
