@@ -380,7 +380,7 @@ def test_on_a_base_in_four_bits_the_adapter_goes_out_and_the_codes_stay(family, 
     tuned, ids = trained(family, methods), token_ids(2, 7)
     wanted, state = ours_of(tuned, ids), tuned.state()
     names = {module: name for name, module in tuned.model.named_modules()}
-    coded = {names[s.module]: s.decode() for s in tuned._sites if hasattr(s, "codes")}
+    coded = {names[s.module]: s.decode() for s in tuned._sites if s.codes is not None}
     assert len(coded) == (8 if family == "gpt2" else 14)
     folder = to_peft(tuned, tmp_path)
     outputs = []
