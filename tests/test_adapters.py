@@ -196,8 +196,7 @@ def test_the_order_in_a_list_changes_nothing(base):
                 with torch.no_grad():
                     outputs.append(call(tuned, ids))
                     for site in tuned._sites:
-                        if hasattr(site, "merge"):
-                            site.merge()
+                        site.merge()
                     outputs.append(call(tuned, ids))
                 tuned.detach()
             for other in outputs[1:]:
