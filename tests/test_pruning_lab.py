@@ -10,6 +10,7 @@ from peftlab import Prune, attach, panels
 from peftlab.bases import load
 from peftlab.experiments import sweep_pruning
 from peftlab.experiments.sweep_pruning import SEEDS, WorldText, world_texts
+from peftlab.methods import scores
 
 TEXTS = ("the first text of some", "another one, longer than that")
 CALIBRATION = ("what is read to choose", "and a second text")

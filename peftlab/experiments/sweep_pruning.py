@@ -33,7 +33,7 @@ from peftlab.bases import Base, LanguageModel, load
 from peftlab.bases.data import data_path
 from peftlab.experiments.documents import Writer
 from peftlab.experiments.sweep_soft import write
-from peftlab.methods import FullFineTuning, LoRA, Method, Prune, PruneStructures
+from peftlab.methods import FullFineTuning, LoRA, Method, Prune, PruneStructures, scores
 from peftlab.tasks import Example, Task
 from peftlab.training import train
 from peftlab.tuned import Tuned, attach

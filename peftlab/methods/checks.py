@@ -16,7 +16,7 @@ def require(name: str, value, low, high=None) -> None:
 
 def check_choice(name: str, value, allowed: tuple) -> None:
     """Raise ValueError unless the value is one of those allowed."""
-    if value not in allowed:
+    if (type(value), value) not in [(type(each), each) for each in allowed]:  # 1 is not True
         raise ValueError(f"{name}={value!r}: allowed is {', '.join(map(str, allowed))}")
 
 

@@ -16,6 +16,7 @@ from peftlab.methods import (
     Method,
     Prune,
     PruneStructures,
+    scores,
 )
 from peftlab.panels.panel import Panel, replace_parts
 from peftlab.tuned import attach
