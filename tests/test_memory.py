@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import gc
 import json
+import subprocess
+import sys
 import weakref
 from dataclasses import dataclass
 
@@ -576,3 +578,15 @@ def test_what_has_no_gradient_has_no_states():
     assert found.bytes("optimiser") == plain.bytes("optimiser")
     assert found.bytes("weights") == plain.bytes("weights") + 4000
     assert found.peak == plain.peak + 4000
+
+
+def test_a_prediction_leaves_no_table_without_numbers():
+    """What is computed once and kept is there for models with numbers as well."""
+    program = (
+        "import torch\n"
+        "from peftlab import QLoRA, memory, quantisation\n"
+        "memory.predict(QLoRA(r=2), 'gpt2', 1, 8)\n"
+        "codes = quantisation.quantise(torch.eye(8), 8)\n"
+        "assert torch.equal(codes.dequantise(), torch.eye(8))\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -20,6 +20,8 @@ from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 from torch.nn.functional import embedding, pad
 
+from peftlab.bases.plain import plain
+
 Levels = Float32[Tensor, " levels"]
 
 QUANT_TYPES = ("nf4", "fp4", "e2m1", "int4")
@@ -64,12 +66,13 @@ def table(quant_type: str = "nf4") -> Levels:
     e2m1   15 levels, the format itself
     int4   15 levels at equal distances, −7/7 … 7/7
     """
-    if quant_type == "nf4":
-        return normal_levels()
-    if quant_type in ("fp4", "e2m1"):
-        return float_levels(0.0625 if quant_type == "fp4" else 1.0)
-    if quant_type == "int4":
-        return torch.arange(-7, 8) / 7
+    with plain():  # it is kept for tensors with numbers as well
+        if quant_type == "nf4":
+            return normal_levels()
+        if quant_type in ("fp4", "e2m1"):
+            return float_levels(0.0625 if quant_type == "fp4" else 1.0)
+        if quant_type == "int4":
+            return torch.arange(-7, 8) / 7
     raise ValueError(f"quant_type={quant_type!r}: allowed is {', '.join(QUANT_TYPES)}")
 
 
@@ -78,9 +81,10 @@ def dynamic_table() -> Levels:
     """The 8-bit levels for the m's: zero, one, and ±10⁻ᵉ times the middles of 2⁶⁻ᵉ cells of
     [0.1, 1], for e = 0 … 6: fine near the ends, and never coarse in ratio. Dettmers et al. 2021,
     arXiv:2110.02861, section 2.1."""
-    edges = [torch.linspace(0.1, 1, 2 ** (6 - e) + 1) for e in range(7)]
-    positive = torch.cat([(x[:-1] + x[1:]) / 2 * 10.0**-e for e, x in enumerate(edges)])
-    return torch.cat([-positive, positive, torch.tensor([0.0, 1.0])]).sort().values
+    with plain():
+        edges = [torch.linspace(0.1, 1, 2 ** (6 - e) + 1) for e in range(7)]
+        positive = torch.cat([(x[:-1] + x[1:]) / 2 * 10.0**-e for e, x in enumerate(edges)])
+        return torch.cat([-positive, positive, torch.tensor([0.0, 1.0])]).sort().values
 
 
 def nearest(values: Float32[Tensor, "*size"], levels: Levels) -> UInt8[Tensor, "*size"]:
