@@ -10,7 +10,6 @@ import torch
 from peftlab import memory
 from peftlab.bases.data import data_path
 from peftlab.experiments import measure_lessons
-from peftlab.tuned import Tuned
 
 ROOT = Path(__file__).parent.parent
 
@@ -108,10 +107,10 @@ def test_the_peak_outlives_a_measurement(monkeypatch):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     back = dict(allocated=10, reserved=20)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: counters.update(back))
-    monkeypatch.setattr(memory, "_highest", {"allocated": 0, "reserved": 0})
-    allocator = memory._Allocator(torch.device("cuda"))
+    monkeypatch.setattr(memory.step, "_highest", {"allocated": 0, "reserved": 0})
+    allocator = memory.step.Allocator(torch.device("cuda"))
     monkeypatch.setattr(allocator, "now", lambda: 5)
-    allocator.start(Tuned.__new__(Tuned), {}, None, standing=5)
+    allocator.start({})
     assert torch.cuda.max_memory_allocated() == 10
     assert (memory.gpu_peak(), memory.gpu_peak("reserved")) == (70, 90)
     counters["allocated"] = 80

@@ -97,8 +97,10 @@ class AdaLoRA(DeltaMethod):
 
     def budget(self, done: float, weights: int) -> int:
         """How many triplets may stay: weights · (target_r + (init_r − target_r) (1 − u)³)."""
+        if done < self.start:
+            return weights * self.init_r
         u = 1.0 if done >= self.end else (done - self.start) / (self.end - self.start)
-        extra = (self.init_r - self.target_r) * (1 - max(u, 0.0)) ** 3
+        extra = (self.init_r - self.target_r) * (1 - u) ** 3
         return round(weights * (self.target_r + extra))
 
     @torch.no_grad()
