@@ -7,7 +7,6 @@ import pkgutil
 
 import pytest
 import torch
-from peftlab.quantisation import unpack
 
 from peftlab import exercises, tasks
 from peftlab.bases import load
@@ -30,6 +29,7 @@ from peftlab.exercises.clinic import Ward
 from peftlab.experiments.sweep_v2 import GrowingPrompts
 from peftlab.methods import DeepPromptTuning, PromptAndPrefix, PTuningV2
 from peftlab.methods.scores import is_two_four
+from peftlab.sites.quantisation import unpack
 
 MODULES = [
     importlib.import_module(f"peftlab.exercises.{info.name}")
