@@ -269,6 +269,7 @@ def block_numbers_solution(d, heads, trains):
 def _numbers_kept(d: int, heads: int, trains: bool) -> int:
     """Numbers a token that the second block of a GPT-2 of this width keeps."""
     config = dict(model_type="gpt2", n_layer=2, n_embd=d, n_head=heads, vocab_size=50)
+    config["activation_function"] = "gelu_pytorch_tanh"  # GELU as one operation
     method, tokens = (FullFineTuning(), 8) if trains else (PromptTuning(1), 9)
     kept = predict(method, config | {"n_positions": 64}, batch=1, length=8).parts["activations"]
     return kept["layers.1"] // (4 * tokens)
