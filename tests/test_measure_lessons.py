@@ -102,7 +102,9 @@ def test_the_peak_outlives_a_measurement(monkeypatch):
     """`measure` sets torch's counters back; what was higher before it is remembered."""
     counters = {"allocated": 70, "reserved": 90}
     for kind in counters:
-        monkeypatch.setattr(torch.cuda, f"max_memory_{kind}", lambda k=kind: counters[k])
+        monkeypatch.setattr(
+            torch.cuda, f"max_memory_{kind}", lambda device=None, k=kind: counters[k]
+        )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     back = dict(allocated=10, reserved=20)
