@@ -9,7 +9,7 @@ from models import FAMILIES, tiny
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
-from peftlab.methods import scores
+from peftlab.methods import calibration, scores
 from peftlab.sites import masked
 
 TEXTS = ("abc>de", "a", "the longest text of all of them", "zz>")
@@ -118,7 +118,7 @@ def test_input_norms_are_those_of_every_text_alone(family):
     """No padding is counted: text by text, the inputs' squares summed in numpy."""
     base = tiny(family, torch.float64)
     linears = list(base.anatomy.linears.values())
-    norms = scores.input_norms(base, linears, TEXTS, batch_size=3)
+    norms = calibration.input_norms(base, linears, TEXTS, batch_size=3)
     squares = {}
 
     def watch(module, args):
@@ -143,7 +143,7 @@ def test_input_norms_are_those_of_every_text_alone(family):
 def test_input_norms_need_a_token():
     base = tiny("gpt2")
     with pytest.raises(ValueError, match="no token in the calibration texts"):
-        scores.input_norms(base, list(base.anatomy.linears.values()), ("", ""))
+        calibration.input_norms(base, list(base.anatomy.linears.values()), ("", ""))
 
 
 def test_wanda_weighs_each_column():

@@ -35,11 +35,10 @@ from peftlab import (
     PruneStructures,
     accounting,
     attach,
-    scores,
     train,
 )
 from peftlab.bases import Shape
-from peftlab.methods import Method
+from peftlab.methods import Method, calibration
 from peftlab.sites import MaskedWeight
 from peftlab.training import move
 
@@ -104,7 +103,7 @@ def test_wanda_by_hand(family):
     """|W_ij| ‖X_j‖ within each output's row, X from a forward of each text by itself."""
     base = tiny(family)
     linears = list(base.anatomy.linears.values())
-    norms = scores.input_norms(base, linears, TEXTS)  # against numpy in test_masks
+    norms = calibration.input_norms(base, linears, TEXTS)  # against numpy in test_masks
     before = weights(base)
     tuned = attach(base, Prune(0.4, score="wanda", calibration=list(TEXTS)))
     for site in mask_sites(tuned):
@@ -558,7 +557,7 @@ def test_sensitivity_is_the_slope_of_the_loss(family):
     base = tiny(family, FLOAT64)
     shape, linears = base.anatomy.shape, base.anatomy.linears
     before = base.fingerprint()
-    felt = scores.sensitivity(base, texts, batch_size=2)
+    felt = calibration.sensitivity(base, texts, batch_size=2)
     assert base.fingerprint() == before and hook_count(base.model) == 0
     counts = {"heads": shape.kv_heads, "queries": shape.heads, "neurons": shape.d_ff, "layers": 1}
     assert {kind for kind, _ in felt} == set(counts)
@@ -570,7 +569,7 @@ def test_sensitivity_is_the_slope_of_the_loss(family):
         losses = []
         for factor in (1 + h, 1 - h):
             with scaled([linears[end] for end in ends], counts[kind], at, factor):
-                losses.append(scores.own_loss(base, list(texts)))
+                losses.append(calibration.own_loss(base, list(texts)))
         slope = ((losses[0] - losses[1]) / (2 * h)).abs().mean()
         assert found[at] == pytest.approx(slope.item(), rel=1e-5, abs=1e-8)
 
@@ -594,7 +593,7 @@ def scaled(linears, count, at, factor):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_least_felt_go_by_gradient(family, tmp_path):
     base, texts = tiny(family), ("the first text of two", "a second one>>")
-    felt = scores.sensitivity(base, texts)
+    felt = calibration.sensitivity(base, texts)
     method = PruneStructures(heads=0.34, neurons=0.2, score="gradient", calibration=texts)
     tuned = attach(base, [method, LoRA(r=2)])
     removed = tuned._sites[0].removed

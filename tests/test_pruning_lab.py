@@ -10,7 +10,7 @@ from peftlab import Prune, attach, panels
 from peftlab.bases import load
 from peftlab.experiments import sweep_pruning
 from peftlab.experiments.sweep_pruning import SEEDS, WorldText, world_texts
-from peftlab.methods import scores
+from peftlab.methods import calibration
 
 TEXTS = ("the first text of some", "another one, longer than that")
 CALIBRATION = ("what is read to choose", "and a second text")
@@ -37,7 +37,7 @@ def test_every_setting_of_the_lab(bases, family, what, share):
     assert surroundings(base) == before
     kind, score = panels.PRUNINGS[what]
     with torch.no_grad():
-        untouched = scores.own_loss(base, list(TEXTS)).mean().item()
+        untouched = calibration.own_loss(base, list(TEXTS)).mean().item()
     assert view.untouched == round(untouched, 3)
     if kind is None:
         assert view.parameters == shape.parameters()
@@ -53,7 +53,7 @@ def test_every_setting_of_the_lab(bases, family, what, share):
     assert view.loss == dict(view.points)[share]
     if method := panels.pruned(what, share, CALIBRATION):
         with attach(base, method) as tuned, torch.no_grad():
-            assert view.loss == round(scores.own_loss(tuned, list(TEXTS)).mean().item(), 3)
+            assert view.loss == round(calibration.own_loss(tuned, list(TEXTS)).mean().item(), 3)
     else:
         assert view.loss == view.untouched
     assert view.said in view.text and f"{view.loss:.2f}" in view.text

@@ -10,7 +10,7 @@ from peftlab.bases.shapes import Shape
 from peftlab.exercises import a_tensor, after, exercise, expect, question, same
 from peftlab.exercises.clinic import Ward, course
 from peftlab.methods import PTuning
-from peftlab.methods.soft import PromptEncoder
+from peftlab.methods.prompt_networks import PromptEncoder
 from peftlab.tuned import attach
 
 # --- 1 · write the encoder -----------------------------------------------------------------------

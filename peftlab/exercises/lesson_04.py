@@ -22,7 +22,7 @@ from peftlab.bases.shapes import Shape
 from peftlab.exercises import after, exercise, expect, question, same
 from peftlab.exercises.clinic import Ward, course, distance
 from peftlab.methods import DeepPromptTuning, PrefixTuning
-from peftlab.methods.soft import initial_prefix
+from peftlab.methods.prompt_starts import initial_prefix
 from peftlab.training import target_loss
 
 # --- 1 · attention with a prefix ---------------------------------------------------------------

@@ -35,7 +35,9 @@ from peftlab.bases import Base, load
 from peftlab.bases.data import data_path
 from peftlab.experiments.sweep_soft import NETWORK, TABLE, TUNING_SEED, best, write
 from peftlab.methods import Method, PTuning
-from peftlab.methods.soft import blocks, initial_prompt, put, seeded
+from peftlab.methods.prompt_networks import seeded
+from peftlab.methods.prompt_starts import initial_prompt
+from peftlab.methods.soft import blocks, put
 from peftlab.sites import InputEmbeddings
 from peftlab.tasks import Example, Task, share
 from peftlab.training import train

@@ -33,7 +33,14 @@ from peftlab.bases import Base, LanguageModel, load
 from peftlab.bases.data import data_path
 from peftlab.experiments.documents import Writer
 from peftlab.experiments.sweep_soft import write
-from peftlab.methods import FullFineTuning, LoRA, Method, Prune, PruneStructures, scores
+from peftlab.methods import (
+    FullFineTuning,
+    LoRA,
+    Method,
+    Prune,
+    PruneStructures,
+    calibration,
+)
 from peftlab.tasks import Example, Task
 from peftlab.training import train
 from peftlab.tuned import Tuned, attach
@@ -74,7 +81,7 @@ class WorldText(Task):
         return cls(**made)
 
     def batch_for(self, model: LanguageModel, examples: list[Example]) -> dict[str, torch.Tensor]:
-        return scores.own_batch(model, [example.target for example in examples])
+        return calibration.own_batch(model, [example.target for example in examples])
 
     @torch.no_grad()
     def score(self, model, examples=None, batch_size=24) -> dict[str, float]:
@@ -82,7 +89,7 @@ class WorldText(Task):
         total = tokens = 0
         with model._evaluating():
             for start in range(0, len(texts), batch_size):
-                batch = scores.own_batch(model, texts[start : start + batch_size])
+                batch = calibration.own_batch(model, texts[start : start + batch_size])
                 count = (model.aligned(batch)[1] != -100).sum().item()
                 total, tokens = total + model.batch_loss(batch).item() * count, tokens + count
         return {"loss": total / tokens}

@@ -32,7 +32,9 @@ from peftlab.bases import Anatomy, load
 from peftlab.bases.data import data_path
 from peftlab.experiments.sweep_soft import SEEDS, TABLE, TUNING_SEED, best, write
 from peftlab.methods import Method, PTuningV2
-from peftlab.methods.soft import Flat, initial_prompt, put
+from peftlab.methods.prompt_networks import Flat
+from peftlab.methods.prompt_starts import initial_prompt
+from peftlab.methods.soft import put
 from peftlab.sites import Site, Source
 from peftlab.training import train
 from peftlab.tuned import attach

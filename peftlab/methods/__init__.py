@@ -1,8 +1,9 @@
 """One file per method: its mathematics and the sites it uses, and nothing else.
 
 Shared parts are in files beside them: `method` has the interface, `checks` the refusals,
-`composition` the methods that do not combine, `deltas`, `bottleneck`, `soft` and `scores` the
-parts of one kind of method, `heads` the trained layer over an encoder.
+`composition` the methods that do not combine. Soft prompts share `prompt_starts`,
+`prompt_networks` and `soft`; deltas `deltas`; adapters `bottleneck`; pruning `scores`,
+`structure_scores` and `calibration`. `heads` are trained layers over an encoder.
 """
 
 from peftlab.methods.adalora import AdaLoRA

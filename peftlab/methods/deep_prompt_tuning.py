@@ -5,8 +5,10 @@ from dataclasses import dataclass
 import torch
 
 from peftlab.methods.checks import check_context
+from peftlab.methods.prompt_networks import Flat
+from peftlab.methods.prompt_starts import initial_prompt
 from peftlab.methods.prompt_tuning import PromptTuning
-from peftlab.methods.soft import Flat, initial_prompt, put
+from peftlab.methods.soft import put
 from peftlab.sites import InputEmbeddings
 
 

@@ -14,8 +14,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-IGNORED = -100
-
 
 @dataclass(frozen=True)
 class Head:
@@ -83,10 +81,7 @@ class Tagging(_Labelled):
 
 @dataclass(frozen=True)
 class Classification(_Labelled):
-    """One label for the whole text, from the mean of its hidden states or from the first one.
-
-    Labels of a batch are (batch,).
-    """
+    """One label for a text, from the mean of its hidden states or the first: labels (batch,)."""
 
     pool: str = "mean"
     kind = "classification"

@@ -6,6 +6,8 @@ from itertools import pairwise
 from peftlab.methods import soft
 from peftlab.methods.checks import check_context, check_init, checked_placement, require
 from peftlab.methods.method import Method
+from peftlab.methods.prompt_networks import Flat, PromptEncoder, mlp_widths, seeded
+from peftlab.methods.prompt_starts import PROMPT_INITS, initial_prompt
 from peftlab.sites import InputEmbeddings
 
 ENCODERS = ("lstm", "mlp", "attention", "embedding")
@@ -57,7 +59,7 @@ class PTuning(Method):
                 raise ValueError('encoder_hidden_size is an option of sizes="peft"')
         if self.sizes == "peft" and self.encoder == "attention":
             raise ValueError('sizes="peft" has no attention encoder: use lstm or mlp')
-        check_init(self.init, self.init_text, soft.PROMPT_INITS)
+        check_init(self.init, self.init_text, PROMPT_INITS)
         placement = checked_placement(self.placement, self.num_virtual_tokens)
         object.__setattr__(self, "placement", placement)
 
@@ -77,13 +79,13 @@ class PTuning(Method):
     def reach(self, base, attachment, generator):
         check_context(self.num_virtual_tokens, base.anatomy.shape)
         count, d = self.num_virtual_tokens, base.anatomy.shape.d_model
-        table = soft.initial_prompt(base, self.init, self.init_text, count, generator)
+        table = initial_prompt(base, self.init, self.init_text, count, generator)
         if self.encoder == "embedding":
-            module = soft.Flat({"prompt": table})
+            module = Flat({"prompt": table})
         else:
-            with soft.seeded(generator):
+            with seeded(generator):
                 sizes = (self.hidden(d), self.encoder_num_layers)
-                module = soft.PromptEncoder(table, self.encoder, self.sizes, *sizes)
+                module = PromptEncoder(table, self.encoder, self.sizes, *sizes)
         read, places = soft.put(attachment, module), soft.blocks(base, self.placement, count)
         attachment.enter(InputEmbeddings(base.anatomy, read, places))
         attachment.virtual_tokens = count
@@ -100,7 +102,7 @@ class PTuning(Method):
             total += sum(2 * (4 * h * (w + h) + 8 * h) for w in wide)
         if self.encoder == "attention":
             total += 4 * d * d + 4 * d
-        widths = soft.mlp_widths(self.encoder, self.sizes, h, d)
+        widths = mlp_widths(self.encoder, self.sizes, h, d)
         return total + sum((w_in + 1) * w_out for w_in, w_out in pairwise(widths))
 
     def folded(self) -> Method:

@@ -9,6 +9,8 @@ from peftlab.bases import Shape
 from peftlab.methods import soft
 from peftlab.methods.checks import check_init
 from peftlab.methods.method import Method
+from peftlab.methods.prompt_networks import Flat, PrefixMLP, seeded
+from peftlab.methods.prompt_starts import PREFIX_INITS, initial_prefix
 from peftlab.sites import KeysValues
 
 
@@ -48,7 +50,7 @@ class PrefixTuning(Method):
 
     def __post_init__(self):
         super().__post_init__()
-        check_init(self.init, self.init_text, soft.PREFIX_INITS)
+        check_init(self.init, self.init_text, PREFIX_INITS)
         if self.prefix_projection and self.init == "text":
             raise ValueError('init="text" needs prefix_projection=False: the MLP makes the start')
 
@@ -62,11 +64,11 @@ class PrefixTuning(Method):
         sites, count = soft.attentions(base, self.reaches), self.num_virtual_tokens
         if self.prefix_projection:
             table = torch.randn(count, base.anatomy.shape.d_model, generator=generator)
-            with soft.seeded(generator):
-                module = soft.PrefixMLP(table, self.encoder_hidden_size, sites)
+            with seeded(generator):
+                module = PrefixMLP(table, self.encoder_hidden_size, sites)
         else:
             start = (self.init, self.init_text, count, generator)
-            module = soft.Flat(soft.initial_prefix(base, sites, *start))
+            module = Flat(initial_prefix(base, sites, *start))
         read = soft.put(attachment, module)
         attachment.enter(KeysValues(base.anatomy, sites, read, self.shift_positions))
         attachment.virtual_tokens = count if self.shift_positions else 0

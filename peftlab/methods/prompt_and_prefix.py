@@ -7,6 +7,8 @@ import torch
 from peftlab.methods import soft
 from peftlab.methods.checks import check_context, check_init
 from peftlab.methods.method import Method
+from peftlab.methods.prompt_networks import Flat, PrefixMLP, seeded
+from peftlab.methods.prompt_starts import PROMPT_INITS, initial_prompt
 from peftlab.sites import InputEmbeddings, KeysValues
 
 
@@ -33,7 +35,7 @@ class PromptAndPrefix(Method):
 
     def __post_init__(self):
         super().__post_init__()
-        check_init(self.init, self.init_text, soft.PROMPT_INITS)
+        check_init(self.init, self.init_text, PROMPT_INITS)
 
     @property
     def learning_rate(self) -> float:
@@ -44,12 +46,12 @@ class PromptAndPrefix(Method):
         count = self.num_virtual_tokens
         check_context(count, base.anatomy.shape)
         sites = soft.attentions(base, lambda layer, layers: True)
-        table = soft.initial_prompt(base, self.init, self.init_text, count, generator)
-        with soft.seeded(generator):
-            module = soft.PrefixMLP(table, self.encoder_hidden_size, sites, with_prompt=True)
+        table = initial_prompt(base, self.init, self.init_text, count, generator)
+        with seeded(generator):
+            module = PrefixMLP(table, self.encoder_hidden_size, sites, with_prompt=True)
         if not self.prefix_projection:
             with torch.no_grad():
-                module = soft.Flat({key: t.clone() for key, t in module.to(table)().items()})
+                module = Flat({key: t.clone() for key, t in module.to(table)().items()})
         read = soft.put(attachment, module)
         attachment.enter(InputEmbeddings(base.anatomy, read, [(count, "front", None)]))
         attachment.enter(KeysValues(base.anatomy, sites, read, shift_positions=False))

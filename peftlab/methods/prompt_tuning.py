@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 from peftlab.methods.checks import check_context, check_init
 from peftlab.methods.method import Method
-from peftlab.methods.soft import PROMPT_INITS, Flat, initial_prompt, put
+from peftlab.methods.prompt_networks import Flat
+from peftlab.methods.prompt_starts import PROMPT_INITS, initial_prompt
+from peftlab.methods.soft import put
 from peftlab.sites import InputEmbeddings
 
 

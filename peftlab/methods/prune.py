@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from peftlab.bases import Shape
+from peftlab.methods.calibration import input_norms
 from peftlab.methods.checks import check_texts
 from peftlab.methods.deltas import Targeted
 from peftlab.methods.method import Method
-from peftlab.methods.scores import choose, cubic, input_norms, magnitude, wanda
+from peftlab.methods.scores import choose, cubic, magnitude, wanda
 from peftlab.sites import MaskedWeight
 
 

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from peftlab.bases import Shape
 from peftlab.bases.plain import has_numbers, plain
+from peftlab.methods.calibration import sensitivity
 from peftlab.methods.checks import check_texts, require
 from peftlab.methods.method import Method
-from peftlab.methods.scores import first_of, importance, lowest_structures, sensitivity
+from peftlab.methods.structure_scores import first_of, importance, lowest_structures
 from peftlab.sites.structures import KINDS, Removed, SmallerModel
 
 

@@ -18,7 +18,7 @@ from peftlab.methods import (
     PTuning,
     PTuningV2,
 )
-from peftlab.methods.soft import PREFIX_INITS, PROMPT_INITS
+from peftlab.methods.prompt_starts import PREFIX_INITS, PROMPT_INITS
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 LENGTHS = (1, 2, 5, 10, 20, 50, 100, 200)

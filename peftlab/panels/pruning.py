@@ -16,7 +16,7 @@ from peftlab.methods import (
     Method,
     Prune,
     PruneStructures,
-    scores,
+    calibration,
 )
 from peftlab.panels.panel import Panel, replace_parts
 from peftlab.tuned import attach
@@ -125,7 +125,7 @@ def pruning_view(
 
 def _loss_on(model, texts: Sequence[str]) -> float:
     with torch.no_grad():
-        return round(scores.own_loss(model, list(texts)).mean().item(), 3)
+        return round(calibration.own_loss(model, list(texts)).mean().item(), 3)
 
 
 class PruningLab(Panel):

@@ -7,7 +7,7 @@ from torch.autograd import gradcheck
 
 from peftlab.attention import AttentionSite
 from peftlab.methods.lora import LowRankDelta
-from peftlab.methods.soft import PrefixMLP, PromptEncoder
+from peftlab.methods.prompt_networks import PrefixMLP, PromptEncoder
 
 FLOAT64 = torch.float64
 THROUGH = (
