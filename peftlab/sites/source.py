@@ -1,7 +1,6 @@
 """The module that makes a soft prompt, run once a forward pass."""
 
 import contextlib
-from collections.abc import Iterator
 
 from torch import Tensor, nn
 
@@ -49,9 +48,9 @@ class Source(Site):
         """The current tensors, whatever tensors the last forward pass has read."""
         return self.module() if self.instead is None else self.instead
 
-    def held(self) -> Iterator[Tensor]:
+    def held(self) -> list[Tensor]:
         """The tensors of the last forward pass."""
-        yield from (self._made or {}).values()
+        return list((self._made or {}).values())
 
     @contextlib.contextmanager
     def once(self):
