@@ -2,6 +2,7 @@
 
 import copy
 import json
+from hashlib import sha256
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ import peftlab
 from peftlab import IA3, NF4, FullFineTuning, LoRA, PromptTuning, QLoRA, attach
 from peftlab.bases import CLASSES
 from peftlab.training import move
+from peftlab.tuned.identity import numbers_of
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -90,7 +92,8 @@ def test_a_saved_adapter_is_safetensors_and_json(base, tmp_path):
             "fused": False,
         }
     ]
-    assert written["base_digest"] == base.digest
+    assert written["base_numbers"] == numbers_of(base)
+    assert written["weights"] == sha256((folder / WEIGHTS).read_bytes()).hexdigest()
     state, first = tuned.state(), load_file(folder / WEIGHTS)
     tuned.merge()  # saving a merged adapter saves the same factors
     again = load_file(tuned.save(tmp_path / "merged") / WEIGHTS)
@@ -123,9 +126,11 @@ def test_an_adapter_saved_before_there_was_a_layout_of_pefts_still_loads(base, t
     state, folder = tuned.state(), tuned.save(tmp_path)
     written = json.loads((folder / "peftlab.json").read_text())
     (folder / "peftlab.json").unlink()
-    (folder / "adapter_config.json").write_text(json.dumps(written | {"format": 1}))
-    save_file(state, folder / WEIGHTS)
     tuned.detach()
+    del written["base_numbers"], written["weights"]
+    written |= {"format": 1, "base_digest": base.digest}
+    (folder / "adapter_config.json").write_text(json.dumps(written))
+    save_file(state, folder / WEIGHTS)
     loaded = attach(base, folder)
     assert loaded.methods == [LoRA(r=2)]
     assert all(torch.equal(loaded.state()[name], tensor) for name, tensor in state.items())

@@ -18,17 +18,19 @@ import transformers
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import DynamicCache, EncoderDecoderCache
+from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig
 
 from peftlab.attention import cache_name
 from peftlab.bases.anatomy import FAMILIES, TARGETS, Anatomy, Linear, Sublayer, fused
 from peftlab.bases.data import data_path
-from peftlab.bases.plain import has_numbers
 from peftlab.bases.real import GGUF, REAL, Place, find, read_gguf, unpacked
 from peftlab.bases.shapes import Shape
 
 __all__ = ["FAMILIES", "TARGETS", "Anatomy", "Base", "LanguageModel", "Linear", "Shape"]
 __all__ += ["Sublayer", "fused", "load"]
+
+
+ADAPTED = "peftlab_adapted_by"  # attribute of a model that a `Tuned` is attached to
 
 
 class LanguageModel:
@@ -77,6 +79,7 @@ class LanguageModel:
         its own logits. Positions count the unmasked tokens, so that padding on either side changes
         nothing. Raises ValueError if the batch is longer than the context.
         """
+        self._check_attached()
         self._check_length(input_ids.shape[1])
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -122,6 +125,7 @@ class LanguageModel:
         Returns only the new text. Raises ValueError if a prompt is empty, if the longest prompt
         and the new tokens together do not fit the context, and for an encoder.
         """
+        self._check_attached()
         if self.kind == "encoder":
             raise ValueError(f"{self.name} is an encoder: it fills gaps and does not generate")
         if not prompts:
@@ -140,15 +144,28 @@ class LanguageModel:
             length = start.shape[1]
             # transformers' own cache has as many layers as the encoder, too few for some decoders
             batch[cache_name(self.model)] = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        with self._evaluating():
-            out = self.model.generate(
-                **batch,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                eos_token_id=self.tokenizer.eos_token_id,
-                pad_token_id=self.tokenizer.pad_token_id,
-            )
+        with self._evaluating(), self._greedy(max_new_tokens):
+            out = self.model.generate(**batch)
         return self.tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
+
+    @contextlib.contextmanager
+    def _greedy(self, max_new_tokens: int):
+        """Inside, the model's `generate` is greedy: its own configuration counts for nothing but
+        the tokens that end a text."""
+        own, config, tokenizer = self.model.generation_config, self.model.config, self.tokenizer
+        named = [getattr(each, "eos_token_id", None) for each in (own, config, tokenizer)]
+        ends = {end for ids in named for end in (ids if isinstance(ids, list) else [ids])} - {None}
+        self.model.generation_config = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=sorted(ends) or None,
+            pad_token_id=tokenizer.pad_token_id,
+            decoder_start_token_id=getattr(config, "decoder_start_token_id", None),
+        )
+        try:
+            yield
+        finally:
+            self.model.generation_config = own
 
     @property
     def decoder_start(self) -> list[int]:
@@ -191,9 +208,17 @@ class LanguageModel:
         finally:
             self.train(training)
 
-    def train(self, mode: bool = True) -> None:
+    def train(self, mode: bool = True) -> LanguageModel:
         """Switch dropout on or off. Never changes a weight."""
         self.model.train(mode)
+        return self
+
+    def eval(self) -> LanguageModel:
+        """Switch dropout off."""
+        return self.train(False)
+
+    def _check_attached(self) -> None:
+        """Raise RuntimeError unless this object computes what its name says."""
 
     def _check_length(self, length: int) -> None:
         if length > self.context:
@@ -210,6 +235,8 @@ class Base(LanguageModel):
         family = model.config.model_type
         if family not in FAMILIES:
             raise ValueError(_unknown_family(name, family))
+        if ADAPTED in vars(model):
+            raise ValueError(f"{name!r}: {vars(model)[ADAPTED].label} is attached to this model")
         if tokenizer is not None and tokenizer.pad_token_id is None:
             if FAMILIES[family].kind != "decoder":  # a decoder never reads its padding
                 raise ValueError(f"{name!r}: {family} needs a tokenizer with a padding token")
@@ -217,16 +244,12 @@ class Base(LanguageModel):
         self.name, self.source = name, source
         self.model, self.tokenizer = model.eval(), tokenizer
         self.anatomy = Anatomy(model, name)
-        self.adapted_by = None  # the Tuned that is attached now, if any
         model.requires_grad_(False)
-        self.digest = self._digest()
 
-    def _digest(self) -> str:
-        """A short hash of 1,000 rows of the embedding, which saved adapters store."""
-        if not has_numbers(self.anatomy.embedding.weight):
-            return ""
-        rows = self.anatomy.embedding.weight[:1000].detach().float().cpu().contiguous()
-        return hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16]
+    @property
+    def digest(self) -> str:
+        """A short hash of 1,000 rows of the embedding, as they are now."""
+        return rows_digest(self.anatomy.embedding.weight)
 
     def fingerprint(self) -> str:
         """SHA-256 over the name, type, shape and bytes of every tensor of the model."""
@@ -236,8 +259,30 @@ class Base(LanguageModel):
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
+    @property
+    def adapted_by(self) -> LanguageModel | None:
+        """The `Tuned` that is attached now. The model holds it, also for a second base over it."""
+        return vars(self.model).get(ADAPTED)
+
+    @adapted_by.setter
+    def adapted_by(self, tuned: LanguageModel | None) -> None:
+        if tuned is None:
+            vars(self.model).pop(ADAPTED, None)
+        else:
+            vars(self.model)[ADAPTED] = tuned
+
+    def _check_attached(self) -> None:
+        if self.adapted_by is not None and self.adapted_by.attached:
+            raise RuntimeError(
+                f"{self.name} carries {self.adapted_by.label} now: call the adapted model instead, "
+                "or first detach()"
+            )
+
     def detach(self) -> None:
-        """Take off whatever is attached now; does nothing on a plain base."""
+        """Take off whatever is attached now; does nothing on a plain base.
+
+        After an error it can be called again, until the base is as it was.
+        """
         if self.adapted_by is not None:
             self.adapted_by.detach()
 
@@ -259,6 +304,12 @@ class Base(LanguageModel):
             f"{shape.layers}{both} layers, d_model {shape.d_model}, {shape.heads} heads, "
             f"vocabulary {shape.vocab:,}, context {shape.context}, on {self.device}, frozen"
         )
+
+
+def rows_digest(table: Tensor, dtype: torch.dtype | None = None) -> str:
+    """A short hash of the first 1,000 rows, rounded to a type or in their own."""
+    rows = table[:1000].detach().to("cpu", dtype).float().contiguous()
+    return hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16]
 
 
 CLASSES = {

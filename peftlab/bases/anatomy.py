@@ -285,7 +285,6 @@ class Anatomy:
         family = FAMILIES[model.config.model_type]
         backbone = model.base_model  # the model without its head; T5 or headless: the model itself
         self.family, self.kind = model.config.model_type, family.kind
-        self.embedding: nn.Embedding = backbone.get_submodule(family.embedding)
         self.shape = _measured_head(model, Shape.from_config(model.config, name=name))
         self.bare = False  # True: the model runs without its attached virtual tokens
         self.stacks: dict[str, nn.Module] = {}
@@ -313,6 +312,21 @@ class Anatomy:
                 numbers = torch.arange(every).view(self.shape.heads, part.of, -1)
                 rows = numbers[:, part.part].flatten()
         return Linear(site, site.rsplit(".", 1)[-1], layer, module, rows, transposed)
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        """The token embedding as it is now: adding tokens replaces it."""
+        return self.model.base_model.get_submodule(FAMILIES[self.family].embedding)
+
+    @property
+    def shape(self) -> Shape:
+        """The sizes as they are now, with the tokens that were added."""
+        rows = self.embedding.num_embeddings
+        return self._shape if rows == self._shape.vocab else replace(self._shape, vocab=rows)
+
+    @shape.setter
+    def shape(self, shape: Shape) -> None:
+        self._shape = shape
 
     @property
     def backbone(self) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -40,8 +39,8 @@ class Attachment:
             self.hold(module, site.name)
             for key, parameter in module.named_parameters():
                 self.trainable[f"{self.method.name}.{site.name}.{key}"] = parameter
+        self.sites.append(site)  # before it is entered: what fails half-way is left all the same
         site.__enter__()
-        self.sites.append(site)
         self.trainable |= site.parameters
         return site
 
@@ -59,9 +58,3 @@ class Attachment:
         module = self.base.anatomy.backbone if self.headless else self.base.model
         names = [name for name, _ in module.named_parameters()]
         return module, [n for n in names if not (self.headless and n.startswith("pooler."))]
-
-    def leave(self) -> None:
-        """Leave every site, in reverse order."""
-        with ExitStack() as stack:
-            for site in self.sites:
-                stack.push(site)

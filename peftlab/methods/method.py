@@ -46,16 +46,6 @@ class Method:
         for name, allowed in self.choices.items():
             check_choice(name, getattr(self, name), allowed)
 
-    def attach(self, base: Base, generator: torch.Generator, headless: bool = False) -> Attachment:
-        """Reach the sites and create the parameters. On an error nothing stays attached."""
-        attachment = Attachment(self, base, headless)
-        try:
-            self.reach(base, attachment, generator)
-        except BaseException:
-            attachment.leave()
-            raise
-        return attachment
-
     def reach(self, base: Base, attachment: Attachment, generator: torch.Generator) -> None:
         """Enter this method's sites, and draw the initial values from the generator."""
         raise NotImplementedError

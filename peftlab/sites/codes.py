@@ -1,5 +1,7 @@
 """The weight of one linear module held as codes of four bits."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -31,7 +33,7 @@ class CodedWeight(Site):
     `linear` is the whole module: in GPT-2 q, k and v together. The codes are made of W in the
     layout (d_out, d_in), row by row, however the module stores it. The original is kept on the CPU
     and put back on leaving. A view of a single NaN, which takes no memory, replaces it: code that
-    bypasses the codes reads NaN.
+    bypasses the codes reads NaN. The model's `state_dict` has W̃.
     """
 
     in_the_weight = True
@@ -47,19 +49,20 @@ class CodedWeight(Site):
         weight = self.module.weight
         self.encode(weight)
         self.original = weight.data.cpu()
-        try:
-            self._leave_a_view(weight.device)
-            setattr(self.module, CODES, self)
-            self.module.forward = self._forward
-        except BaseException:
-            self.__exit__()
-            raise
+        setattr(self.module, CODES, self)
+        hook = self.module.register_state_dict_post_hook(partial(self._decoded))
+        self.hooks.append(hook)
+        self._leave_a_view(weight.device)
+        self.module.forward = self._forward
         return self
 
     def __exit__(self, *_):
-        self.module.__dict__.pop("forward", None)
-        vars(self.module).pop(CODES, None)
-        self.module.weight.data = self.original.to(self.module.weight.device)
+        if self.linear.code is self:
+            weight = self.module.weight
+            weight.data = self.original.to(weight.device, weight.dtype)
+            vars(self.module).pop("forward", None)
+            self.unhook()
+            del vars(self.module)[CODES]
 
     def held(self) -> list[Tensor]:
         """The original, on the CPU."""
@@ -75,6 +78,10 @@ class CodedWeight(Site):
         dtype = torch.get_autocast_dtype(kind) if mixed else self.module.weight.dtype
         output = CodedProduct.apply(x.to(dtype), self.codes)
         return output if bias is None else output + bias.to(dtype)
+
+    def _decoded(self, module, state: dict[str, Tensor], prefix: str, metadata) -> None:
+        """Whoever saves the model saves W̃, in plain numbers."""
+        state[f"{prefix}weight"] = self.decode().contiguous()
 
     def decode(self) -> Tensor:
         """W̃ in the module's layout and the dtype of the original."""

@@ -6,10 +6,11 @@ from inspect import signature
 
 import torch
 from torch import Tensor
+from transformers import StaticCache
 
 from peftlab.attention import cache_in
 from peftlab.bases import Anatomy
-from peftlab.sites.site import Site
+from peftlab.sites.site import PerThread, Site
 
 Read = Callable[[], dict[str, Tensor]]  # returns the current tensors of a soft prompt
 Block = tuple[int, str, int | None]  # virtual tokens at one place: their number, place, token
@@ -41,7 +42,8 @@ class InputEmbeddings(Site):
         self.every_layer = every_layer
         # All virtual tokens in front of the text and its padding; the model takes position ids.
         self.simple = anatomy.takes_positions and all(w == "front" for _, w, _ in self.placement)
-        self.real: Tensor | None = None  # (batch, seq): where the real tokens have moved to
+        # Places of the virtual tokens (batch, P), and of the real ones among them (batch, seq).
+        self.places = PerThread()
 
     def __enter__(self):
         changes = {self.anatomy.backbone: self._put_in}
@@ -57,10 +59,10 @@ class InputEmbeddings(Site):
 
     def __exit__(self, *_):
         super().__exit__()
-        self.real = None
+        self.places.set(None)
 
     def _put_in(self, stack, args, kwargs):
-        self.real = None
+        self.places.set(None)
         if self.anatomy.bare:
             return args, kwargs
         if args:
@@ -73,6 +75,11 @@ class InputEmbeddings(Site):
         batch, length, _ = embedded.shape
         cache = cache_in(kwargs)
         cached = cache.get_seq_length() if cache is not None else 0
+        if isinstance(cache, StaticCache) or (mask is not None and mask.ndim != 2):
+            raise ValueError(
+                "a static cache has no room for virtual tokens at the input: use "
+                "cache_implementation='dynamic', and a mask (batch, seq)"
+            )
         if mask is None:
             real = length + max(cached - self.count, 0)
             mask = torch.ones(batch, real, dtype=torch.long, device=embedded.device)
@@ -97,7 +104,7 @@ class InputEmbeddings(Site):
             here = torch.arange(self.count + length, device=embedded.device).expand(batch, -1)
         else:
             here = order.argsort(dim=1)  # the new place of each of [virtual; real]
-        self.virtual, self.real = here[:, : self.count], here[:, self.count :]
+        self.places.set((here[:, : self.count], here[:, self.count :]))
         return (), kwargs
 
     def _positions(self, real: Tensor, at: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -163,9 +170,9 @@ class InputEmbeddings(Site):
         return joined.gather(1, index.expand_as(joined))
 
     def _take_out(self, stack, args, output):
-        if self.real is not None and "decoder" not in self.anatomy.stacks:
+        if (places := self.places.get()) and "decoder" not in self.anatomy.stacks:
             hidden = output.last_hidden_state
-            where = self.real[:, :, None].expand(-1, -1, hidden.shape[2])
+            where = places[1][:, :, None].expand(-1, -1, hidden.shape[2])
             real = hidden[:, self.count :] if self.simple else hidden.gather(1, where)
             output.last_hidden_state = real
 
@@ -179,14 +186,14 @@ class InputEmbeddings(Site):
 
     def _replace(self, layer: int, block, args, kwargs):
         """Replace the hidden states of the virtual tokens by this layer's own vectors."""
-        if self.real is None:
+        if not (places := self.places.get()):
             return args, kwargs
         hidden, *others = args
         own = self.read()["prompt"][..., layer, :, :].to(hidden.dtype)
         own = own.expand(len(hidden), -1, -1)
-        where = self.virtual[:, :, None].expand_as(own)
+        where = places[0][:, :, None].expand_as(own)
         return (hidden.scatter(1, where, own), *others), kwargs
 
     def held(self) -> list[Tensor]:
         """The places of the virtual and the real tokens in the last forward pass."""
-        return [] if self.real is None else [self.virtual, self.real]
+        return list(self.places.get() or ())

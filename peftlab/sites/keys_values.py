@@ -25,6 +25,7 @@ class KeysValues(Site):
     ):
         super().__init__("keys_values", [f"{site.name}.kv" for site in sites])
         self.anatomy, self.sites, self.read, self.shift = anatomy, sites, read, shift_positions
+        self.inside: list[attention.Prefixed | attention.Dispatched] = []
 
     def __enter__(self):
         prefixes = {s.module: LayerPrefix(self, i, s) for i, s in enumerate(self.sites)}
@@ -41,6 +42,7 @@ class KeysValues(Site):
         super().__exit__()
         for context in reversed(self.inside):
             context.__exit__()
+        self.inside = []
 
     @property
     def count(self) -> int:

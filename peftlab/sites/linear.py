@@ -26,7 +26,8 @@ class LinearWeight(Site):
         self.linear, self.delta = linear, delta
 
     def __enter__(self):
-        self.hooks = [self.linear.module.register_forward_hook(self._add)]
+        self.unhook()
+        self.hooks.append(self.linear.module.register_forward_hook(self._add))
         return self
 
     def frozen(self) -> Tensor:
@@ -75,8 +76,8 @@ class LinearWeight(Site):
             delta = self.delta if self.instead is None else self.instead
             summed = weight + self._masked(delta.delta_weight()).to(weight.dtype)
             self.original = weight.clone() if code is None else code.snapshot()
+            self.unhook()  # a merged weight runs as a plain one
             self.linear.write(summed)
-            self.hooks.pop().remove()  # a merged weight runs as a plain one
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -86,5 +87,5 @@ class LinearWeight(Site):
                 self.linear.code.restore(self.original)
             elif isinstance(self.original, Tensor):  # otherwise the codes are gone, and ΔW in them
                 self.linear.write(self.original)  # `write` moves it to the model's device
-            self.original = None
             self.__enter__()
+            self.original = None

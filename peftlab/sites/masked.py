@@ -31,8 +31,10 @@ class MaskedWeight(Site):
         return self
 
     def __exit__(self, *_):
-        self.linear.mask = None
-        self.linear.write(self.original)  # `write` moves it to the model's device
+        if self.original is not None:
+            self.linear.mask = None
+            self.linear.write(self.original)  # `write` moves it to the model's device
+            self.original = None
 
     @property
     def mask(self) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from peftlab.bases import Linear, Sublayer
-from peftlab.sites.site import Site
+from peftlab.sites.site import PerThread, Site
 
 
 class SublayerOutput(Site):
@@ -23,7 +23,7 @@ class SublayerOutput(Site):
     def __init__(self, sublayer: Sublayer, f: nn.Module, beside: bool = False):
         super().__init__(sublayer.name)
         self.sublayer, self.f, self.beside = sublayer, f, beside
-        self.x: Tensor | None = None  # kept between the first map and the last
+        self.x = PerThread()  # kept between the first map and the last
 
     def __enter__(self):
         self.hooks = [self.sublayer.last.module.register_forward_hook(self._add)]
@@ -37,15 +37,12 @@ class SublayerOutput(Site):
         self.hooks[0].remove()
         self.hooks[0] = self.sublayer.last.module.register_forward_hook(self._add)
 
-    def __exit__(self, *_):
-        super().__exit__()
-        self.x = None
-
     def _read(self, module, args):
-        self.x = args[0]
+        self.x.set(args[0])
 
     def _add(self, module, args, output):
-        x, self.x = (self.x if self.beside else output), None
+        x = self.x.get() if self.beside else output
+        self.x.set(None)
         return output + self.f(x).to(output.dtype)
 
 

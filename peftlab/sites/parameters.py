@@ -21,19 +21,23 @@ class ExistingParameters(Site):
         names, parameters = list(names), dict(model.named_parameters())
         super().__init__("parameters", [f"parameters: {name}" for name in names])
         self.parameters = {name: parameters[name] for name in names}
+        self.originals: dict[str, Tensor] = {}
 
     def __enter__(self):
-        self.originals = {name: p.data for name, p in self.parameters.items()}
-        for parameter in self.parameters.values():
-            parameter.data = parameter.data.clone()
+        for name, parameter in self.parameters.items():
+            copy = parameter.data.clone()
+            self.originals[name] = parameter.data
+            parameter.data = copy
             parameter.requires_grad_(True)
         return self
 
     def __exit__(self, *_):
-        for name, parameter in self.parameters.items():
+        for name, original in self.originals.items():
+            parameter = self.parameters[name]
             parameter.requires_grad_(False)
             parameter.grad = None
-            parameter.data = self.originals[name].to(parameter.device)
+            parameter.data = original.to(parameter.device, parameter.dtype)
+        self.originals = {}
 
     def held(self) -> list[Tensor]:
         return list(self.originals.values())

@@ -1,11 +1,45 @@
 """The interface of all sites."""
 
+import threading
+
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from peftlab.bases import Linear
 from peftlab.sites.quantisation import Quantised
+
+
+class PerThread:
+    """A value of the forward pass that this thread runs, so that two threads may run one model.
+
+    A thread that has set none sees the last one set: autograd recomputes blocks in its own threads.
+    A copy has no value.
+    """
+
+    def __init__(self):
+        self._own, self._last = threading.local(), None
+
+    def get(self):
+        return getattr(self._own, "value", self._last)
+
+    def set(self, value) -> None:
+        self._own.value = self._last = value
+
+    def __getstate__(self):
+        return {}
+
+    def __setstate__(self, state):
+        self.__init__()
+
+
+def sweep(model: nn.Module) -> None:
+    """Remove every hook of a site, also one that an interrupt kept off the site's own list."""
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks, module._state_dict_hooks):
+            for key, hook in list(hooks.items()):
+                if getattr(hook, "func", hook).__module__.startswith("peftlab.sites."):
+                    del hooks[key]
 
 
 class Site:
@@ -15,7 +49,9 @@ class Site:
             ...
                         and is what it was before, bit for bit
 
-    A site implements `__enter__`. All else has a default that fits most sites.
+    A site implements `__enter__`. All else has a default that fits most sites. `__exit__` may be
+    called in any state and again after it failed: it undoes what is left, and forgets an original
+    only after putting it back.
 
     name, names    the site's name, and the name of each of its places. Two methods may not reach a
                    place of the same name, and `alone` says why
@@ -49,14 +85,19 @@ class Site:
         return self.can_merge and self.original is not None
 
     def __enter__(self):
-        """Change the model. On an error nothing is changed."""
+        """Change the model. After an error `__exit__` undoes the part that was changed."""
         raise NotImplementedError
 
     def __exit__(self, *_):
         """Undo every change, merged or not."""
         self.unmerge()
+        self.unhook()
+
+    def unhook(self) -> None:
+        """Remove the site's hooks."""
         while self.hooks:
-            self.hooks.pop().remove()
+            self.hooks[-1].remove()
+            self.hooks.pop()
 
     def settle(self) -> None:
         """Called after all methods are attached: move hooks behind the others, if that matters."""

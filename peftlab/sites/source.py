@@ -5,7 +5,7 @@ import contextlib
 from torch import Tensor, nn
 
 from peftlab.bases import Anatomy
-from peftlab.sites.site import Site
+from peftlab.sites.site import PerThread, Site
 
 
 class Source(Site):
@@ -22,9 +22,8 @@ class Source(Site):
         super().__init__(name, names=[])
         self.anatomy, self.module = anatomy, module
         self.instead: dict[str, Tensor] | None = None
-        self._made: dict[str, Tensor] | None = None
+        self._made, self._outermost = PerThread(), PerThread()
         self._once = False
-        self._outermost: nn.Module | None = None
 
     def __enter__(self):
         for module in dict.fromkeys([self.anatomy.model, *self.anatomy.stacks.values()]):
@@ -34,15 +33,16 @@ class Source(Site):
 
     def __exit__(self, *_):
         super().__exit__()
-        self._made = self._outermost = None
+        self._made.set(None)
+        self._outermost.set(None)
 
     def __call__(self) -> dict[str, Tensor]:
         """The tensors of this forward pass."""
         if self.instead is not None:
             return self.instead
-        if self._made is None:
-            self._made = self.module()
-        return self._made
+        if self._made.get() is None:
+            self._made.set(self.module())
+        return self._made.get()
 
     def now(self) -> dict[str, Tensor]:
         """The current tensors, whatever tensors the last forward pass has read."""
@@ -50,27 +50,29 @@ class Source(Site):
 
     def held(self) -> list[Tensor]:
         """The tensors of the last forward pass."""
-        return list((self._made or {}).values())
+        return list((self._made.get() or {}).values())
 
     @contextlib.contextmanager
     def once(self):
         """Inside, every forward pass reads the tensors that the module makes now."""
-        self._made, self._once = self.module(), True
+        self._made.set(self.module())
+        self._once = True
         try:
             yield
         finally:
-            self._made, self._once = None, False
+            self._once = False
+            self._made.set(None)
 
     def _begin(self, module, args):
-        if self._outermost in (None, module) or module is self.anatomy.model:
-            self._outermost = module
+        if self._outermost.get() in (None, module) or module is self.anatomy.model:
+            self._outermost.set(module)
             if self.instead is None and not self._once:
-                self._made = self.module()
+                self._made.set(self.module())
 
     def _end(self, module, args, output):
-        if module is self._outermost:
-            self._outermost = None
+        if module is self._outermost.get():
+            self._outermost.set(None)
 
     def __getstate__(self):
         """A copy makes its own tensors: the cached ones belong to the gradients of their pass."""
-        return {**vars(self), "_made": None, "_outermost": None, "_once": False}
+        return {**vars(self), "_once": False}

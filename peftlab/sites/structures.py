@@ -20,7 +20,7 @@ from peftlab.attention import cache_in
 from peftlab.bases import FAMILIES, Anatomy, Linear, Shape, fused
 from peftlab.bases.plain import plain
 from peftlab.bases.shapes import ATTENTION
-from peftlab.sites.site import Site
+from peftlab.sites.site import PerThread, Site
 
 KINDS = ("heads", "queries", "neurons")  # removed by index; layers are removed by name
 
@@ -139,23 +139,25 @@ class SmallerModel(Site):
         self.before: list[tuple[object, str, object]] = []  # an owner, its attribute, the value
 
     def __enter__(self):
-        try:
-            self._forget_attentions()
-            if self.removed.layers:
-                self._take_blocks()
-            self._take_rows()
-            self._set("shape", self.shape, self.anatomy)
-        except BaseException:
-            self.__exit__()
-            raise
+        self.dtype = self.anatomy.embedding.weight.dtype
+        self._forget_attentions()
+        if self.removed.layers:
+            self._take_blocks()
+        self._take_rows()
+        self._set("shape", self.shape, self.anatomy)
         return self
 
     def __exit__(self, *_):
         super().__exit__()
-        self._forget_attentions()
+        weight = self.anatomy.embedding.weight
+        for tensor in self.aside:  # cast if the model was, while they were aside
+            cast = weight.dtype != self.dtype and tensor.is_floating_point()
+            tensor.data = tensor.data.to(weight.device, weight.dtype if cast else tensor.dtype)
         while self.before:
-            owner, name, value = self.before.pop()
+            owner, name, value = self.before[-1]
             setattr(owner, name, value)
+            self.before.pop()
+        self._forget_attentions()
         self.aside = []
 
     def held(self) -> list[Tensor]:
@@ -290,7 +292,7 @@ class _Columns:
     """The columns of some heads, taken from the position bias of all heads."""
 
     def __init__(self, heads: Tensor):
-        self.heads, self.whole = heads, None
+        self.heads, self.whole = heads, PerThread()
 
     def take(self, module, args, kwargs):
         bias = kwargs.get("position_bias")
@@ -298,9 +300,10 @@ class _Columns:
             cache, length = cache_in(kwargs), args[0].shape[1]
             past = 0 if cache is None else cache.get_seq_length(module.layer_idx)
             bias = module.compute_bias(length, past + length, args[0].device, past)
-        self.whole = bias
+        self.whole.set(bias)
         return args, {**kwargs, "position_bias": bias[:, self.heads.to(bias.device)]}
 
     def give_back(self, module, args, output):
-        whole, self.whole = self.whole, None
+        whole = self.whole.get()
+        self.whole.set(None)
         return (output[0], whole, *output[2:])

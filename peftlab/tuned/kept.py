@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peftlab.bases import LanguageModel
+from peftlab.sites import Site
 from peftlab.tuned import layouts, saving
 
 Names = str | list[str] | tuple[str, ...] | dict[str, int | float] | None
@@ -38,25 +39,27 @@ def use(tuned: LanguageModel, names: Names) -> None:
     """See `Tuned.use`."""
     wanted = [names] if isinstance(names, str) else list(names or [])
     _check(tuned, names, wanted)
-    tuned.using = names if wanted else None
     rows = wanted if isinstance(names, (list, tuple)) else None
     weights = names if isinstance(names, dict) else dict.fromkeys(wanted, 1.0)
+    instead: dict[Site, object] = dict.fromkeys(tuned.sources.values())
     for place, source in tuned.sources.items():
-        source.instead = None
         if wanted:
             prompts = [_below(f"{place}.", tuned.kept[name]) for name in wanted]
             stacked = {key: torch.stack([each[key] for each in prompts]) for key in prompts[0]}
-            source.instead = stacked if rows else prompts[0]
+            instead[source] = stacked if rows else prompts[0]
     for attachment in tuned.attachments:
         for site in attachment.sites:
             if site.delta is not None:
                 place = f"{attachment.method.name}.{site.name}."
                 kept = {name: Kept(site.delta, _below(place, tuned.kept[name])) for name in wanted}
-                site.instead = Deltas(kept, weights, rows) if wanted else None
-    tuned._linear_now = tuned.linear
+                instead[site] = Deltas(kept, weights, rows) if wanted else None
+    linear = tuned.linear
     if wanted and tuned.head is not None:
-        tuned._linear_now = copy.deepcopy(tuned.linear).requires_grad_(False)
-        tuned._linear_now.load_state_dict(_below("head.", tuned.kept[names]))
+        linear = copy.deepcopy(tuned.linear).requires_grad_(False)
+        linear.load_state_dict(_below("head.", tuned.kept[names]))
+    for site, what in instead.items():  # all of it is made before anything is replaced
+        site.instead = what
+    tuned.using, tuned._linear_now = names if wanted else None, linear
 
 
 def _check(tuned: LanguageModel, names: Names, wanted: list[str]) -> None:

@@ -6,7 +6,9 @@ file converts to and from PEFT.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 from contextlib import contextmanager, suppress
 from itertools import zip_longest
 from pathlib import Path
@@ -19,9 +21,11 @@ from torch import Tensor
 from peftlab.bases import Base, LanguageModel, _quiet
 from peftlab.methods import NF4, Method
 from peftlab.methods.heads import Head
-from peftlab.sites import CodedWeight, Site
+from peftlab.sites import Site
 from peftlab.sites.structures import SmallerShape
 from peftlab.tuned import layouts
+from peftlab.tuned.folders import replaced
+from peftlab.tuned.identity import same_numbers
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PICKLED = (
@@ -33,6 +37,9 @@ FORMATS = {CONFIG: 1, RECORD: 2}
 # Hyper-parameters that decide the meaning of tensors of the same size.
 MEANING = ("name", "placement", "shift_positions", "depth", "r", "init_r", "alpha", "use_rslora")
 MEANING += ("projection_prng_key",)
+FACTS = ("family", "layers", "d_model")  # not the vocabulary: tokens may be added
+MODEL = ("*config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "vocab*")
+MODEL += ("merges.txt", "*_tokens*.json", "*.model", "*chat_template*", "source.json")
 
 
 def save(tuned: LanguageModel, folder: Path) -> Path:
@@ -57,7 +64,7 @@ def _record(tuned: LanguageModel, methods: list[Method], file: str) -> dict:
         "format": FORMATS[file],
         "base": tuned.name,
         "base_shape": tuned.facts,
-        "base_digest": tuned.base.digest,
+        "base_numbers": tuned.numbers,
         "methods": [method.to_dict() for method in methods],
         "trained_as": [method.to_dict() for method in tuned.methods],
         "head": tuned.head.to_dict() if tuned.head else None,
@@ -65,13 +72,20 @@ def _record(tuned: LanguageModel, methods: list[Method], file: str) -> dict:
 
 
 def _write(folder: Path, tensors: dict[str, Tensor], described: dict[str, dict]) -> Path:
-    """Write the tensors and the JSON files. The record of an earlier adapter goes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / RECORD).unlink(missing_ok=True)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    for name, config in described.items():
-        (folder / name).write_text(json.dumps(config, indent=2) + "\n")
+    """Write the tensors and the JSON files in place of an earlier adapter."""
+    with replaced(folder, (CONFIG, WEIGHTS, PICKLE, RECORD), "an adapter") as new:
+        save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
+        for name, config in described.items():
+            if "format" in config:
+                config = config | {"weights": _digest(new / WEIGHTS)}
+            (new / name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return folder
+
+
+def _digest(path: Path) -> str:
+    """The SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def export(tuned: LanguageModel, folder: Path) -> Path:
@@ -91,9 +105,9 @@ def export(tuned: LanguageModel, folder: Path) -> Path:
         for site in loose:
             if site.linear.code is None:
                 site.merge()
-        with _quiet():
-            tuned.model.save_pretrained(folder, state_dict=_plain(tuned, loose))
-            tuned.tokenizer.save_pretrained(folder)
+        with _quiet(), replaced(folder, MODEL, "a model") as new:
+            tuned.model.save_pretrained(new, state_dict=_plain(tuned, loose))
+            tuned.tokenizer.save_pretrained(new)
     finally:
         for site in reversed(loose):
             site.unmerge()
@@ -102,17 +116,15 @@ def export(tuned: LanguageModel, folder: Path) -> Path:
 
 @torch.no_grad()
 def _plain(tuned: LanguageModel, loose: list[Site]) -> dict[str, Tensor]:
-    """The model's tensors; weights held as codes are decoded, plus the deltas not merged."""
+    """The model's tensors, weights held as codes decoded, plus the deltas not merged."""
     state = tuned.model.state_dict()
     names = {module: name for name, module in tuned.model.named_modules()}
-    for coded in (site for site in tuned._sites if isinstance(site, CodedWeight)):
-        weight = coded.decode().clone()
-        rows = weight.T if coded.transposed else weight
-        for site in loose:
-            if site.linear.module is coded.module:
-                delta = site.delta if site.instead is None else site.instead
-                rows[site.linear.index] += delta.delta_weight().to(rows.dtype)
-        state[f"{names[coded.module]}.weight"] = weight
+    for site in loose:
+        if site.linear.code is not None:
+            weight = state[f"{names[site.linear.module]}.weight"]
+            rows = weight.T if site.linear.transposed else weight
+            delta = site.delta if site.instead is None else site.instead
+            rows[site.linear.index] += delta.delta_weight().to(rows.dtype)
     return state
 
 
@@ -135,8 +147,9 @@ def read(folder: str | Path, base: Base) -> tuple[dict, layouts.Fill]:
                 raise ValueError(f"format {config['format']}; this peftlab reads {FORMATS[name]}")
             config["methods"] = [Method.from_dict(method) for method in config["methods"]]
             config["head"] = Head.from_dict(config["head"]) if config["head"] else None
-            for key in ("base", "base_shape", "base_digest", "trained_as"):
-                config[key]
+            _checked_facts(config)
+            if config.get("weights", (digest := _digest(folder / WEIGHTS))) != digest:
+                raise ValueError(f"{WEIGHTS} is not the file that {name} describes")
     if peft_alone:  # PEFT stores at most the base's name: `layouts.read` checks each tensor's size
         with _damaged(folder, CONFIG, (KeyError, TypeError, AttributeError)):
             method, fill = layouts.read(base, theirs, tensors)
@@ -145,6 +158,19 @@ def read(folder: str | Path, base: Base) -> tuple[dict, layouts.Fill]:
     if name == RECORD:
         return config, lambda tuned: layouts.Layout.of(tuned).read(theirs, tensors)
     return config, lambda tuned: tensors
+
+
+def _checked_facts(config: dict) -> None:
+    """Raise KeyError, TypeError or ValueError unless the record says enough of its base."""
+    for key in ("base", "trained_as"):
+        config[key]
+    for fact in FACTS:
+        config["base_shape"][fact]
+    if "base_numbers" not in config:
+        config["base_digest"]
+    for numbers in dict(config.get("base_numbers", {})).values():
+        for number in numbers:
+            math.isfinite(number)
 
 
 def _loaded(path: Path) -> dict:
@@ -169,9 +195,13 @@ def _damaged(folder: Path, name: str, errors: tuple = ()):
 def _check_base(config: dict, base: Base) -> None:
     """Raise ValueError unless the adapter was trained on this base."""
     trained_on, shape = config["base"], config["base_shape"]
-    if shape != (here := shape_facts(base)):
-        raise ValueError(f"this adapter was trained on {trained_on} {shape}; {base.name} is {here}")
-    if config["base_digest"] != base.digest:
+    here = base.adapted_by.facts if base.adapted_by else shape_facts(base)
+    for fact in FACTS:
+        if shape[fact] != here[fact]:
+            raise ValueError(
+                f"this adapter was trained on {trained_on} {shape}; {base.name} is {here}"
+            )
+    if not same_numbers(config, base):
         raise ValueError(
             f"this adapter was trained on other weights of {trained_on}'s shape than "
             f"those of {base.name} here: it would be noise on them"
@@ -195,7 +225,7 @@ def check_kind(config: dict, tuned: LanguageModel) -> None:
 
 
 def shape_facts(base: Base) -> dict:
-    """The facts by which an adapter recognises its base."""
+    """The facts by which an adapter recognises its base; of these, `FACTS` have to be equal."""
     shape = base.anatomy.shape
-    facts = {name: getattr(shape, name) for name in ("family", "layers", "d_model", "vocab")}
+    facts = {name: getattr(shape, name) for name in (*FACTS, "vocab")}
     return facts | {"parameters": shape.parameters()}

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from peftlab.bases import Base, LanguageModel
 from peftlab.methods import Attachment, Method, check_composition
 from peftlab.methods.heads import Head
-from peftlab.sites import Site, Source
+from peftlab.sites import Site, Source, sweep
 from peftlab.sites.quantisation import Quantised
 from peftlab.tuned import kept, layouts, saving
+from peftlab.tuned.identity import numbers_of
+from peftlab.tuned.seen import Seen
 
 
 @dataclass(frozen=True)
@@ -69,39 +71,50 @@ class Tuned(LanguageModel):
         self.base, self.methods, self.head = base, list(methods), head
         self.name, self.model, self.tokenizer = base.name, base.model, base.tokenizer
         self.anatomy = base.anatomy
-        self.facts = saving.shape_facts(base)  # read now, because a method may shrink the base
+        self.facts = saving.shape_facts(base)  # read now, because a method may change the base
+        self.numbers = numbers_of(base)
         generator = torch.Generator().manual_seed(seed)
         self.trainable: dict[str, nn.Parameter] = {}
         self.modules: dict[str, nn.Module] = {}
         self.sources: dict[str, Source] = {}
         self.kept: dict[str, dict[str, Tensor]] = {}
         self.attachments: list[Attachment] = []
+        self.linear = None
+        self.attached = False
+        self._before = Seen.of(base)
+        base.adapted_by = self
         try:
             for method in self.methods:
-                self._claim(method.attach(base, generator, headless=head is not None))
+                attachment = Attachment(method, base, headless=head is not None)
+                self.attachments.append(attachment)
+                method.reach(base, attachment, generator)
+                self._claim(attachment)
             for site in self._sites:
                 site.settle()
             if not self._sites and methods:
                 raise ValueError(f"{self.label} reached no site of {base.name}")
             self.linear = self._build_head(generator)
             self._audit()
+            self.virtual_tokens = sum(each.virtual_tokens for each in self.attachments)
+            self.using: kept.Names = None  # see `use`
+            self._linear_now = self.linear
+            self.attached = True
             self.train(base.model.training)  # new modules start with dropout on
-        except BaseException:
-            self._leave()
+        except BaseException as error:
+            try:
+                self.detach()
+            except Exception as second:
+                error.add_note(f"{base.name} is not yet as before ({second}): call base.detach()")
             raise
-        self.virtual_tokens = sum(each.virtual_tokens for each in self.attachments)
-        self.using: kept.Names = None  # see `use`
-        self._linear_now = self.linear
-        base.adapted_by = self
 
     @property
     def _sites(self) -> list[Site]:
         return [site for attachment in self.attachments for site in attachment.sites]
 
     def _claim(self, attachment: Attachment) -> None:
-        """Add a method's attachment. Raises ValueError if it reached another method's site."""
-        taken = {name: site for site in self._sites for name in site.names}
-        self.attachments.append(attachment)
+        """Add what trains of the last attachment. Raises ValueError if it shares a site."""
+        earlier = [site for each in self.attachments[:-1] for site in each.sites]
+        taken = {name: site for site in earlier for name in site.names}
         for site in attachment.sites:
             for name in site.names:
                 if name in taken:
@@ -111,12 +124,6 @@ class Tuned(LanguageModel):
         self.trainable |= attachment.trainable
         self.modules |= attachment.modules
         self.sources |= attachment.sources
-
-    def _leave(self) -> None:
-        """Leave every site, in reverse order."""
-        with ExitStack() as stack:
-            for attachment in self.attachments:
-                stack.callback(attachment.leave)
 
     def _build_head(self, generator: torch.Generator) -> nn.Linear | None:
         """The layer of the head, drawn after the methods' tensors and trained with them."""
@@ -171,11 +178,13 @@ class Tuned(LanguageModel):
                 return made[key]
         raise AttributeError(f"{self.label} has no {'prompt' if key == 'prompt' else 'prefix'}")
 
-    def train(self, mode: bool = True) -> None:
+    def train(self, mode: bool = True) -> Tuned:
         """Switch the dropout of base and methods on or off. Never changes a weight."""
+        self._check_attached()
         self.model.train(mode)
         for module in self.modules.values():
             module.train(mode)
+        return self
 
     @torch.no_grad()
     def generate(self, prompts: list[str], max_new_tokens: int = 32) -> list[str]:
@@ -230,8 +239,14 @@ class Tuned(LanguageModel):
                     f"{site.name} is held as codes and cannot be merged unasked: W + ΔW is rounded "
                     "to codes again, and the output changes. merge(requantise=True) does it"
                 )
-        for site in sites:
-            site.merge()
+        loose = [site for site in sites if not site.merged]
+        try:
+            for site in loose:
+                site.merge()
+        except BaseException:
+            for site in reversed(loose):
+                site.unmerge()
+            raise
 
     def unmerge(self) -> None:
         """Put the original weights back, bit for bit."""
@@ -239,12 +254,20 @@ class Tuned(LanguageModel):
             site.unmerge()
 
     def detach(self) -> Base:
-        """Remove everything attached: the base is bit for bit as before. Safe to call twice."""
+        """Remove everything attached: the base is bit for bit as before. Safe to call twice.
+
+        An error, such as no memory for an original, stops it where it is: call it again. It ends
+        only after it has looked at the base, and raises RuntimeError for what is not as before.
+        """
         if self.base.adapted_by is self:
             self.unmerge()  # before leaving: a delta may be merged into weights that train
-            self._leave()
+            for site in reversed(self._sites):  # a later site changed what an earlier one holds
+                site.__exit__()
+            sweep(self.model)
+            self.model.train(False)
+            self._before.compare(self.base)
+            self.attached = False
             self.base.adapted_by = None
-            self.train(False)
         return self.base
 
     def after_step(self, step: int, steps: int) -> None:
@@ -253,7 +276,7 @@ class Tuned(LanguageModel):
             attachment.method.after_step(attachment, step, steps)
 
     def _check_attached(self) -> None:
-        if self.base.adapted_by is not self:
+        if not self.attached:
             raise RuntimeError(f"{self.label} was detached from {self.name}: attach it again")
 
     def __enter__(self) -> Tuned:

@@ -40,7 +40,7 @@ def held(tuned) -> dict[str, torch.Tensor]:
 
 
 def storages(model) -> set[int]:
-    return {t.data_ptr() for t in model.state_dict().values()} - {0}
+    return {t.data_ptr() for t in (*model.parameters(), *model.buffers())} - {0}
 
 
 @COPIES
