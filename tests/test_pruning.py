@@ -303,10 +303,10 @@ def test_a_mask_changes_neither_bytes_nor_work(tmp_path):
     base = tiny("llama")
     sizes, work = [], []
     for methods in ([LoRA(r=2)], [Prune(0.5, mask_deltas=False), LoRA(r=2)]):
-        with attach(base, methods):
+        with attach(base, methods) as tuned:
             save_file(contiguous(base.model), tmp_path / "model.safetensors")
             sizes.append((tmp_path / "model.safetensors").stat().st_size)
-            work.append(products(base))
+            work.append(products(tuned))
     assert sizes[0] == sizes[1] and work[0] == work[1]
 
 
@@ -317,10 +317,10 @@ def contiguous(model):
     return {name: t.clone().contiguous() for name, t in model.state_dict().items()}
 
 
-def products(base, length=7):
+def products(model, length=7):
     """Floating-point operations of one forward, as torch counts them."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        call(base, token_ids(2, length))
+        call(model, token_ids(2, length))
     return counter.get_total_flops()
 
 
@@ -411,8 +411,7 @@ def test_it_is_smaller_in_closed_form_and_on_disk(family, cut, tmp_path):
     whole = base.anatomy.shape
     sizes = []
     for attached in (False, True):
-        if attached:
-            attach(base, method, seed=1)
+        model = attach(base, method, seed=1) if attached else base
         tensors = contiguous(base.model)
         save_file(tensors, tmp_path / "model.safetensors")
         header = int.from_bytes((tmp_path / "model.safetensors").read_bytes()[:8], "little")
@@ -420,7 +419,7 @@ def test_it_is_smaller_in_closed_form_and_on_disk(family, cut, tmp_path):
         numbers = sum(tensor.numel() for tensor in tensors.values())
         assert size == 4 * numbers
         measured = sum(p.numel() for p in base.model.parameters())
-        sizes.append((measured, numbers, products(base)))
+        sizes.append((measured, numbers, products(model)))
     (full, *_), (left, *_) = sizes
     assert full == whole.parameters()
     assert left == base.anatomy.shape.parameters() < full

@@ -18,28 +18,35 @@ NOTES = ("README.md", ".gitattributes")  # somebody's own, in any folder: they s
 
 
 @contextlib.contextmanager
-def replaced(folder: Path, known: tuple[str, ...], what: str) -> Iterator[Path]:
+def replaced(folder: Path, own: tuple[str, ...], what: str, keep: bool = False) -> Iterator[Path]:
     """Inside, a new folder to write into; then it takes the place of `folder`, which goes.
 
-    `folder` may be missing, empty, or hold files with names like `known`; a README stays. The new
-    one is written beside it and flushed to the disk, and then the two change places in one step
-    where the system can do that (Linux). Whatever fails or stops before, the old folder is whole.
-    Raises FileExistsError if `folder` is a file, the working folder, or holds anything else, and
-    OSError if the new one cannot be written.
+    The new one is written beside the old one and flushed to the disk, and then the two change
+    places in one step where the system can do that (Linux). Whatever fails or stops before, the old
+    folder is whole. What it holds of other names than `own` goes along with `keep`, as a README
+    does always; otherwise it is refused. Raises FileExistsError for that, for a file and for the
+    working folder, and OSError if the new folder cannot be written.
     """
     place = folder.expanduser().resolve()
-    _check(folder, place, known, what)
+    others = _others(folder, place, own, what)
+    if foreign := [path.name for path in others if not keep and path.name not in NOTES]:
+        raise FileExistsError(
+            f"{str(folder)!r} holds {foreign[0]!r}, no part of {what}, and would be replaced: "
+            "give a new or an empty folder"
+        )
     new = place.with_name(f".new-{uuid.uuid4().hex[:8]}")
     try:
         new.mkdir(parents=True)
         yield new
-        for note in (place / name for name in NOTES):
-            if note.is_file():
-                shutil.copy2(note, new)
         for file in (path for path in new.rglob("*") if path.is_file()):
             file.chmod(new.stat().st_mode & 0o666)  # safetensors writes for the owner alone
             with file.open("rb") as written:
                 os.fsync(written)
+        for path in others:
+            if path.is_dir():
+                shutil.copytree(path, new / path.name, symlinks=True, copy_function=_linked)
+            elif not (new / path.name).exists():
+                _linked(path, new / path.name)
         _put(new, place)
     except (OSError, safetensors.SafetensorError) as error:
         kind = type(error) if isinstance(error, OSError) else OSError
@@ -49,19 +56,14 @@ def replaced(folder: Path, known: tuple[str, ...], what: str) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def _check(folder: Path, place: Path, known: tuple[str, ...], what: str) -> None:
-    """Raise FileExistsError unless the place may be taken."""
+def _others(folder: Path, place: Path, own: tuple[str, ...], what: str) -> list[Path]:
+    """What is there under other names. Raises FileExistsError unless the place may be taken."""
     if place.exists() and not place.is_dir():
         raise FileExistsError(f"{str(folder)!r} is a file: {what} goes into a folder of its own")
     if place in (here := Path.cwd().resolve(), *here.parents):
         raise FileExistsError(f"{str(folder)!r} is the working folder: give {what} one of its own")
-    names = sorted(path.name for path in place.iterdir()) if place.exists() else []
-    for name in names:
-        if not any(fnmatch(name, pattern) for pattern in (*known, *NOTES)):
-            raise FileExistsError(
-                f"{str(folder)!r} holds {name!r}, no part of {what}, and would be replaced "
-                "whole: give a new or an empty folder"
-            )
+    found = sorted(place.iterdir()) if place.exists() else []
+    return [path for path in found if not any(fnmatch(path.name, pattern) for pattern in own)]
 
 
 def _put(new: Path, place: Path) -> None:
@@ -81,6 +83,14 @@ def _put(new: Path, place: Path) -> None:
         parent = os.open(place.parent, os.O_RDONLY)
         os.fsync(parent)
         os.close(parent)
+
+
+def _linked(path: str | Path, to: str | Path) -> None:
+    """The same file under a second name, or a copy where the system has no such names."""
+    try:
+        os.link(path, to, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(path, to, follow_symlinks=False)
 
 
 def _exchange(one: Path, other: Path) -> bool:

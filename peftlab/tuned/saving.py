@@ -73,7 +73,7 @@ def _record(tuned: LanguageModel, methods: list[Method], file: str) -> dict:
 
 def _write(folder: Path, tensors: dict[str, Tensor], described: dict[str, dict]) -> Path:
     """Write the tensors and the JSON files in place of an earlier adapter."""
-    with replaced(folder, (CONFIG, WEIGHTS, PICKLE, RECORD), "an adapter") as new:
+    with replaced(folder, (CONFIG, WEIGHTS, PICKLE, RECORD), "an adapter", keep=True) as new:
         save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
         for name, config in described.items():
             if "format" in config:
@@ -148,26 +148,33 @@ def read(folder: str | Path, base: Base) -> tuple[dict, layouts.Fill]:
             config["methods"] = [Method.from_dict(method) for method in config["methods"]]
             config["head"] = Head.from_dict(config["head"]) if config["head"] else None
             _checked_facts(config)
-            if config.get("weights", (digest := _digest(folder / WEIGHTS))) != digest:
-                raise ValueError(f"{WEIGHTS} is not the file that {name} describes")
     if peft_alone:  # PEFT stores at most the base's name: `layouts.read` checks each tensor's size
         with _damaged(folder, CONFIG, (KeyError, TypeError, AttributeError)):
             method, fill = layouts.read(base, theirs, tensors)
         return {"methods": [method], "head": None}, fill
     _check_base(config, base)
-    if name == RECORD:
-        return config, lambda tuned: layouts.Layout.of(tuned).read(theirs, tensors)
-    return config, lambda tuned: tensors
+    known = config.get("weights", (digest := _digest(folder / WEIGHTS))) == digest
+
+    def fill(tuned: LanguageModel) -> dict[str, Tensor]:
+        ours = layouts.Layout.of(tuned).read(theirs, tensors) if name == RECORD else tensors
+        layouts.check_shapes(ours, tuned.trainable | tuned.frozen)
+        if not known:
+            raise ValueError(
+                f"the adapter in {str(folder)!r} is damaged: {WEIGHTS} is not the file that {name} "
+                "describes"
+            )
+        return ours
+
+    return config, fill
 
 
 def _checked_facts(config: dict) -> None:
     """Raise KeyError, TypeError or ValueError unless the record says enough of its base."""
-    for key in ("base", "trained_as"):
+    first = "base_digest" in config  # as the first version wrote it
+    for key in ("base", "trained_as", *(() if first else ("base_numbers", "weights"))):
         config[key]
     for fact in FACTS:
         config["base_shape"][fact]
-    if "base_numbers" not in config:
-        config["base_digest"]
     for numbers in dict(config.get("base_numbers", {})).values():
         for number in numbers:
             math.isfinite(number)
