@@ -8,6 +8,7 @@ import copy
 import json
 import threading
 
+import peft
 import pytest
 import torch
 from models import FAMILIES, adapted, call, hook_count, stir, surroundings, tiny, token_ids
@@ -310,6 +311,20 @@ def test_every_bit_of_the_weights_is_checked(tmp_path):
         ):
             attach(base, folder)
     assert base.adapted_by is None
+
+
+def test_a_folder_says_that_its_base_was_in_codes(tmp_path):
+    """Also without our record, and to PEFT, which warns that it does not know the key."""
+    base, ids = tiny("llama"), token_ids(2, 7)
+    for methods in (QLORA, [NF4(8, quant_type="fp4"), LoRA(r=2)], [NF4(4), IA3()]):
+        with stir(attach(base, methods)) as tuned, torch.no_grad():
+            folder, wanted = tuned.save(tmp_path / "it"), call(tuned, ids)
+        (folder / "peftlab.json").unlink()
+        with attach(base, folder) as again, torch.no_grad():
+            assert isinstance(again.methods[0], NF4)
+            torch.testing.assert_close(call(again, ids), wanted, rtol=0, atol=1e-4)
+        with pytest.warns(UserWarning, match="base_weights_in_codes"):
+            peft.PeftConfig.from_pretrained(folder)
 
 
 # --- whose base it is --------------------------------------------------------------------------

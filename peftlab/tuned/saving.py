@@ -150,8 +150,9 @@ def read(folder: str | Path, base: Base) -> tuple[dict, layouts.Fill]:
             _checked_facts(config)
     if peft_alone:  # PEFT stores at most the base's name: `layouts.read` checks each tensor's size
         with _damaged(folder, CONFIG, (KeyError, TypeError, AttributeError)):
+            codes = [Method.from_dict(theirs.pop(layouts.CODES))] if layouts.CODES in theirs else []
             method, fill = layouts.read(base, theirs, tensors)
-        return {"methods": [method], "head": None}, fill
+        return {"methods": [*codes, method], "head": None}, fill
     _check_base(config, base)
     known = config.get("weights", (digest := _digest(folder / WEIGHTS))) == digest
 

@@ -171,7 +171,7 @@ def _targets(modules: list[Module]) -> tuple[str, ...]:
 def _places(tuned: LanguageModel, modules: list[Module]):
     """Every site with the tensors of its module, or with None if the adapter has none."""
     of = {module.linears[0].module: module for module in modules}
-    return [(site, of.get(site.linear.module)) for site in tuned.attachments[0].sites]
+    return [(site, of.get(site.linear.module)) for site in tuned.attachments[-1].sites]
 
 
 def _lora(base: Base, config: dict, tensors: dict[str, Tensor]) -> tuple[Method, Fill]:

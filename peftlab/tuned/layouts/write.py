@@ -64,6 +64,9 @@ FREE |= {"feedforward_modules", "total_step"}
 ADALORA_EPSILON = 1e-5  # PEFT adds it to the rank
 
 
+CODES = "base_weights_in_codes"  # key in PEFT's configuration: how the base was held
+
+
 class Unknown(ValueError):
     """PEFT has no layout for this."""
 
@@ -142,6 +145,8 @@ class Layout:
             "inference_mode": True,
             **layout.config,
         }
+        if codes := [each.method.codes for each in tuned.attachments if each.method.codes]:
+            layout.config[CODES] = codes[0].to_dict()  # PEFT ignores it and says so
         return layout
 
     @property
