@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from peftlab.bases import LanguageModel, Linear
+from peftlab.bases import LanguageModel, Linear, listed
 
 
 @torch.no_grad()
@@ -41,7 +41,7 @@ def input_norms(
 
 def _tokens(model: LanguageModel, texts: tuple[str, ...] | list[str]) -> dict[str, Tensor]:
     """The tokens of these texts and their mask, and for T5's decoder the same tokens once more."""
-    batch = model.tokenizer(list(texts), return_tensors="pt", padding=True, padding_side="right")
+    batch = model.tokenizer(listed(texts), return_tensors="pt", padding=True, padding_side="right")
     batch = batch.to(model.device)
     ids = batch["input_ids"].long()
     read = {"input_ids": ids, "attention_mask": batch["attention_mask"]}

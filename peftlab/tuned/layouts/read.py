@@ -12,10 +12,11 @@ Every size is checked against the base before anything is attached.
 from __future__ import annotations
 
 import math
-import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import regex
 import torch
 from torch import Tensor
 
@@ -47,9 +48,13 @@ ASIDE = (
     "peft_type task_type base_model_name_or_path inference_mode auto_mapping peft_version revision "
     "target_modules exclude_modules layers_to_transform layers_pattern fan_in_fan_out "
     "feedforward_modules init_ia3_weights init_weights megatron_core qalora_group_size eva_config "
-    "runtime_config"
+    "runtime_config merge_weights ensure_weight_tying megatron_config velora_config corda_config "
+    "lora_ga_config loftq_config"
 ).split()
+ASIDE += "lora_dtype lorap_lr_ratio lorap_emb_lr loraplus_lr_ratio".split()  # trainers' own notes
 STARTS = (None, True, False, "gaussian", "eva", "orthogonal")  # they keep the base's weights
+CONVERTED = ("pissa", "corda", "olora", "lora_ga")  # starts that PEFT can convert
+SECONDS = 5.0  # to match all patterns of an adapter
 
 
 @dataclass
@@ -90,12 +95,17 @@ def read(base: Base, config: dict, tensors: dict[str, Tensor]) -> tuple[Method, 
             f"modules_to_save={config['modules_to_save']!r}: a head or another whole module that "
             "was trained beside the adapter is not read"
         )
-    if config.get("bias", "none") != "none":
+    if config.get("bias") not in (None, "none"):
         raise ValueError(f"bias={config['bias']!r}: biases trained beside the adapter are not read")
     if (start := config.get("init_lora_weights")) not in STARTS:
+        advice = "merge it in PEFT (merge_and_unload) and give the model's folder to peftlab.load"
+        if str(start).startswith(CONVERTED):
+            advice = (
+                "save it with PEFT's path_initial_model_for_weight_conversion, which makes it a "
+                "LoRA for the base"
+            )
         raise ValueError(
-            f"init_lora_weights={start!r} starts by changing the base's weights: save it with "
-            "PEFT's path_initial_model_for_weight_conversion, which makes it a LoRA for the base"
+            f"init_lora_weights={start!r} starts by changing the base's weights: {advice}"
         )
     known = {*ASIDE, *options.split(), "modules_to_save", "bias", "init_lora_weights"}
     for key, value in config.items():
@@ -120,14 +130,18 @@ def _value(config: dict, key: str, kind: type, found=None):
     return value
 
 
-def _pattern(config: dict, patterns: str, key: str, kind: type, module: str):
-    """The value of the first pattern that matches this module, or the value for all modules."""
+def _pattern(config: dict, patterns: str, key: str, kind: type, module: str, until: float):
+    """The value of the first pattern that matches this module, or the value for all modules.
+
+    Raises ValueError for a pattern that is none, or is still matching at the time `until`.
+    """
     for end, value in (config.get(patterns) or {}).items():
         try:
-            if re.match(rf"(.*\.)?({end})$", module):
+            left = max(until - time.monotonic(), 0.001)
+            if regex.match(rf"(.*\.)?({end})$", module, timeout=left):
                 return _value(config, patterns, kind, value)
-        except re.error as error:
-            raise ValueError(f"{patterns} has {end!r}: {error}") from None
+        except (regex.error, TimeoutError) as error:
+            raise ValueError(f"{patterns} has {end!r:.60}: {error}") from None
     return _value(config, key, kind)
 
 
@@ -178,10 +192,10 @@ def _lora(base: Base, config: dict, tensors: dict[str, Tensor]) -> tuple[Method,
     dora, rslora = bool(config.get("use_dora")), bool(config.get("use_rslora"))
     endings = {"lora_A.weight": "A", "lora_B.weight": "B"}
     modules = _modules(base, tensors, endings | ({"lora_magnitude_vector": "m"} if dora else {}))
-    ranks, alphas, scales = {}, {}, {}
+    ranks, alphas, scales, until = {}, {}, {}, time.monotonic() + SECONDS
     for module in modules:
-        ranks[module.name] = r = _pattern(config, "rank_pattern", "r", int, module.name)
-        alpha = _pattern(config, "alpha_pattern", "lora_alpha", float, module.name)
+        ranks[module.name] = r = _pattern(config, "rank_pattern", "r", int, module.name, until)
+        alpha = _pattern(config, "alpha_pattern", "lora_alpha", float, module.name, until)
         sizes = {"A": (r, module.d_in), "B": (module.d_out, r), "m": (module.d_out,)}
         module.check(**{short: sizes[short] for short in module.tensors})
         alphas[module.name] = alpha
