@@ -23,7 +23,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 from peftlab.attention import cache_name
 from peftlab.bases.anatomy import FAMILIES, TARGETS, Anatomy, Linear, Sublayer, fused
 from peftlab.bases.data import data_path
-from peftlab.bases.files import read_json, unusable
+from peftlab.bases.files import check_fetched, read_json, unusable
 from peftlab.bases.plain import has_numbers
 from peftlab.bases.real import (
     GGUF,
@@ -342,6 +342,7 @@ def load(
 def _read(name: str, source: Path, dtype: torch.dtype, missing: str):
     """The model and tokenizer in a folder or a GGUF file."""
     if source.suffix == GGUF:
+        check_fetched(source)
         return read_gguf(source, dtype)
     if not (source / "config.json").exists():
         if (adapter := source / "adapter_config.json").exists():

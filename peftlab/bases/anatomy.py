@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peftlab.attention import AttentionSite, observe
+from peftlab.bases.files import FLOATS
 from peftlab.bases.plain import plain
 from peftlab.bases.shapes import ATTENTION, GATED_MLP, Shape
 
 TARGETS = ATTENTION + GATED_MLP
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)

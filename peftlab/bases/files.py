@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 POINTER = b"version https://git-lfs"
 
 
@@ -59,7 +60,7 @@ def unusable(model: nn.Module) -> dict[str, str]:
     """The problem with each parameter that no model can compute with, by its name."""
     problems = {}
     for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point():
+        if parameter.dtype not in FLOATS:
             problems[name] = f"holds {parameter.dtype}: load the unquantised weights"
         elif not is_finite(parameter):
             problems[name] = "has numbers that are not finite"

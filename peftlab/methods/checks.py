@@ -1,10 +1,11 @@
 """Checks of hyper-parameters, with messages that say what is allowed."""
 
-import sys
 from typing import Any
 
 from peftlab.bases import Shape, listed
 from peftlab.bases.files import built
+
+LARGEST = 1e38  # what float32 can hold
 
 
 def require(name: str, value, low, high=None) -> None:
@@ -13,7 +14,7 @@ def require(name: str, value, low, high=None) -> None:
     if isinstance(value, bool) or not isinstance(value, kind):
         needed = "a whole number" if kind is int else "a number"
         raise ValueError(f"{name}={value!r}: {needed} is needed")
-    if not low <= value <= (sys.float_info.max if high is None else high):  # infinity is too large
+    if not low <= value <= (LARGEST if high is None else high):
         allowed = f"{low} to {high}" if high is not None else f"at least {low}"
         raise ValueError(f"{name}={value}: allowed is {allowed}")
 
@@ -81,7 +82,7 @@ def described(config: Any, key: str, known: dict[str, type]) -> Any:
     options = dict(config)
     name = options.pop(key, None)
     if name not in list(known):  # also where it is no text
-        raise ValueError(f"unknown {key} {name!r:.60}: known are {', '.join(sorted(known))}")
+        raise ValueError(f"unknown {key} {name!r:.60}: known are {', '.join(known)}")
     try:
         return built(known[name], options)
     except TypeError as error:

@@ -95,4 +95,4 @@ class Method:
     def from_dict(config: dict) -> Method:
         """The inverse of `to_dict`. Raises ValueError for an unknown method or hyper-parameter,
         and for a value of another type."""
-        return described(config, "method", METHODS)
+        return described(config, "method", dict(sorted(METHODS.items())))

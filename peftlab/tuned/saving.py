@@ -143,7 +143,7 @@ def read(folder: str | Path, base: Base) -> tuple[dict, layouts.Fill]:
     name = RECORD if (folder / RECORD).is_file() else CONFIG
     with _damaged(folder, name):
         config, theirs = read_json(folder / name), read_json(folder / CONFIG)
-    if "config" in theirs and "version" in theirs:
+    if "config" in theirs and not {"peft_type", "format"} & theirs.keys():
         raise ValueError(f"the adapter in {str(folder)!r}: {ADAPTERHUB}")
     peft_alone = name == CONFIG and "peft_type" in config
     with _damaged(folder, name):
@@ -151,7 +151,8 @@ def read(folder: str | Path, base: Base) -> tuple[dict, layouts.Fill]:
             if config["format"] != FORMATS[name]:
                 raise ValueError(f"format {config['format']}; this peftlab reads {FORMATS[name]}")
             config["methods"] = [Method.from_dict(method) for method in config["methods"]]
-            config["head"] = Head.from_dict(config["head"]) if config["head"] else None
+            head = config["head"]
+            config["head"] = None if head is None else Head.from_dict(head)
             for key in ("base", "base_shape", "base_digest", "trained_as"):
                 config[key]
     with _damaged(folder, WEIGHTS):

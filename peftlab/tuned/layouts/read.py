@@ -12,11 +12,9 @@ Every size is checked against the base before anything is attached.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import regex
 import torch
 from torch import Tensor
 
@@ -33,6 +31,7 @@ from peftlab.methods import (
     PTuning,
     VeRA,
 )
+from peftlab.tuned.layouts.patterns import matches
 from peftlab.tuned.layouts.write import (
     ADALORA_EPSILON,
     WHERE,
@@ -54,7 +53,6 @@ ASIDE = (
 ASIDE += "lora_dtype lorap_lr_ratio lorap_emb_lr loraplus_lr_ratio".split()  # trainers' own notes
 STARTS = (None, True, False, "gaussian", "eva", "orthogonal")  # they keep the base's weights
 CONVERTED = ("pissa", "corda", "olora", "lora_ga")  # starts that PEFT can convert
-SECONDS = 5.0  # to match all patterns of an adapter
 
 
 @dataclass
@@ -98,7 +96,10 @@ def read(base: Base, config: dict, tensors: dict[str, Tensor]) -> tuple[Method, 
     if config.get("bias") not in (None, "none"):
         raise ValueError(f"bias={config['bias']!r}: biases trained beside the adapter are not read")
     if (start := config.get("init_lora_weights")) not in STARTS:
-        advice = "merge it in PEFT (merge_and_unload) and give the model's folder to peftlab.load"
+        advice = (
+            "load it in PEFT on its base, call merge_and_unload(), save that model with its "
+            "tokenizer and give its folder to peftlab.load"
+        )
         if str(start).startswith(CONVERTED):
             advice = (
                 "save it with PEFT's path_initial_model_for_weight_conversion, which makes it a "
@@ -130,18 +131,15 @@ def _value(config: dict, key: str, kind: type, found=None):
     return value
 
 
-def _pattern(config: dict, patterns: str, key: str, kind: type, module: str, until: float):
-    """The value of the first pattern that matches this module, or the value for all modules.
-
-    Raises ValueError for a pattern that is none, or is still matching at the time `until`.
-    """
-    for end, value in (config.get(patterns) or {}).items():
+def _pattern(config: dict, patterns: str, key: str, kind: type, module: str):
+    """The value of the first pattern that matches this module, or the value for all modules."""
+    for pattern, value in (config.get(patterns) or {}).items():
         try:
-            left = max(until - time.monotonic(), 0.001)
-            if regex.match(rf"(.*\.)?({end})$", module, timeout=left):
-                return _value(config, patterns, kind, value)
-        except (regex.error, TimeoutError) as error:
-            raise ValueError(f"{patterns} has {end!r:.60}: {error}") from None
+            found = matches(pattern, module)
+        except ValueError as error:
+            raise ValueError(f"{patterns} has {pattern!r:.60}: {error}") from None
+        if found:
+            return _value(config, patterns, kind, value)
     return _value(config, key, kind)
 
 
@@ -192,10 +190,10 @@ def _lora(base: Base, config: dict, tensors: dict[str, Tensor]) -> tuple[Method,
     dora, rslora = bool(config.get("use_dora")), bool(config.get("use_rslora"))
     endings = {"lora_A.weight": "A", "lora_B.weight": "B"}
     modules = _modules(base, tensors, endings | ({"lora_magnitude_vector": "m"} if dora else {}))
-    ranks, alphas, scales, until = {}, {}, {}, time.monotonic() + SECONDS
+    ranks, alphas, scales = {}, {}, {}
     for module in modules:
-        ranks[module.name] = r = _pattern(config, "rank_pattern", "r", int, module.name, until)
-        alpha = _pattern(config, "alpha_pattern", "lora_alpha", float, module.name, until)
+        ranks[module.name] = r = _pattern(config, "rank_pattern", "r", int, module.name)
+        alpha = _pattern(config, "alpha_pattern", "lora_alpha", float, module.name)
         sizes = {"A": (r, module.d_in), "B": (module.d_out, r), "m": (module.d_out,)}
         module.check(**{short: sizes[short] for short in module.tensors})
         alphas[module.name] = alpha

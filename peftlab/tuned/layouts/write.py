@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from peftlab.attention import cache_name
 from peftlab.bases import LanguageModel, Linear
+from peftlab.bases.files import FLOATS
 from peftlab.methods import (
     IA3,
     NF4,
@@ -68,13 +69,14 @@ class Unknown(ValueError):
     """PEFT has no layout for this."""
 
 
-def check_size(name: str, tensor: Tensor, size: tuple[int, ...], floating: bool = True) -> None:
-    """Raise ValueError unless the tensor has this size, and floating-point numbers or others."""
+def check_size(
+    name: str, tensor: Tensor, size: tuple[int, ...], dtype: torch.dtype = torch.float32
+) -> None:
+    """Raise ValueError unless the tensor has this size and type; any float stands for another."""
     if tuple(tensor.shape) != tuple(size):
         raise ValueError(f"{name} is {tuple(tensor.shape)}; {tuple(size)} is needed")
-    if tensor.is_floating_point() != floating:
-        needed = "floating-point" if floating else "whole"
-        raise ValueError(f"{name} holds {tensor.dtype}; {needed} numbers are needed")
+    if tensor.dtype != dtype and not {tensor.dtype, dtype} <= set(FLOATS):
+        raise ValueError(f"{name} holds {tensor.dtype}; {dtype} is needed")
 
 
 def check_shapes(tensors: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
@@ -82,7 +84,7 @@ def check_shapes(tensors: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     if missing := wanted.keys() ^ tensors.keys():
         raise ValueError(f"the adapter's tensors do not match: {sorted(missing)[0]}")
     for name, tensor in tensors.items():
-        check_size(name, tensor, wanted[name].shape, wanted[name].is_floating_point())
+        check_size(name, tensor, wanted[name].shape, wanted[name].dtype)
 
 
 @dataclass
