@@ -451,7 +451,7 @@ def _whole_mask(mask: Tensor) -> Tensor:
     return mask.long()
 
 
-def _unknown_family(name: str, family: str) -> str:
+def _unknown_family(name: str, family: object) -> str:
     return f"{name!r} is of the family {family!r}; peftlab knows {', '.join(FAMILIES)}"
 
 

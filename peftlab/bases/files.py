@@ -67,7 +67,7 @@ def unusable(model: nn.Module) -> dict[str, str]:
     return problems
 
 
-def built(kind: type, given: dict) -> Any:
+def built(kind: type, given: Any) -> Any:
     """The dataclass with these fields. Raises TypeError for a field that is unknown, is missing or
     has a value of another type."""
     if not isinstance(given, dict):

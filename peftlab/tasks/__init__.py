@@ -169,7 +169,8 @@ class Task:
         examples = self.test if examples is None else examples
         for name in (name for name in SPLITS if examples is getattr(self, name)):
             self.split(name)
-        if not examples or not all(isinstance(each, Example) for each in examples):
+        several = isinstance(examples, list | tuple) and len(examples) > 0
+        if not several or not all(isinstance(each, Example) for each in examples):
             raise ValueError(f"examples={examples!r:.60}: a list of examples is needed, not empty")
         outputs = []
         for start in range(0, len(examples), batch_size):
@@ -232,6 +233,6 @@ def text_of(path: Path) -> str:
     """The text of a file in UTF-8, without its byte order mark. Raises ValueError for another."""
     check_fetched(path)
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig")  # as it is: only \n ends a line
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error

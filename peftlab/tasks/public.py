@@ -60,7 +60,7 @@ def _from_folder(source: Source, folder: Path) -> dict[str, list[dict]]:
                 continue
             raise FileNotFoundError(f"{folder} has no {file}, which is the {split} split")
         try:
-            found[split] = source.parse(path.read_text(encoding="utf-8-sig"))
+            found[split] = source.parse(path.read_bytes().decode("utf-8-sig"))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         if not found[split]:
