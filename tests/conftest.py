@@ -28,6 +28,7 @@ from annotations import check_every_call  # noqa: E402
 
 check_every_call("peftlab")
 
+import jaxtyping  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -106,3 +107,11 @@ def skip_without_the_real_model(items):
 def root() -> Path:
     """The checkout's top folder."""
     return HERE.parent
+
+
+@pytest.fixture
+def untyped():
+    """What a user meets: the checks of annotations, which only the tests switch on, are off."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -5,7 +5,6 @@ import math
 import os
 import pickle
 
-import jaxtyping
 import pytest
 import torch
 from models import (
@@ -14,6 +13,7 @@ from models import (
     adapted,
     call,
     config,
+    decoder_ids,
     hf_model,
     hook_count,
     letters,
@@ -36,6 +36,7 @@ from peftlab import (
     PrefixTuning,
     PromptAndPrefix,
     PromptTuning,
+    Prune,
     PTuning,
     PTuningV2,
     VeRA,
@@ -62,14 +63,6 @@ def base(family):
     yield base
     assert surroundings(base) == before
     assert torch.equal(call(base, token_ids(2, 5)), output)
-
-
-@pytest.fixture
-def untyped():
-    """What a user meets: the checks of annotations, which only the tests switch on, are off."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 # Hyper-parameters -----------------------------------------------------------------------------
@@ -652,3 +645,340 @@ def test_a_base_of_another_depth(base, tmp_path):
     other = Base("deeper", model, tokenizer(family))
     attach(other, LoRA(r=2, target_modules="all-linear")).save(tmp_path)
     refused(base, tmp_path, f"trained on deeper .*'layers': 4.*'layers': {layers}")
+
+
+# What others wrote -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lora_folder(tmp_path):
+    """A LoRA on a tiny GPT-2, in PEFT's layout with our record; its base."""
+    tuned = adapted("lora", "gpt2")
+    return tuned.save(tmp_path / "adapter"), tuned.detach()
+
+
+@pytest.mark.parametrize("record", [True, False])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda t: t.fill_(math.nan), "numbers that are not finite in {}"),
+        (lambda t: t.view(-1)[:1].fill_(-math.inf), "numbers that are not finite in {}"),
+        (lambda t: t.double() * 1e300, "numbers that are not finite in {}"),
+        (lambda t: t.to(torch.int32), "{} holds torch.int32; torch.float32 is needed"),
+        (lambda t: t.bool(), "{} holds torch.bool"),
+        (lambda t: t.to(torch.float8_e5m2), "{} holds torch.float8_e5m2"),
+        (lambda t: t.to(torch.complex64), "{} holds torch.complex64"),
+    ],
+)
+def test_tensors_that_are_no_numbers_to_compute_with(lora_folder, change, words, record):
+    folder, base = lora_folder
+    if not record:
+        (folder / RECORD).unlink()
+    for name in (sorted(load_file(folder / WEIGHTS))[0], sorted(load_file(folder / WEIGHTS))[-1]):
+        whole = (folder / WEIGHTS).read_bytes()
+        rewrite(folder / WEIGHTS, lambda t, name=name: t.update({name: change(t[name])}))
+        refused(base, folder, words.format(name))
+        (folder / WEIGHTS).write_bytes(whole)
+
+
+def test_half_precision_is_a_number(lora_folder):
+    folder, base = lora_folder
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        save_file(
+            {k: t.to(dtype) for k, t in load_file(folder / WEIGHTS).items()}, folder / WEIGHTS
+        )
+        attach(base, folder).detach()
+
+
+def test_a_mask_of_another_kind_of_number(tmp_path):
+    tuned = adapted("prune + lora", "llama")
+    folder, base = tuned.save(tmp_path), tuned.detach()
+    name = next(key for key in load_file(folder / WEIGHTS) if key.endswith("mask"))
+    for dtype in (torch.bool, torch.int32, torch.float32):
+        tensors = load_file(folder / WEIGHTS)
+        save_file(tensors | {name: tensors[name].to(dtype)}, folder / WEIGHTS)
+        refused(base, folder, f"{name} holds {dtype}; torch.uint8 is needed")
+
+
+@pytest.mark.parametrize(
+    "case, edit",
+    [
+        ("prefix", {"num_virtual_tokens": 10**9}),
+        ("prefix", {"prefix_projection": True, "encoder_hidden_size": 10**9}),
+        ("houlsby", {"bottleneck": 10**9}),
+        ("vera", {"r": 10**9}),
+        ("prompt and prefix flat", {"encoder_hidden_size": 10**9}),
+        ("p lama", {"encoder": "lstm", "encoder_num_layers": 10**9}),
+        ("head lora", {"r": 10**9}),
+        ("qlora", {"block_size": 10**9}),
+        ("lora", {"alpha": 10**400}),
+        ("lora", {"alpha": 1e308}),
+    ],
+)
+@pytest.mark.usefixtures("untyped")
+def test_nothing_is_made_before_the_sizes_are_compared(case, edit, tmp_path, monkeypatch):
+    """A file that declares more than it holds is refused at once."""
+    tuned = adapted(case, "bert" if "head" in case else "gpt2")
+    folder, base = tuned.save(tmp_path), tuned.detach()
+    path = folder / (RECORD if (folder / RECORD).exists() else CONFIG)
+    config = json.loads(path.read_text())
+    config["methods"][0] |= edit
+    path.write_text(json.dumps(config))
+    monkeypatch.setattr(torch, "empty", None)  # no factor, table or network is made
+    refused(base, folder, "in '.*' .*(json|float32)|allowed is")
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("head", 5),
+        ("head", [1]),
+        ("head", "tagging"),
+        ("head", {"head": 5}),
+        ("head", {"head": "tagging", "labels": 5}),
+        ("head", {"head": "tagging", "labels": [1, 2]}),
+        ("head", {"head": "tagging", "labels": "abc"}),
+        ("head", {"head": "spans", "labels": ["a", "b"]}),
+        ("methods", [{"method": ["lora"]}]),
+        ("methods", [{"method": "lora", "use_rslora": "no"}]),
+        ("methods", [{"method": "lora", "target_modules": [1]}]),
+        ("methods", [{"method": "lora", "alpha": math.inf}]),
+        ("methods", [{"method": "prefix_tuning", "shift_positions": 1}]),
+        ("methods", [{"method": "prompt_tuning", "init": "text", "init_text": 5}]),
+        ("methods", [{"method": "houlsby", "bottleneck": 3, "sublayers": "mlp"}]),
+        ("methods", [[[]]]),
+        ("format", {}),
+        ("base_shape", 3),
+    ],
+)
+@pytest.mark.usefixtures("untyped")
+def test_values_of_another_type(lora_folder, key, value):
+    folder, base = lora_folder
+    config = json.loads((folder / RECORD).read_text())
+    (folder / RECORD).write_text(json.dumps(config | {key: value}))
+    refused(base, folder, "is damaged: |trained on")
+
+
+@pytest.mark.parametrize("name", [RECORD, CONFIG])
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "1", "\ufeff[]", '{"a": 1e'])
+def test_json_that_is_no_description(lora_folder, name, text):
+    folder, base = lora_folder
+    good = (folder / name).read_text()
+    (folder / name).write_text(text, encoding="utf-8")
+    refused(base, folder, f"is damaged: {name} (is no valid JSON|holds no object)")
+    (folder / name).write_text("\ufeff" + good, encoding="utf-8")
+    attach(base, folder).detach()
+
+
+def test_files_that_may_not_be_read(lora_folder, saved, monkeypatch):
+    """Another error than that of a file that is not there."""
+    folder, base = lora_folder
+    real = type(folder).open
+
+    def closed(path, *args, **kwargs):
+        if path.name == shut:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(type(folder), "open", closed)
+    for shut in (CONFIG, RECORD, WEIGHTS):
+        with pytest.raises(PermissionError, match=shut):
+            attach(base, folder)
+    for shut in ("config.json", "model.safetensors", "tokenizer.json"):
+        with pytest.raises(PermissionError, match=shut):
+            peftlab.load(saved)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_base_that_is_not_finite(saved, value):
+    path = saved / "model.safetensors"
+    first = sorted(load_file(path))[0]
+    rewrite(path, lambda tensors: tensors[first].view(-1)[-1:].fill_(value))
+    with pytest.raises(
+        ValueError, match=f"is damaged: .*{first}.* has numbers that are not finite"
+    ):
+        peftlab.load(saved)
+
+
+def test_a_base_of_other_files(saved):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        whole = (saved / name).read_bytes()
+        (saved / name).write_text(pointer)
+        with pytest.raises(ValueError, match=f"is damaged: {name} is a Git LFS pointer: run git"):
+            peftlab.load(saved)
+        (saved / name).write_text("[" * 100_000)
+        with pytest.raises(ValueError, match="is damaged"):
+            peftlab.load(saved)
+        (saved / name).write_bytes(whole)
+    good = json.loads((saved / "config.json").read_text())
+    layers = next(key for key in ("n_layer", "num_hidden_layers", "num_layers") if key in good)
+    vocabulary = {"vocab_size": 10**9}
+    for edit, words in (
+        ({layers: 10**9}, "config.json describes .* parameters, the weights have"),
+        (vocabulary, "config.json describes .* parameters, the weights have"),
+        ({layers: "two"}, "is damaged"),
+        ({layers: None}, "is damaged"),
+        ({"model_type": ["gpt2"]}, "of the family"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"quantised \(gptq\)"),
+        ({"quantization_config": {"quant_method": "awq"}}, r"quantised \(awq\): load the unq"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, r"quantised \(bitsandbytes\)"),
+    ):
+        (saved / "config.json").write_text(json.dumps(good | edit))
+        with pytest.raises(ValueError, match=words):
+            peftlab.load(saved)
+
+
+def carrying(kind):
+    """A model that is no plain one."""
+    import peft
+
+    model = hf_model("llama")
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    layer = model.model.layers[0].self_attn
+    if kind == "add_adapter":
+        model.add_adapter(lora)
+    elif kind == "PeftModel":
+        model = peft.get_peft_model(model, lora)
+    elif kind == "inner":
+        model = peft.get_peft_model(model, lora).base_model.model
+    elif kind == "prompt":
+        prompt = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+        model = peft.get_peft_model(model, prompt)
+    elif kind == "8 bit":
+        import bitsandbytes
+
+        layer.q_proj = bitsandbytes.nn.Linear8bitLt(24, 40, bias=False)
+    elif kind == "parametrised":
+        torch.nn.utils.parametrizations.orthogonal(layer.q_proj)
+    else:
+        weight = layer.q_proj.weight.data.to(getattr(torch, kind))
+        layer.q_proj.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return model
+
+
+@pytest.mark.parametrize(
+    "kind, words",
+    [
+        (
+            "add_adapter",
+            r"adapter of the library peft \(Linear at .*q_proj\): call merge_and_unload",
+        ),
+        ("PeftModel", r"library peft \(PeftModelForCausalLM at its top\)"),
+        ("inner", r"library peft \(Linear at model.layers.0.self_attn.q_proj\)"),
+        ("prompt", "library peft"),
+        ("8 bit", "layers.0.q is a Linear8bitLt .*load the unquantised weights"),
+        ("int8", "layers.0.q is a Linear of torch.int8"),
+        ("uint8", "layers.0.q is a Linear of torch.uint8"),
+        ("float8_e4m3fn", "layers.0.q is a Linear of torch.float8_e4m3fn"),
+        ("parametrised", "layers.0.q is a ParametrizedLinear"),
+    ],
+)
+def test_a_model_that_is_no_plain_one(kind, words):
+    with pytest.raises(ValueError, match=words):
+        Base("x", carrying(kind), tokenizer())
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "xpu", "cpu:x", ""])
+def test_a_device_that_is_not_here(device):
+    for act in (lambda: peftlab.load(device=device), lambda: tiny("gpt2").to(device)):
+        with pytest.raises(ValueError, match=f"device='{device}': allowed here is cpu"):
+            act()
+
+
+# Inputs ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", ["the cat", b"the cat", ["a", 3], [None], None, 7, {"a": "b"}])
+@pytest.mark.usefixtures("untyped")
+def test_what_is_no_list_of_texts(given):
+    from peftlab.bases import probes
+    from peftlab.methods.calibration import sensitivity
+    from peftlab.panels import reply
+
+    base = tiny("gpt2")
+    tuned = attach(base, LoRA())
+    for act in (
+        lambda: tuned.generate(given),
+        lambda: tuned.loss(given),
+        lambda: probes.forgetting(tuned, given, 0.0),
+        lambda: base.detach() or base.generate(given),
+        lambda: base.loss(given),
+        lambda: sensitivity(base, given) if isinstance(given, str | list) else base.loss(given),
+        lambda: Prune(score="wanda", calibration=given),
+        lambda: letters().score(base, given) if given else base.loss(given),
+        lambda: letters().score(base, [given]),
+        lambda: probes.attention_map(base, [given]),
+        lambda: reply(base, [given], "base alone", {}),
+    ):
+        with pytest.raises(ValueError, match="a list of (texts|examples) is needed"):
+            act()
+
+
+def test_a_token_without_a_row(base):
+    rows, new = base.anatomy.embedding.num_embeddings, "<new>"
+    for token in (rows, rows + 5, -1):
+        ids = token_ids(2, 4)
+        ids[1, 2] = token
+        with pytest.raises(ValueError, match=f"token {token} .*has no row in .*: it has {rows}"):
+            call(base, ids)
+    if base.kind == "encoder-decoder":
+        with pytest.raises(ValueError, match=f"token {rows} .*has no row"):
+            base(token_ids(1, 4), None, torch.tensor([[0, rows]]))
+    base.tokenizer.add_tokens([new])
+    words = f"token {rows} .'{new}'. has no row in the embedding of {base.name}: it has {rows}"
+    acts = [
+        lambda kind=kind: attach(base, kind(3, init="text", init_text=f"a{new}"))
+        for kind in (PromptTuning, PTuning, PrefixTuning, PTuningV2, DeepPromptTuning)
+    ]
+    acts += [lambda: base.generate(["a", f"b{new}"])] if base.kind != "encoder" else []
+    acts += [lambda: base.loss([f"a{new}b"])] if base.kind == "decoder" else []
+    for act in acts:
+        with pytest.raises(ValueError, match=words):
+            act()
+
+
+@pytest.mark.parametrize("method", [None, LoRA(r=2), PromptTuning(3), PrefixTuning(3)])
+def test_masks_of_other_types(base, method):
+    model = base if method is None else attach(base, method)
+    ids, mask = token_ids(2, 6), torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
+    wanted = call(model, ids, mask)
+    for dtype in (torch.float32, torch.bool, torch.float16, torch.int32):
+        given = (ids, mask.to(dtype))
+        more = (decoder_ids(ids, mask),) if base.kind == "encoder-decoder" else ()
+        assert torch.equal(model(*given, *more), wanted)
+    for wrong in (torch.where(mask == 0, -1e9, 0.0), mask * 0.5):
+        with pytest.raises(ValueError, match="attention_mask: allowed is 1 for a token and 0"):
+            model(ids, wrong, *more)
+    base.detach()
+
+
+@pytest.mark.parametrize(
+    "kind", [PromptTuning, PTuning, PrefixTuning, PTuningV2, DeepPromptTuning, PromptAndPrefix]
+)
+def test_an_init_text_without_a_token(base, kind, monkeypatch):
+    real = type(base.tokenizer).__call__
+
+    def deaf(self, text, **options):  # as most tokenizers are to a space of no width
+        return real(self, text.replace("\u200b", ""), **options)
+
+    monkeypatch.setattr(type(base.tokenizer), "__call__", deaf)
+    with pytest.raises(ValueError, match=f"init_text='.*u200b' has no token of {base.name}"):
+        attach(base, kind(3, init="text", init_text="\u200b"))
+
+
+@pytest.mark.parametrize("kind", [PrefixTuning, PTuningV2])
+def test_a_prefix_longer_than_the_positions(base, kind):
+    """Its start is the keys and values of pieces of the text that fit."""
+    text = "abcdefgh" * (CONTEXT // 8)
+    short = attach(base, kind(CONTEXT, init="text", init_text=text)).prefix
+    base.detach()
+    long = attach(base, kind(2 * CONTEXT + 5, init="text", init_text=text)).prefix
+    base.detach()
+    for piece, whole in zip(short, long, strict=True):
+        assert torch.equal(whole[:, :, :CONTEXT], piece)
+        assert torch.equal(whole[:, :, CONTEXT : 2 * CONTEXT], piece)
+        assert whole.shape[2] == 2 * CONTEXT + 5
+    tuned = attach(base, kind(3 * CONTEXT))
+    assert call(tuned, token_ids(1, 3)).isfinite().all()
+    base.detach()

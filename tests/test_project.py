@@ -281,6 +281,18 @@ def test_ruff_is_content(command):
     assert ruff.returncode == 0, ruff.stdout + ruff.stderr
 
 
+@pytest.mark.parametrize("path", PYTHON_FILES, ids=label)
+def test_every_text_file_is_opened_with_its_encoding(path):
+    """The default is another one on Windows."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func).rpartition(".")[2]
+            binary = any("b" in str(getattr(each, "value", "")) for each in node.args[-1:])
+            text = name in ("read_text", "write_text") or (name == "open" and not binary)
+            named = "encoding" in [keyword.arg for keyword in node.keywords]
+            assert named or not text, f"{label(path)}: line {node.lineno}"
+
+
 def test_no_large_file_is_stored():
     assert not [label(p) for p in tracked_files() if p.stat().st_size > 16 * 2**20]
 

@@ -25,6 +25,7 @@ from peftlab.tasks import (
     facts,
     letters,
     load,
+    read,
     reading,
     slots,
     tagging,
@@ -650,3 +651,86 @@ def test_the_writer_of_tasks_names_nobody_held_out():
     texts += [writer.reading(False).prompt for _ in range(200)]
     classes = {name_class(*pair) for text in texts for pair in people_in(text)}
     assert classes == {INVENTED} and HELD_OUT not in classes
+
+
+# Files of others -------------------------------------------------------------------------------
+
+LINE = '{"prompt": "a", "target": "b"}'
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("{", "Expecting"),
+        ("[1]", "no object"),
+        ("7", "no object"),
+        ('"text"', "no object"),
+        ("null", "no object"),
+        ('{"prompt": "a"}', "'target'"),
+        ('{"prompt": "a", "target": "b", "answer": "c"}', "'answer'"),
+        ('{"prompt": 3, "target": "b"}', "prompt=3: str is needed"),
+        ('{"prompt": "a", "target": [1, 2]}', "target=.1, 2.: str is needed"),
+        ('{"prompt": "a", "target": null}', "target=None: str is needed"),
+        ('{"prompt": "a", "target": "b", "group": {}}', "group={}: str is needed"),
+        ('{"prompt": "a", "target": true}', "target=True: str is needed"),
+        ("[" * 100_000, "recursion"),
+        (f"{LINE} {LINE}", "Extra data"),
+    ],
+)
+@pytest.mark.usefixtures("untyped")
+def test_a_line_that_is_no_example(line, words, tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(f"{LINE}\n\n{line}\n{LINE}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"mine.jsonl: line 3: .*{words}"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    "value, words",
+    [("1", "start='1': int is needed"), (0.5, "start=0.5: int"), (True, "start=True: int")],
+)
+@pytest.mark.usefixtures("untyped")
+def test_a_field_of_a_kind_of_example(value, words, tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(json.dumps({"prompt": "a", "target": "a", "start": value}))
+    with pytest.raises(ValueError, match=f"line 1: {words}"):
+        read(path, reading.Question)
+
+
+def test_a_file_that_is_no_text_or_is_empty(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    for content, words in (
+        (b"\xff\xfe\x00", "can't decode"),
+        (b"", "no examples"),
+        (b"\n \n", "no examples"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"mine.jsonl.*{words}"):
+            read(path)
+    with pytest.raises(FileNotFoundError, match="none.jsonl"):
+        read(tmp_path / "none.jsonl")
+
+
+@pytest.mark.parametrize("sign", ["\u2028", "\u2029", "\x85", "\x0b", "\x1c", "\r"])
+def test_only_a_new_line_ends_a_line(sign, tmp_path):
+    path, text = tmp_path / "mine.jsonl", f"a{sign}b"
+    whole = json.dumps({"prompt": text, "target": "c"}, ensure_ascii=False)
+    path.write_text(f"\ufeff{whole}\r\n{LINE}\n", encoding="utf-8", newline="")
+    assert [example.prompt for example in read(path)] == [text, "a"]
+
+
+def test_a_split_without_examples():
+    facts = peftlab.tasks.load("facts")
+    base = peftlab.load("tiny-gpt")
+    for split in ("train", "dev", "test"):
+        splits = {name: getattr(facts, name)[:2] for name in ("train", "dev", "test")}
+        task = type(facts)(**splits | {split: []})
+        with pytest.raises(ValueError, match=f"the task facts has no examples in {split}"):
+            task.split(split)
+        with pytest.raises(ValueError, match=f"the task facts has no examples in {split}"):
+            task.score(base, getattr(task, split))
+    with pytest.raises(ValueError, match="the task facts has no examples in test"):
+        task.score(base)
+    with pytest.raises(ValueError, match="a list of examples is needed"):
+        task.score(base, [])

@@ -10,12 +10,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
-import safetensors
 import torch
 import transformers
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig
@@ -23,11 +23,22 @@ from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig
 from peftlab.attention import cache_name
 from peftlab.bases.anatomy import FAMILIES, TARGETS, Anatomy, Linear, Sublayer, fused
 from peftlab.bases.data import data_path
-from peftlab.bases.real import GGUF, REAL, Place, find, read_gguf, unpacked
+from peftlab.bases.files import check_fetched, read_json, unusable
+from peftlab.bases.plain import has_numbers
+from peftlab.bases.real import (
+    GGUF,
+    REAL,
+    Place,
+    check_files,
+    check_room,
+    find,
+    read_gguf,
+    unpacked,
+)
 from peftlab.bases.shapes import Shape
 
 __all__ = ["FAMILIES", "TARGETS", "Anatomy", "Base", "LanguageModel", "Linear", "Shape"]
-__all__ += ["Sublayer", "fused", "load"]
+__all__ += ["Sublayer", "fused", "listed", "load"]
 
 
 ADAPTED = "peftlab_adapted_by"  # attribute of a model that a `Tuned` is attached to
@@ -70,19 +81,24 @@ class LanguageModel:
     def __call__(
         self,
         input_ids: Int[Tensor, "batch seq"],
-        attention_mask: Int[Tensor, "batch seq"] | None = None,
+        attention_mask: Shaped[Tensor, "batch seq"] | None = None,
         decoder_input_ids: Int[Tensor, "batch targets"] | None = None,
     ) -> Float[Tensor, "batch *tokens outputs"]:
         """Logits of every real token; the model reads the virtual tokens, but drops their logits.
 
         An encoder-decoder needs `decoder_input_ids` and returns the logits of those; a head returns
         its own logits. Positions count the unmasked tokens, so that padding on either side changes
-        nothing. Raises ValueError if the batch is longer than the context.
+        nothing. Raises ValueError if the batch is longer than the context, and for a token that
+        the model has no embedding of.
         """
         self._check_attached()
         self._check_length(input_ids.shape[1])
+        self.check_ids(input_ids)
+        if decoder_input_ids is not None:
+            self.check_ids(decoder_input_ids)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        attention_mask = _whole_mask(attention_mask)
         given = {"input_ids": input_ids, "attention_mask": attention_mask}
         if self.anatomy.takes_positions:
             given["position_ids"] = self.anatomy.positions(attention_mask)
@@ -126,6 +142,7 @@ class LanguageModel:
         and the new tokens together do not fit the context, and for an encoder.
         """
         self._check_attached()
+        prompts = listed(prompts, "prompts")
         if self.kind == "encoder":
             raise ValueError(f"{self.name} is an encoder: it fills gaps and does not generate")
         if not prompts:
@@ -136,6 +153,7 @@ class LanguageModel:
         batch = {key: batch[key].to(self.device) for key in ("input_ids", "attention_mask")}
         if not all(prompts) or not batch["attention_mask"].any(dim=1).all():
             raise ValueError("an empty prompt: at least one token is needed to continue from")
+        self.check_ids(batch["input_ids"])
         length = batch["input_ids"].shape[1]
         self._check_length(length + max_new_tokens if decoder else length)
         if not decoder:
@@ -182,6 +200,7 @@ class LanguageModel:
         """
         if self.kind != "decoder":
             raise ValueError(f"{self.name} is no decoder: it does not predict running text")
+        texts = listed(texts)
         total, tokens = 0.0, 0
         with self._evaluating():
             for start in range(0, len(texts), batch_size):
@@ -220,6 +239,18 @@ class LanguageModel:
     def _check_attached(self) -> None:
         """Raise RuntimeError unless this object computes what its name says."""
 
+    def check_ids(self, ids: Tensor) -> None:
+        """Raise ValueError for a token that the embedding has no row for."""
+        rows = len(self.anatomy.embedding.weight)
+        outside = (ids < 0) | (ids >= rows)
+        if has_numbers(ids) and outside.any():
+            token = int(ids[outside][0])
+            known = self.tokenizer is not None and 0 <= token < len(self.tokenizer)
+            text = f" ({self.tokenizer.convert_ids_to_tokens(token)!r})" if known else ""
+            raise ValueError(
+                f"token {token}{text} has no row in the embedding of {self.name}: it has {rows:,}"
+            )
+
     def _check_length(self, length: int) -> None:
         if length > self.context:
             virtual = f" after {self.virtual_tokens} virtual tokens" if self.virtual_tokens else ""
@@ -232,6 +263,7 @@ class Base(LanguageModel):
     """A frozen model with its tokenizer and anatomy; `source` says where it was found."""
 
     def __init__(self, name: str, model: nn.Module, tokenizer, source: str = "this program"):
+        _check_bare(name, model)
         family = model.config.model_type
         if family not in FAMILIES:
             raise ValueError(_unknown_family(name, family))
@@ -287,8 +319,8 @@ class Base(LanguageModel):
             self.adapted_by.detach()
 
     def to(self, device: str | torch.device) -> Base:
-        """Move the model, in place."""
-        self.model.to(device)
+        """Move the model, in place. Raises ValueError for a device that is not here."""
+        self.model.to(_device(device))
         return self
 
     @property
@@ -338,7 +370,7 @@ def load(
     encoder or T5 whose tokenizer has no padding token; FileNotFoundError if the search finds no
     base.
     """
-    name, shipped = str(name), data_path("bases")
+    name, shipped, device = str(name), data_path("bases"), _device(device)
     ours = sorted(path.parent.name for path in shipped.glob("*/config.json"))
     missing = (
         f"no base {name!r}: peftlab ships {', '.join(ours)} and knows {', '.join(REAL)}; "
@@ -353,25 +385,40 @@ def load(
     with _quiet():
         if bases and name in REAL:
             place = unpacked(place, Path(bases, name))
-        model, tokenizer = _read(name, place.path, dtype, missing)
-    return Base(name, model.to(device), tokenizer, place.source)
+        with _damaged(place.path):
+            model, tokenizer = _read(name, place.path, dtype, missing)
+            base = Base(name, model, tokenizer, place.source)
+    return base.to(device)
 
 
 def _read(name: str, source: Path, dtype: torch.dtype, missing: str):
     """The model and tokenizer in a folder or a GGUF file."""
     if source.suffix == GGUF:
+        check_fetched(source)
         return read_gguf(source, dtype)
     if not (source / "config.json").exists():
+        if (adapter := source / "adapter_config.json").exists():
+            made_for = read_json(adapter).get("base_model_name_or_path") or "the base of it"
+            missing = (
+                f"an adapter is there: load {made_for}, then peftlab.attach(base, {str(source)!r})"
+            )
         raise FileNotFoundError(f"no config.json in {str(source)!r}; {missing}")
     damaged = f"the base in {str(source)!r} is damaged"
     try:
-        family = transformers.PretrainedConfig.get_config_dict(source)[0].get("model_type")
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        config = check_files(source)
+    except ValueError as error:
         raise ValueError(f"{damaged}: {error}") from error
-    if family not in FAMILIES:
+    family = config.get("model_type")
+    if family not in list(FAMILIES):  # also where it is no text
         raise ValueError(_unknown_family(name, family))
+    if codes := config.get("quantization_config"):
+        raise ValueError(
+            f"the weights in {str(source)!r} are quantised ({dict(codes).get('quant_method')}): "
+            "load the unquantised weights"
+        )
     kind = FAMILIES[family].kind
     try:
+        check_room(Shape.from_config(transformers.AutoConfig.from_pretrained(source)), source)
         model, problems = _load_weights(CLASSES[kind], source, dtype)
         backbone = f"{model.base_model_prefix}."
         head = {key for key, _ in model.named_parameters() if not key.startswith(backbone)}
@@ -384,9 +431,9 @@ def _read(name: str, source: Path, dtype: torch.dtype, missing: str):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     except OSError as error:
         raise FileNotFoundError(f"{missing} ({error})") from error
-    except (RuntimeError, ValueError, safetensors.SafetensorError) as error:
+    except ValueError as error:
         raise ValueError(f"{damaged}: {error}") from error
-    if problems:
+    if problems := problems | unusable(model):
         raise ValueError(f"{damaged}: {min(problems)} {problems[min(problems)]}")
     if len(tokenizer) - len(tokenizer.all_special_tokens) < 2:  # transformers invented it
         raise FileNotFoundError(f"no tokenizer in {str(source)!r}")
@@ -407,7 +454,56 @@ def _load_weights(auto_class, source: Path, dtype: torch.dtype):
     return model, problems | dict.fromkeys(wrong_size, "is not of the size in config.json")
 
 
-def _unknown_family(name: str, family: str) -> str:
+@contextlib.contextmanager
+def _damaged(path: Path):
+    """Inside, an error that no other code is to see is a ValueError that names the base."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError):
+        raise
+    except Exception as error:  # those of transformers, tokenizers and safetensors
+        told = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"the base in {str(path)!r} is damaged: {told}") from error
+
+
+def _check_bare(name: str, model: nn.Module) -> None:
+    """Raise ValueError for a model that already carries the layers of another library."""
+    for where, module in model.named_modules():
+        library = type(module).__module__.partition(".")[0]
+        if library in ("peft", "adapters"):
+            raise ValueError(
+                f"{name!r} already carries an adapter of the library {library} "
+                f"({type(module).__name__} at {where or 'its top'}): call merge_and_unload() "
+                "first, or give the plain model"
+            )
+
+
+def _device(device: str | torch.device) -> torch.device:
+    """The device. Raises ValueError if this machine has none of that name."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise ValueError(f"device={str(device)!r}: allowed here is {', '.join(here)}") from error
+    return torch.device(device)
+
+
+def listed(texts: Sequence[str], what: str = "texts") -> list[str]:
+    """The texts as a list. Raises ValueError for one text alone, and for what is no text."""
+    several = isinstance(texts, Sequence) and not isinstance(texts, str | bytes)
+    if not several or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{what}={texts!r:.60}: a list of texts is needed")
+    return list(texts)
+
+
+def _whole_mask(mask: Tensor) -> Tensor:
+    """The mask in whole numbers. Raises ValueError for one that is added to scores."""
+    if mask.is_floating_point() and has_numbers(mask) and ((mask != 0) & (mask != 1)).any():
+        raise ValueError("attention_mask: allowed is 1 for a token and 0 for padding")
+    return mask.long()
+
+
+def _unknown_family(name: str, family: object) -> str:
     return f"{name!r} is of the family {family!r}; peftlab knows {', '.join(FAMILIES)}"
 
 

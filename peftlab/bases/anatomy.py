@@ -15,10 +15,12 @@ from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from peftlab.attention import AttentionSite, observe
+from peftlab.bases.files import FLOATS
 from peftlab.bases.plain import plain
 from peftlab.bases.shapes import ATTENTION, GATED_MLP, Shape
 
@@ -303,7 +305,13 @@ class Anatomy:
 
     def _linear(self, site: str, layer: int, block: nn.Module, part: Part) -> Linear:
         module = block.get_submodule(part.path)
-        transposed = not isinstance(module, nn.Linear)
+        kind, held = type(module), module.weight.dtype
+        if kind not in (nn.Linear, Conv1D) or held not in FLOATS:
+            raise ValueError(
+                f"{self.shape.name}: {site} is a {kind.__name__} of {held}, no linear map of "
+                "floating-point numbers: load the unquantised weights"
+            )
+        transposed = kind is Conv1D
         every = module.weight.shape[1 if transposed else 0]
         size = every // part.of
         rows = (part.part * size, (part.part + 1) * size)
@@ -371,9 +379,9 @@ class Anatomy:
         """The position of the first token: RoBERTa's table begins with unused rows."""
         return self.shape.positions - self.shape.context if self.family == "roberta" else 0
 
-    def positions(self, mask: Int[Tensor, "batch seq"]) -> Int[Tensor, "batch seq"]:
+    def positions(self, mask: Shaped[Tensor, "batch seq"]) -> Int[Tensor, "batch seq"]:
         """The position of every token, counted without the padding on either side."""
-        return (mask.cumsum(dim=1) - 1).clamp(min=0) + self.first_position
+        return (mask.long().cumsum(dim=1) - 1).clamp(min=0) + self.first_position
 
     @property
     def targets(self) -> tuple[str, ...]:

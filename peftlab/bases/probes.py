@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftlab.attention import Record, attention_weights, recorded, weighted_sum
-from peftlab.bases import Base, LanguageModel
+from peftlab.bases import Base, LanguageModel, listed
 
 
 @dataclass
@@ -53,6 +53,7 @@ def attention_map(model: LanguageModel, text: str, target: str = "") -> Attentio
 
     An encoder-decoder reads `target` in its decoder. Raises ValueError for an empty text.
     """
+    [text, target] = listed([text, target])
     encoded = model.tokenizer([text], return_tensors="pt").to(model.device)
     ids = encoded["input_ids"]
     if ids.shape[1] == 0:

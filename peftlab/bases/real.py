@@ -21,15 +21,21 @@ import importlib.metadata
 import importlib.util
 import io
 import json
+import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
+import safetensors
 import torch
 import transformers
 
+from peftlab.bases.files import check_fetched, read_json, unusable
+from peftlab.bases.shapes import Shape
+
 GGUF = ".gguf"
+ROOM = 10_000_000  # numbers that a model may have beyond twice those in its files
 SECONDS = 5  # how long to wait for the hub's only answer
 WANTED = ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.*json"]
 TOKENIZERS = ["tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model"]
@@ -106,7 +112,7 @@ def _in_folder(name: str, bases: str | Path | None) -> Place | None:
 def _kept_source(path: Path) -> str:
     """A path in words; for a folder that `unpacked` wrote, also the source of its weights."""
     note = path / "source.json"
-    made = f", made of {json.loads(note.read_text())['source']}" if note.is_file() else ""
+    made = f", made of {read_json(note).get('source')}" if note.is_file() else ""
     return f"{'the folder' if path.is_dir() else 'the file'} {path}{made}"
 
 
@@ -126,7 +132,7 @@ def _whole(folder: Path) -> bool:
     index = folder / "model.safetensors.index.json"
     weights = {"model.safetensors"}
     if index.exists():
-        weights = set(json.loads(index.read_text())["weight_map"].values())
+        weights = set(read_json(index).get("weight_map", {}).values())
     some = any((folder / name).exists() for name in TOKENIZERS)
     return some and all((folder / name).exists() for name in weights)
 
@@ -195,6 +201,29 @@ def _on_hub(name: str, repository: str, missing: str) -> Place:
     return Place(Path(folder), f"{repository} on {hub}")
 
 
+def check_files(folder: Path) -> dict:
+    """The configuration in a folder. Raises ValueError for a small JSON file that is none, and for
+    a pointer of Git LFS; PermissionError for a file that may not be read."""
+    for path in sorted(folder.iterdir()):
+        if path.name.endswith(("config.json", "index.json")):
+            read_json(path)
+        elif path.is_file():
+            check_fetched(path)
+    return read_json(folder / "config.json")
+
+
+def check_room(shape: Shape, folder: Path) -> None:
+    """Raise ValueError for a model that is far larger than its weights, before it is made."""
+    held = 0
+    for path in folder.glob("model*.safetensors"):
+        with safetensors.safe_open(path, framework="pt") as file:
+            held += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
+    if held and shape.parameters() > 2 * held + ROOM:
+        raise ValueError(
+            f"config.json describes {shape.parameters():,} parameters, the weights have {held:,}"
+        )
+
+
 def read_gguf(path: Path, dtype: torch.dtype):
     """The model and tokenizer of a GGUF file, with its codes unpacked into `dtype`.
 
@@ -215,9 +244,9 @@ def read_gguf(path: Path, dtype: torch.dtype):
     except Exception as error:  # the reader has no error of its own: it raises numpy's
         told = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(f"the GGUF file {str(path)!r} is damaged or unknown, {told}") from error
-    if report["missing_keys"]:
-        first = min(report["missing_keys"])
-        raise ValueError(f"the GGUF file {str(path)!r} is damaged: {first} is missing")
+    if problems := dict.fromkeys(report["missing_keys"], "is missing") | unusable(model):
+        first = min(problems)
+        raise ValueError(f"the GGUF file {str(path)!r} is damaged: {first} {problems[first]}")
     # The weights are plain numbers now: nothing may treat this as a quantised model.
     for name in ("hf_quantizer", "quantization_method"):
         vars(model).pop(name, None)
@@ -241,7 +270,8 @@ def unpacked(place: Place, folder: Path) -> Place:
             new = Path(scratch, "new")
             model.save_pretrained(new)
             tokenizer.save_pretrained(new)
-            (new / "source.json").write_text(json.dumps({"source": place.source}) + "\n")
+            note = json.dumps({"source": place.source}) + "\n"
+            (new / "source.json").write_text(note, encoding="utf-8")
             new.rename(folder)
     except OSError as error:
         print(f"not unpacked into {folder}: {error}", flush=True)

@@ -198,7 +198,7 @@ def predict_share():
 )  # fmt: skip
 def predict_forgetting():
     base, task = load("tiny-gpt"), load_task("sentiment")
-    people = json.loads(data_path("world", "world.json").read_text())["people"][:16]
+    people = json.loads(data_path("world", "world.json").read_text(encoding="utf-8"))["people"][:16]
     texts = [f"Q: Where does {p['name']} live?\nA: {p['home']}" for p in people]
     before = base.loss(texts)
     with attach(base, LoRA()) as tuned:

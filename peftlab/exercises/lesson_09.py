@@ -70,7 +70,7 @@ def merged_zeros():
     },
 )  # fmt: skip
 def worst_neurons():
-    rows = json.loads(data_path("results", "pruning.json").read_text())["curves"]
+    rows = json.loads(data_path("results", "pruning.json").read_text(encoding="utf-8"))["curves"]
     loss = {}
     for row in rows:
         if (row["base"], row["group"]) == ("tiny-gpt", "neurons") and row["amount"] < 0.2:

@@ -219,7 +219,7 @@ def main() -> None:
         **results,
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(f"{options.out}: {len(results['runs'])} runs in {report['seconds']} s")
 
 

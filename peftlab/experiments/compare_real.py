@@ -111,7 +111,7 @@ class Job:
 
 def plain_texts() -> list[str]:
     """Paragraphs that have nothing to do with any task."""
-    return data_path("texts", "plain.txt").read_text().splitlines()
+    return data_path("texts", "plain.txt").read_text(encoding="utf-8").splitlines()
 
 
 def task_of(setting: Setting) -> Task:
@@ -183,7 +183,7 @@ class Rows:
 
     def __init__(self, path: Path, run=run, fields=("label", "lr", "seed", "steps")):
         self.path, self.run, self.fields = path, run, fields
-        lines = path.read_text().splitlines() if path.exists() else []
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         self.found = {self.key(row): row for row in map(json.loads, lines)}
 
     def key(self, row: dict) -> tuple:
@@ -203,7 +203,7 @@ class Rows:
                 continue
             row = future.result()
             self.found[self.key(row)] = row
-            with self.path.open("a") as file:
+            with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         if failed:
             raise failed
@@ -268,10 +268,13 @@ def recorded(name: str) -> Recorded:
     path = data_path("results", f"real_{name.replace('-', '_')}.json")
     main = import_module(f"peftlab.tasks.{SETTINGS[name].task}").TASK.main
     if path.exists():
-        report = json.loads(path.read_text())
+        report = json.loads(path.read_text(encoding="utf-8"))
         tried, runs = report.pop("tried"), report.pop("runs")
     else:
-        rows = [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()]
+        rows = [
+            json.loads(line)
+            for line in path.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()
+        ]
         tried, runs = ([r for r in rows if r["split"] == split] for split in ("dev", "test"))
         report = {}
     return Recorded(main, pd.DataFrame(tried), pd.DataFrame(runs), report)
@@ -296,7 +299,7 @@ def main() -> None:
     rows = Rows(out.with_suffix(".jsonl"))
     found = compare(name, options.device, options.workers, steps, labels, rows)
     if options.methods and out.exists():
-        before = json.loads(out.read_text())
+        before = json.loads(out.read_text(encoding="utf-8"))
         for part in ("tried", "runs"):
             others = [row for row in before[part] if row["label"] not in labels]
             found[part] = others + found[part]
@@ -322,7 +325,7 @@ def main() -> None:
         "untuned": untuned,
         **found,
     }
-    out.write_text(json.dumps(report, indent=1) + "\n")
+    out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     rows.path.unlink()
     print(f"{out}: {len(report['runs'])} runs")
 

@@ -31,7 +31,7 @@ def _index(names: tuple[str, ...]) -> dict[str, int]:
 @cache
 def load_world() -> dict:
     """`data/world/world.json` as it was written, held-out people included."""
-    return json.loads(data_path("world", "world.json").read_text())
+    return json.loads(data_path("world", "world.json").read_text(encoding="utf-8"))
 
 
 def public_world() -> dict:

@@ -99,7 +99,7 @@ def main() -> None:
         "texts": len(old_texts()),
         "runs": runs,
     }
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def one(label: str, skill: str, steps: int, seed: int, device: str = "cpu") -> d
 
 def read(name: str = "limits", path: Path | None = None) -> tuple[dict, pd.DataFrame]:
     """A result as it was written: when and where it was made, and one row for each run."""
-    result = json.loads((path or data_path("results", f"{name}.json")).read_text())
+    result = json.loads((path or data_path("results", f"{name}.json")).read_text(encoding="utf-8"))
     runs = pd.DataFrame(result.pop("runs"))
     return result, runs
 

@@ -63,7 +63,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for split, questions in make_pharmacy(rng, pharmacy.medicines()).items():
         text = "".join(json.dumps(asdict(question)) + "\n" for question in questions)
-        (folder / f"{split}.jsonl").write_text(text)
+        (folder / f"{split}.jsonl").write_text(text, encoding="utf-8")
         print(f"{folder / f'{split}.jsonl'}: {len(questions):,} questions")
 
 

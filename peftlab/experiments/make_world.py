@@ -225,7 +225,7 @@ def main() -> None:
     for name, text in files.items():
         path = options.out / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
         print(f"{path}: {len(text):,} characters")
 
 

@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     lessons = sorted(options.notebooks.glob("[0-9]*.ipynb"))
     if not lessons:
         parser.error(f"{options.notebooks} has no lessons")
-    before = json.loads(out.read_text())["lessons"] if out.exists() else []
+    before = json.loads(out.read_text(encoding="utf-8"))["lessons"] if out.exists() else []
     rows = {row["lesson"]: row for row in before if row["lesson"] in {p.stem for p in lessons}}
     command = f"python -m peftlab.experiments.measure_lessons --device {options.device}"
     if options.gpu_gigabytes:

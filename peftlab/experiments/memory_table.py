@@ -163,7 +163,7 @@ def record(device: str, dtype: str, checkpointing: bool, workers: int, out: Path
                 continue
             report["rows"].append(found)
             report["seconds"] = round(time.perf_counter() - start)
-            out.write_text(json.dumps(report, indent=1) + "\n")
+            out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
             peak, said = found["measured"]["peak"], found["predicted"].get("peak")
             apart = "unknown" if said is None else f"{said / peak - 1:+.2%}"
             print(f"{found['label']:32} peak {peak:>14,}  predicted {apart}", flush=True)
@@ -171,7 +171,7 @@ def record(device: str, dtype: str, checkpointing: bool, workers: int, out: Path
 
 def predict_again(path: Path) -> None:
     """Put what `predict` says now into a file of rows; what was measured stays."""
-    report = json.loads(path.read_text())
+    report = json.loads(path.read_text(encoding="utf-8"))
     options = {key: report[key] for key in ("dtype", "checkpointing") if key in report}
     options["device"] = "cuda" if "cuda" in report["command"] else "cpu"
     config = {"model_type": "gpt2"} | report["config"]
@@ -187,7 +187,7 @@ def predict_again(path: Path) -> None:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:

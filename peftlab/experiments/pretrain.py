@@ -300,9 +300,9 @@ def store(model, tokenizer, plan, out: Path) -> None:
     """Writes the model in 16 bits, to be loaded in 32; afterwards it holds the stored numbers."""
     out.mkdir(parents=True, exist_ok=True)
     model.half().save_pretrained(out)
-    config = json.loads((out / "config.json").read_text())
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     config |= {"dtype": "float32"} | plan.stored
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     model.float()
     tokenizer.save_pretrained(out)
 
@@ -367,7 +367,9 @@ def main(arguments=None) -> None:
     store(model, tokenizer, plan, options.out)  # everything below is measured on stored numbers
     pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     counts = dict(zip(pieces, trained["counts"], strict=True))
-    (options.out / "token_counts.json").write_text(json.dumps(counts, indent=0) + "\n")
+    (options.out / "token_counts.json").write_text(
+        json.dumps(counts, indent=0) + "\n", encoding="utf-8"
+    )
 
     world = load_world()
     known = fact_accuracy(plan, model, tokenizer, world["people"])
@@ -399,7 +401,7 @@ def main(arguments=None) -> None:
         "samples": plan.samples(model, tokenizer, world["people"], options.seed),
     }
     text = json.dumps(datasheet, indent=1)
-    (options.out / "datasheet.json").write_text(text + "\n")
+    (options.out / "datasheet.json").write_text(text + "\n", encoding="utf-8")
     note(f"held-out loss {datasheet['held-out loss']}, rarest {datasheet['least trained token']}")
     for sample in datasheet["samples"]:
         print(json.dumps(sample))

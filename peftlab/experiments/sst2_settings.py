@@ -204,7 +204,7 @@ def jobs(device: str, seeds=SEEDS, steps: int | None = None) -> list[Job]:
 
 def read(path: Path = PATH) -> tuple[dict, pd.DataFrame]:
     """When and where it was made, and one row for each run."""
-    report = json.loads(path.read_text())
+    report = json.loads(path.read_text(encoding="utf-8"))
     return report, pd.DataFrame(report.pop("runs"))
 
 
@@ -232,7 +232,7 @@ def main() -> None:
         "test examples": len(prepared("all").test),
         "runs": found,
     }
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     rows.path.unlink()
     print(f"{options.out}: {len(found)} runs")
 

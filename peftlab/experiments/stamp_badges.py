@@ -28,7 +28,7 @@ def slug(repository: str) -> str:
 
 def stamp(root: Path, repository: str) -> list[Path]:
     """Rewrite the repository's address in every place that shows it; returns the files changed."""
-    old = slug(CONSTANT.search((root / "peftlab/__init__.py").read_text())[1])
+    old = slug(CONSTANT.search((root / "peftlab/__init__.py").read_text(encoding="utf-8"))[1])
     new = slug(repository)
     # github.com/OWNER/NAME in links and installs, github/OWNER/NAME in Colab's addresses.
     shown = re.compile(rf"(github(?:\.com)?/){re.escape(old)}(?![\w-])")

@@ -71,7 +71,7 @@ class Probe(Task):
     @classmethod
     def load(cls, attribute: str = ATTRIBUTE, words: str = "") -> Probe:
         """400 people to train on, 200 for dev, 600 for test; `words` stand behind the name."""
-        people = json.loads(data_path("world", "world.json").read_text())["people"]
+        people = json.loads(data_path("world", "world.json").read_text(encoding="utf-8"))["people"]
         made = [Example(p["name"] + words, f" {p[attribute]}") for p in people[:1200]]
         return cls(made[:400], made[400:600], made[600:])
 
@@ -190,7 +190,7 @@ def one(place: str, encoder: str, method: Method, lr: float, seed: int, split: s
 
 def read(path: Path = PATH) -> tuple[dict, pd.DataFrame]:
     """When and how it was made, and one row for each final run."""
-    made = json.loads(path.read_text())
+    made = json.loads(path.read_text(encoding="utf-8"))
     runs = pd.DataFrame(made.pop("runs"))
     return made, runs
 

@@ -96,7 +96,7 @@ class Job:
     def done(self, out: Path) -> bool:
         """Whether the file of this very run is there, and of a run that came to its end."""
         try:
-            found = json.loads((out / self.file).read_text())
+            found = json.loads((out / self.file).read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             return False
         return found.get("error") is None and found.get("version") == self.version

@@ -68,7 +68,7 @@ MATRICES = {
 def facts() -> Task:
     """The new facts of a few people."""
     task = tasks.load("facts")
-    world = json.loads(data_path("world", "world.json").read_text())
+    world = json.loads(data_path("world", "world.json").read_text(encoding="utf-8"))
     names = [person["name"] for person in world["held_out"][:PEOPLE]]
 
     def about(examples):
@@ -140,7 +140,9 @@ def rank(r: int, use_rslora: bool) -> LoRA:
 
 def read(path: Path | None = None) -> tuple[dict, pd.DataFrame]:
     """The result as it was written: when and where it was made, and one row for each run."""
-    result = json.loads((path or data_path("results", "sweep_lora.json")).read_text())
+    result = json.loads(
+        (path or data_path("results", "sweep_lora.json")).read_text(encoding="utf-8")
+    )
     return result, pd.DataFrame(result.pop("runs"))
 
 

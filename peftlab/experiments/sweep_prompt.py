@@ -83,7 +83,9 @@ def grid(task: str, init: str, length: int, steps: int, rates) -> list[dict]:
 
 def read(path: Path | None = None) -> tuple[dict, pd.DataFrame]:
     """What was written: where and when it was made, and a table with one row a run."""
-    result = json.loads((path or data_path("results", "sweep_prompt.json")).read_text())
+    result = json.loads(
+        (path or data_path("results", "sweep_prompt.json")).read_text(encoding="utf-8")
+    )
     runs = pd.DataFrame(result.pop("runs"))
     return result, runs
 
@@ -155,7 +157,7 @@ def write(path: Path, facts: dict, rows: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in rows)
     head = json.dumps(facts, indent=1, ensure_ascii=False)[:-2]
-    path.write_text(f'{head},\n "runs": [\n{lines}\n ]\n}}\n')
+    path.write_text(f'{head},\n "runs": [\n{lines}\n ]\n}}\n', encoding="utf-8")
 
 
 if __name__ == "__main__":

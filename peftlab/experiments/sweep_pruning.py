@@ -283,7 +283,7 @@ def times(rounds: int) -> list[dict]:
 
 def read(path: Path = PATH) -> tuple[dict, dict[str, pd.DataFrame]]:
     """When and where it was made, and a table for each part."""
-    result = json.loads(path.read_text())
+    result = json.loads(path.read_text(encoding="utf-8"))
     parts = ("curves", "recovery", "bytes", "times")
     tables = {part: pd.DataFrame(result.pop(part)) for part in parts}
     return result, tables

@@ -177,7 +177,7 @@ def _rounded(value):
 
 def read(path: Path = PATH) -> tuple[dict, pd.DataFrame]:
     """When and how it was made, and one row a run."""
-    made = json.loads(path.read_text())
+    made = json.loads(path.read_text(encoding="utf-8"))
     return made, pd.DataFrame(made.pop("runs"))
 
 
@@ -219,7 +219,7 @@ def main() -> None:
     }
     command = "python -m peftlab.experiments.sweep_qlora"
     if options.base:
-        made = json.loads(options.out.read_text())
+        made = json.loads(options.out.read_text(encoding="utf-8"))
         name = Path(options.base).name
         made["runs"] = [row for row in made["runs"] if row["base"] != name] + runs
         more = f" --base {name} --device {options.device} --steps {options.steps}"
@@ -227,7 +227,7 @@ def main() -> None:
         made.setdefault("more", {})[name] = {"command": f"{command}{more}", **facts}
     else:
         made = {"command": command, **facts, "runs": runs}
-    options.out.write_text(json.dumps(made, indent=1) + "\n")
+    options.out.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -269,7 +269,9 @@ def untrained(entries: list[Entry], device: str) -> dict[str, dict]:
 
 def read(part: str, path: Path | None = None) -> tuple[dict, pd.DataFrame]:
     """A part as it was written: when and where it was made, and one row for each final run."""
-    result = json.loads((path or data_path("results", f"soft_{part}.json")).read_text())
+    result = json.loads(
+        (path or data_path("results", f"soft_{part}.json")).read_text(encoding="utf-8")
+    )
     runs = pd.DataFrame(result.pop("runs"))
     return result, runs
 
@@ -312,7 +314,7 @@ def write(path: Path, facts: dict, result: dict[str, list[dict]]) -> None:
     for name, rows in result.items():
         lines = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in rows)
         head += f',\n "{name}": [\n{lines}\n ]'
-    path.write_text(head + "\n}\n")
+    path.write_text(head + "\n}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

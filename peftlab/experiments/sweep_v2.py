@@ -182,7 +182,7 @@ def measure(part: str, seeds, device: str, workers: int, steps: int | None) -> d
 
 def read(path: Path = PATH) -> tuple[dict, pd.DataFrame]:
     """When and where each part was made, and one row for each final run."""
-    result = json.loads(path.read_text())
+    result = json.loads(path.read_text(encoding="utf-8"))
     return result["parts"], pd.DataFrame(result["runs"])
 
 
@@ -199,7 +199,7 @@ def main() -> None:
     for part in options.part:  # each is written when it is ready; the others stay
         begun = time.perf_counter()
         made = measure(part, seeds, options.device, options.workers, 2 if options.smoke else None)
-        stored = json.loads(path.read_text()) if path.exists() else {}
+        stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         facts = {
             "command": f"python -m peftlab.experiments.sweep_v2 --part {part!r} "
             f"--seeds {options.seeds} --workers {options.workers}",

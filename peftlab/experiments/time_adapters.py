@@ -136,7 +136,7 @@ def main() -> None:
     }
     lines = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in rows)
     head = json.dumps(facts, indent=1, ensure_ascii=False)[:-2]
-    options.out.write_text(f'{head},\n "runs": [\n{lines}\n ]\n}}\n')
+    options.out.write_text(f'{head},\n "runs": [\n{lines}\n ]\n}}\n', encoding="utf-8")
     print(f"{options.out}: {len(rows)} ratios in {facts['seconds']} s")
 
 

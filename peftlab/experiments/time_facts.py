@@ -56,7 +56,7 @@ def main() -> None:
         "batch size": 16,
         "runs": [run(seed, options.device) for seed in SEEDS],
     }
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     for row in report["runs"]:
         print(row)
 

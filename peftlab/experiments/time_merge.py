@@ -93,7 +93,7 @@ def measure(made: dict, batch: int, blocks: int, rounds: int, device: str) -> li
 
 def read(path: Path = FILE) -> tuple[dict, pd.DataFrame]:
     """What was measured: how, and a row for each model and batch."""
-    made = json.loads(path.read_text())
+    made = json.loads(path.read_text(encoding="utf-8"))
     return made, pd.DataFrame(made.pop("rows"))
 
 
@@ -119,7 +119,7 @@ def main() -> None:
         "methods": {name: method.to_dict() for name, method in METHODS.items()},
         "rows": rows,
     }
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     for row in rows:
         print(row)
 

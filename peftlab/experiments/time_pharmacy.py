@@ -65,7 +65,7 @@ def main() -> None:
         "before": {name: round(value, 4) for name, value in task.score(base).items()},
         "runs": [run(base, task, seed) for seed in SEEDS],
     }
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -165,7 +165,7 @@ def main() -> None:
             "coefficients": ["1", "T", "T²", "B", "B T", "B T²"],
             "models": models,
         }
-        options.out.write_text(json.dumps(report, separators=(",", ":")) + "\n")
+        options.out.write_text(json.dumps(report, separators=(",", ":")) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

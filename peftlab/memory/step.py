@@ -497,7 +497,7 @@ def lesson_on_gpu(lesson: str) -> str:
     """What a lesson takes of a GPU: its run up to here, if that is on one, and the recorded run,
     which is of `python -m peftlab.experiments.measure_lessons --device cuda`."""
     path = data_path("results", "lessons_cuda.json")
-    rows = json.loads(path.read_text())["lessons"] if path.exists() else []
+    rows = json.loads(path.read_text(encoding="utf-8"))["lessons"] if path.exists() else []
     row = next((row for row in rows if row["lesson"] == lesson), None)
     here = f"{gpu_peak() / 1e9:.2f} GB of GPU memory at the peak here; " if gpu_peak() else ""
     if row is None:

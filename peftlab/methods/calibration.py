@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from peftlab.bases import LanguageModel, Linear
+from peftlab.bases import LanguageModel, Linear, listed
 
 
 @torch.no_grad()
@@ -19,7 +19,7 @@ def input_norms(
     By module, because q, k and v of a fused one read the same input. An encoder reads the texts as
     they are; T5's decoder reads them after its start token. Raises ValueError if none has a token.
     """
-    squares: dict[nn.Module, Tensor] = {}
+    texts, squares = listed(texts), {}
     mask = torch.zeros(0)
 
     def collect(module, args):
@@ -60,7 +60,7 @@ def sensitivity(
     L is a text's own loss: a decoder predicts the next token, an encoder every seventh, masked, and
     T5 the text that it reads.
     """
-    anatomy, gates, totals = model.anatomy, {}, {}
+    texts, anatomy, gates, totals = listed(texts), model.anatomy, {}, {}
     counts = {"heads": anatomy.shape.kv_heads, "queries": anatomy.shape.heads}
 
     def gate(key: tuple[str, str], x: Tensor, count: int) -> Tensor:
@@ -87,7 +87,7 @@ def sensitivity(
                 stack.enter_context(module.register_forward_hook(partial(outside, name)))
         for start in range(0, len(texts), batch_size):
             gates.clear()
-            own_loss(model, list(texts[start : start + batch_size])).sum().backward()
+            own_loss(model, texts[start : start + batch_size]).sum().backward()
             for key, factor in gates.items():
                 totals[key] = totals.get(key, 0) + factor.grad.abs().sum(dim=0) / len(texts)
     return totals

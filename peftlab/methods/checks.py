@@ -1,6 +1,11 @@
 """Checks of hyper-parameters, with messages that say what is allowed."""
 
-from peftlab.bases import Shape
+from typing import Any
+
+from peftlab.bases import Shape, listed
+from peftlab.bases.files import built
+
+LARGEST = 1e38  # what float32 can hold
 
 
 def require(name: str, value, low, high=None) -> None:
@@ -9,7 +14,7 @@ def require(name: str, value, low, high=None) -> None:
     if isinstance(value, bool) or not isinstance(value, kind):
         needed = "a whole number" if kind is int else "a number"
         raise ValueError(f"{name}={value!r}: {needed} is needed")
-    if not low <= value <= (value if high is None else high):
+    if not low <= value <= (LARGEST if high is None else high):
         allowed = f"{low} to {high}" if high is not None else f"at least {low}"
         raise ValueError(f"{name}={value}: allowed is {allowed}")
 
@@ -22,8 +27,7 @@ def check_choice(name: str, value, allowed: tuple) -> None:
 
 def check_texts(texts, score: str, needed: str) -> tuple[str, ...]:
     """The calibration texts. Raises ValueError unless they are texts, and only `needed` has any."""
-    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"calibration={texts!r}: a list of texts is needed")
+    texts = listed(texts, "calibration")
     if (score == needed) != bool(texts):
         raise ValueError(f"calibration: score={needed!r} needs texts to run, and no other does")
     return tuple(texts)
@@ -66,3 +70,20 @@ def checked_placement(placement, total: int) -> tuple[tuple[int, str], ...] | No
     if (given := sum(count for count, _ in blocks)) != total:
         raise ValueError(f"placement has {given} virtual tokens, num_virtual_tokens={total}")
     return blocks
+
+
+def described(config: Any, key: str, known: dict[str, type]) -> Any:
+    """The method or head (`key` says which) that a dict from a file describes.
+
+    Raises ValueError for an unknown name or option, and for a value of another type.
+    """
+    if not isinstance(config, dict):
+        raise ValueError(f"a {key} is described by a dict, not by {config!r:.60}")
+    options = dict(config)
+    name = options.pop(key, None)
+    if name not in list(known):  # also where it is no text
+        raise ValueError(f"unknown {key} {name!r:.60}: known are {', '.join(known)}")
+    try:
+        return built(known[name], options)
+    except TypeError as error:
+        raise ValueError(f"bad hyper-parameters for {name}: {error}") from error

@@ -14,6 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from peftlab.methods.checks import described
+
 
 @dataclass(frozen=True)
 class Head:
@@ -50,12 +52,8 @@ class Head:
 
     @staticmethod
     def from_dict(config: dict) -> Head:
-        """The inverse of `to_dict`. Raises ValueError for an unknown head."""
-        options = dict(config)
-        kind = options.pop("head", None)
-        if kind not in HEADS:
-            raise ValueError(f"unknown head {kind!r}: known are {', '.join(HEADS)}")
-        return HEADS[kind](**options)
+        """The inverse of `to_dict`. Raises ValueError for an unknown head, and for bad options."""
+        return described(config, "head", HEADS)
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,8 @@ class _Labelled(Head):
     labels: tuple[str, ...] | list[str]
 
     def __post_init__(self):
-        object.__setattr__(self, "labels", tuple(self.labels))
+        one = isinstance(self.labels, str)
+        object.__setattr__(self, "labels", (self.labels,) if one else tuple(self.labels))
         if len(self.labels) < 2 or len(set(self.labels)) < len(self.labels):
             raise ValueError(f"labels={self.labels}: two or more different labels are needed")
 

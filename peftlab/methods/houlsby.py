@@ -36,7 +36,7 @@ class HoulsbyAdapter(Adapter):
     name = "houlsby"
     title = "Houlsby adapter"
     learning_rate = 1e-2
-    limits = {**Adapter.limits, "init_std": (0.0,)}
+    limits = {**Adapter.limits, "init_std": (1e-9,)}
 
     def initialise(self, f, generator):
         std = self.init_std

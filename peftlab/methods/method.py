@@ -9,7 +9,7 @@ import torch
 
 from peftlab.bases import Base, Shape
 from peftlab.methods.attachment import Attachment
-from peftlab.methods.checks import check_choice, require
+from peftlab.methods.checks import check_choice, described, require
 
 METHODS: dict[str, type[Method]] = {}
 
@@ -83,14 +83,6 @@ class Method:
 
     @staticmethod
     def from_dict(config: dict) -> Method:
-        """The inverse of `to_dict`. Raises ValueError for an unknown method or hyper-parameter."""
-        if not isinstance(config, dict):
-            raise ValueError(f"a method is described by a dict, not by {config!r}")
-        options = dict(config)
-        name = options.pop("method", None)
-        if name not in METHODS:
-            raise ValueError(f"unknown method {name!r}: known are {', '.join(sorted(METHODS))}")
-        try:
-            return METHODS[name](**options)
-        except TypeError as error:
-            raise ValueError(f"bad hyper-parameters for {name}: {error}") from error
+        """The inverse of `to_dict`. Raises ValueError for an unknown method or hyper-parameter,
+        and for a value of another type."""
+        return described(config, "method", dict(sorted(METHODS.items())))

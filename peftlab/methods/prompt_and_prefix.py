@@ -31,7 +31,7 @@ class PromptAndPrefix(Method):
 
     name = "prompt_and_prefix"
     title = "Prompt and prefix"
-    limits = {"num_virtual_tokens": (1,), "encoder_hidden_size": (1,)}
+    limits = {"num_virtual_tokens": (1,), "encoder_hidden_size": (1, 2**16)}
 
     def __post_init__(self):
         super().__post_init__()

@@ -15,6 +15,9 @@ def token_ids(base: Base, init: str, text: str | None, count: int, generator) ->
     """`count` token ids: those of a text, repeated or cut, or ids drawn from the vocabulary."""
     if init == "text":
         ids = base.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise ValueError(f"init_text={text!r} has no token of {base.name}")
+        base.check_ids(torch.tensor(ids))
         return torch.tensor((ids * (count // len(ids) + 1))[:count])
     known = min(len(base.tokenizer), base.anatomy.embedding.num_embeddings)
     return torch.randint(known, (count,), generator=generator)
@@ -49,7 +52,9 @@ def initial_prefix(
         made = torch.randn(size, generator=generator, dtype=dtype)
     else:
         ids = token_ids(base, init, text, count, generator).to(weight.device)
-        made = keys_values(base, sites, ids).to("cpu", dtype)
+        pieces = ids.split(base.anatomy.shape.context)  # each has positions from 0 on
+        made = [keys_values(base, sites, piece) for piece in pieces]
+        made = torch.cat(made, dim=-2).to("cpu", dtype)
     return {"P_k": made[0].clone(), "P_v": made[1].clone()}
 
 

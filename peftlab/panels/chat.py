@@ -11,7 +11,7 @@ from pathlib import Path
 import ipywidgets as widgets
 import plotly.graph_objects as go
 
-from peftlab.bases import Base
+from peftlab.bases import Base, listed
 from peftlab.panels.panel import Panel
 from peftlab.tuned import attach
 
@@ -41,6 +41,7 @@ def reply(
     answer and taken off again, also after an error. Raises ValueError for an unknown name and for a
     question that is empty or too long.
     """
+    [question] = listed([question], "question")
     question = " ".join(question.split())
     if not question or len(question) > LONGEST:
         raise ValueError(f"a question has 1 to {LONGEST} characters, this one {len(question)}")

@@ -124,7 +124,9 @@ def value(coefficients: Sequence[int | Fraction], batch: int, length: int) -> in
 @lru_cache(maxsize=1)
 def _traces() -> dict:
     """What `experiments.trace_memory` found, by model and method."""
-    return json.loads(data_path("results", "memory_traces.json").read_text())["models"]
+    return json.loads(data_path("results", "memory_traces.json").read_text(encoding="utf-8"))[
+        "models"
+    ]
 
 
 @lru_cache(maxsize=256)

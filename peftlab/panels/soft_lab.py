@@ -52,7 +52,7 @@ SOFT_METRICS = {  # column of the file, how the seeds become a colour, what coun
 @lru_cache(maxsize=1)
 def _soft_runs() -> pd.DataFrame:
     """The lab's runs: mean, min and max over the seeds for each label and learning rate."""
-    lab = json.loads(data_path("results", "soft_lab.json").read_text())
+    lab = json.loads(data_path("results", "soft_lab.json").read_text(encoding="utf-8"))
     runs = pd.DataFrame(lab["runs"])
     groups = runs.groupby(["label", "lr"])[["exact", "loss_last"]]
     return groups.agg(["mean", "min", "max", "count"]).round(6)  # alike on every processor

@@ -211,7 +211,7 @@ def check_block_size(block_size: int, n: int = 0, where: str = "the tensor") -> 
     if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
         raise ValueError(f"block_size={block_size!r}: a whole number of at least 1 is needed")
     if n % block_size:
-        near = max(d for d in range(1, block_size + 1) if n % d == 0)
+        near = next(d for d in range(min(block_size, n), 0, -1) if n % d == 0)
         raise ValueError(
             f"block_size={block_size} does not divide the {n:,} weights of {where}: "
             f"allowed is a divisor of {n:,}, such as {near}"

@@ -13,9 +13,11 @@ from __future__ import annotations
 import importlib
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from peftlab.bases.data import data_path
+from peftlab.bases.files import built, check_fetched
 
 if TYPE_CHECKING:
     import torch
@@ -59,6 +61,12 @@ class Task:
         """The task with its examples from `data/tasks/`."""
         folder = data_path("tasks", cls.name)
         return cls(**{split: read(folder / f"{split}.jsonl", cls.example) for split in SPLITS})
+
+    def split(self, name: str) -> list[Example]:
+        """The examples of train, dev or test. Raises ValueError if there is none."""
+        if not (examples := getattr(self, name)):
+            raise ValueError(f"the task {self.name} has no examples in {name}")
+        return examples
 
     def batch_for(self, model: LanguageModel, examples: list[Example]) -> dict[str, torch.Tensor]:
         """`batch` as this model takes it, on its device."""
@@ -152,10 +160,18 @@ class Task:
         examples: list[Example] | None = None,
         batch_size: int = 64,
     ) -> dict[str, float]:
-        """Metrics between 0 and 1 on `examples`, on the test split if none are given."""
+        """Metrics between 0 and 1 on `examples`, on the test split if none are given.
+
+        Raises ValueError if there is no example, or anything else among them.
+        """
         import torch
 
         examples = self.test if examples is None else examples
+        for name in (name for name in SPLITS if examples is getattr(self, name)):
+            self.split(name)
+        several = isinstance(examples, list | tuple) and len(examples) > 0
+        if not several or not all(isinstance(each, Example) for each in examples):
+            raise ValueError(f"examples={examples!r:.60}: a list of examples is needed, not empty")
         outputs = []
         for start in range(0, len(examples), batch_size):
             with torch.no_grad():
@@ -196,6 +212,27 @@ def load(name: str, **options) -> Task:
 SPLITS = ("train", "dev", "test")
 
 
-def read(path, kind: type[Example] = Example) -> list[Example]:
-    """The examples in a file with one JSON object a line."""
-    return [kind(**json.loads(line)) for line in path.read_text().splitlines()]
+def read(path: Path, kind: type[Example] = Example) -> list[Example]:
+    """The examples in a file with one JSON object a line.
+
+    Raises ValueError, with file and line, for a line that is none or lacks a field of an example,
+    or has one too many or one of another type; also for a file without examples.
+    """
+    found = []
+    for number, line in enumerate(text_of(path).split("\n"), start=1):
+        try:
+            found += [built(kind, json.loads(line))] if line.strip() else []
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"{path}: line {number}: {error}") from error
+    if not found:
+        raise ValueError(f"{path}: no examples")
+    return found
+
+
+def text_of(path: Path) -> str:
+    """The text of a file in UTF-8, without its byte order mark. Raises ValueError for another."""
+    check_fetched(path)
+    try:
+        return path.read_bytes().decode("utf-8-sig")  # as it is: only \n ends a line
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error

@@ -60,7 +60,7 @@ def _from_folder(source: Source, folder: Path) -> dict[str, list[dict]]:
                 continue
             raise FileNotFoundError(f"{folder} has no {file}, which is the {split} split")
         try:
-            found[split] = source.parse(path.read_text(encoding="utf-8"))
+            found[split] = source.parse(path.read_bytes().decode("utf-8-sig"))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         if not found[split]:
@@ -89,7 +89,10 @@ def _from_hub(source: Source, missing: str) -> dict[str, list[dict]]:
         told = f"{type(cause).__name__}: {cause}".splitlines()[0]
         raise FileNotFoundError(missing.format(told)) from cause
     print(f"{source.name}: {source.hub}, in this machine's cache of data sets", flush=True)
-    return {split: [source.convert(row) for row in loaded[split]] for split in source.files}
+    try:
+        return {split: [source.convert(row) for row in loaded[split]] for split in source.files}
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{source.hub} has other rows than are read here: {error!r}") from error
 
 
 @contextlib.contextmanager
@@ -127,7 +130,12 @@ def some(values: list, number: int | None, seed: int, what: str) -> list:
 
 
 def split_off(values: list, number: int) -> tuple[list, list]:
-    """The values without `number` of them, and those: always the same ones."""
+    """The values without `number` of them, and those: always the same ones.
+
+    Raises ValueError unless some are left.
+    """
+    if number >= len(values):
+        raise ValueError(f"{len(values)} examples are too few to take a dev split out of them")
     chosen = set(random.Random(0).sample(range(len(values)), number))
     kept = [value for i, value in enumerate(values) if i not in chosen]
     return kept, [values[i] for i in sorted(chosen)]

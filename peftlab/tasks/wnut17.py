@@ -30,8 +30,12 @@ LABELS = ("O", *(f"{part}-{kind}" for kind in KINDS for part in "BI"))  # in the
 def parse(text: str) -> list[dict]:
     """Sentences, with white space between two of them; word, tab, tag on a line."""
     sentences, words = [], []
-    for pieces in [*lines(text, "\t"), []]:
+    for number, pieces in enumerate([*lines(text, "\t"), []], start=1):
         if pieces:
+            if (tag := pieces[1].split(",")[0]) not in LABELS:
+                raise ValueError(
+                    f"line {number}: unknown tag {tag!r}: known are {', '.join(LABELS)}"
+                )
             words.append(pieces)
         elif words:
             sentences.append({"tokens": [w for w, _ in words], "tags": [t for _, t in words]})
@@ -61,8 +65,6 @@ def visible(word: str) -> str:
 
 def example(row: dict) -> Example:
     tags = [tag.split(",")[0] for tag in row["tags"]]
-    if unknown := set(tags) - set(LABELS):
-        raise ValueError(f"unknown tag {min(unknown)!r}: known are {', '.join(LABELS)}")
     return Example(" ".join(map(visible, row["tokens"])), " ".join(tags))
 
 

@@ -13,12 +13,12 @@ from contextlib import contextmanager, suppress
 from itertools import zip_longest
 from pathlib import Path
 
-import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from peftlab.bases import Base, LanguageModel, _quiet
+from peftlab.bases.files import read_json, read_tensors
 from peftlab.methods import NF4, Method
 from peftlab.methods.heads import Head
 from peftlab.sites import Site
@@ -32,8 +32,27 @@ PICKLED = (
     f"{PICKLE} there is a pickle, which can run code when it is read, so it is not read. "
     "Convert it to safetensors: PEFT's save_pretrained writes them"
 )
+ADAPTERHUB = (
+    f"{CONFIG} is AdapterHub's, whose layout is not read. Merge the adapter there (merge_adapter) "
+    "and give the folder of the merged model to peftlab.load"
+)
+INSTEAD = {  # what another program leaves in an adapter's folder, and what to do with it
+    PICKLE: PICKLED,
+    "adapter_model*-of-*.safetensors": (
+        "its weights are in several files: join their tensors in one, with safetensors' load_file "
+        "and save_file"
+    ),
+    "adapters.safetensors": (
+        "adapters.safetensors there is MLX's, whose layout is not read. mlx_lm.fuse merges it into "
+        "a model, and peftlab.load reads the folder of that"
+    ),
+    "pytorch_adapter.bin": ADAPTERHUB,
+    "adapter.safetensors": ADAPTERHUB,
+    "config.json": "a model is there, which peftlab.load reads",
+}
 RECORD = "peftlab.json"  # our record, where CONFIG is PEFT's
 FORMATS = {CONFIG: 1, RECORD: 2}
+ROOM = 10_000_000  # numbers that may be made before each tensor's size is compared
 # Hyper-parameters that decide the meaning of tensors of the same size.
 MEANING = ("name", "placement", "shift_positions", "depth", "r", "init_r", "alpha", "use_rslora")
 MEANING += ("projection_prng_key",)
@@ -132,39 +151,42 @@ def read(folder: str | Path, base: Base) -> tuple[dict, layouts.Fill]:
     """The configuration of a saved adapter, with its methods and head built, and a function that
     returns its tensors once these are attached. Raises ValueError if it is for another base."""
     folder = Path(folder)
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            pickled = name == WEIGHTS and (folder / PICKLE).is_file()
-            problem = PICKLED if pickled else "no adapter was saved there"
-            raise FileNotFoundError(f"no {name} in {str(folder)!r}: {problem}")
+    _check_there(folder)
     name = RECORD if (folder / RECORD).is_file() else CONFIG
     with _damaged(folder, name):
-        config, theirs = _loaded(folder / name), _loaded(folder / CONFIG)
-        tensors = load_file(folder / WEIGHTS)
-        peft_alone = name == CONFIG and "peft_type" in config
+        config, theirs = read_json(folder / name), read_json(folder / CONFIG)
+    if "config" in theirs and not {"peft_type", "format"} & theirs.keys():
+        raise ValueError(f"the adapter in {str(folder)!r}: {ADAPTERHUB}")
+    peft_alone = name == CONFIG and "peft_type" in config
+    with _damaged(folder, name):
         if not peft_alone:
             if config["format"] != FORMATS[name]:
                 raise ValueError(f"format {config['format']}; this peftlab reads {FORMATS[name]}")
             config["methods"] = [Method.from_dict(method) for method in config["methods"]]
-            config["head"] = Head.from_dict(config["head"]) if config["head"] else None
+            head = config["head"]
+            config["head"] = None if head is None else Head.from_dict(head)
             _checked_facts(config)
+    with _damaged(folder, WEIGHTS):
+        tensors = read_tensors(folder / WEIGHTS)
     if peft_alone:  # PEFT stores at most the base's name: `layouts.read` checks each tensor's size
-        with _damaged(folder, CONFIG, (KeyError, TypeError, AttributeError)):
+        with _damaged(folder, CONFIG, fitting=True):
             codes = [Method.from_dict(theirs.pop(layouts.CODES))] if layouts.CODES in theirs else []
             method, fill = layouts.read(base, theirs, tensors)
         return {"methods": [*codes, method], "head": None}, fill
     _check_base(config, base)
+    with _damaged(folder, name):
+        _check_room(config["methods"], config["head"], base, tensors)
     known = config.get("weights", (digest := _digest(folder / WEIGHTS))) == digest
 
     def fill(tuned: LanguageModel) -> dict[str, Tensor]:
-        ours = layouts.Layout.of(tuned).read(theirs, tensors) if name == RECORD else tensors
-        layouts.check_shapes(ours, tuned.trainable | tuned.frozen)
-        if not known:
-            raise ValueError(
-                f"the adapter in {str(folder)!r} is damaged: {WEIGHTS} is not the file that {name} "
-                "describes"
-            )
-        return ours
+        with _damaged(folder, WEIGHTS, fitting=True):
+            ours = tensors
+            if name == RECORD:
+                ours = layouts.Layout.of(tuned).read(theirs, tensors)
+            layouts.check_shapes(ours, tuned.state())
+            if not known:
+                raise ValueError(f"{WEIGHTS} is not the file that {name} describes")
+            return ours
 
     return config, fill
 
@@ -181,23 +203,54 @@ def _checked_facts(config: dict) -> None:
             math.isfinite(number)
 
 
-def _loaded(path: Path) -> dict:
-    """The object in a JSON file. Raises ValueError if it holds something else."""
-    found = json.loads(path.read_text())
-    if not isinstance(found, dict):
-        raise ValueError(f"{path.name} holds no object")
-    return found
+def _check_there(folder: Path) -> None:
+    """Raise FileNotFoundError unless the two files are there, saying what is there instead."""
+    if folder.is_file():
+        raise FileNotFoundError(f"{str(folder)!r} is a file: give the folder that it is in")
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            missing = f"no {name} in {str(folder)!r}"
+            for pattern, told in INSTEAD.items():
+                if any(folder.glob(pattern)):
+                    raise FileNotFoundError(f"{missing}: {told}")
+            inside = sorted(str(path.parent) for path in folder.glob(f"*/{CONFIG}"))
+            told = (
+                f"give {' or '.join(map(repr, inside))}" if inside else "no adapter was saved there"
+            )
+            raise FileNotFoundError(f"{missing}: {told}")
+
+
+def _check_room(methods: list[Method], head: Head | None, base: Base, tensors: dict) -> None:
+    """Raise ValueError for methods that are far larger than the file, before they are made."""
+    shape, declared = base.anatomy.shape, 0
+    if head is not None:
+        declared, shape = head.parameters(shape.d_model), shape.without_head()
+    for method in methods:
+        if method.folded() != method:
+            raise ValueError(f"{method} is stored as {method.folded()}")
+        declared += max(method.parameters(shape), method.stored(shape))
+        shape = method.smaller(shape) if hasattr(method, "smaller") else shape
+    held = sum(tensor.numel() for tensor in tensors.values())
+    if declared > held + ROOM:
+        raise ValueError(f"the methods have {declared:,} numbers, and {WEIGHTS} has {held:,}")
 
 
 @contextmanager
-def _damaged(folder: Path, name: str, errors: tuple = ()):
-    """Inside, every problem with the files raises the same kind of error."""
-    errors = errors or (ValueError, KeyError, TypeError, safetensors.SafetensorError)
+def _damaged(folder: Path, name: str, fitting: bool = False):
+    """Inside, every problem with a file is a ValueError that names it.
+
+    `fitting`: a ValueError says that the adapter does not fit, not that the file is damaged.
+    """
+    where = f"the adapter in {str(folder)!r}"
     try:
         yield
-    except errors as error:
+    except OSError:
+        raise
+    except Exception as error:
+        if fitting and isinstance(error, ValueError):
+            raise ValueError(f"{where}: {error}") from error
         problem = f"{name} has no {error}" if isinstance(error, KeyError) else error
-        raise ValueError(f"the adapter in {str(folder)!r} is damaged: {problem}") from error
+        raise ValueError(f"{where} ({name}) is damaged: {problem}") from error
 
 
 def _check_base(config: dict, base: Base) -> None:

@@ -11,6 +11,7 @@ import copy
 import functools
 import json
 import pickle
+import re
 import warnings
 
 import peft
@@ -54,6 +55,7 @@ from peftlab import (
 )
 from peftlab.bases import CLASSES, Base
 from peftlab.tuned.interop import from_peft, to_peft
+from peftlab.tuned.layouts.patterns import matches
 from peftlab.tuned.layouts.write import shortest
 
 from .test_peft_differs import distilbert
@@ -451,12 +453,13 @@ def test_merged_or_not_the_files_are_the_same(method, tmp_path):
         assert (first / name).read_bytes() == (second / name).read_bytes()
 
 
-def test_an_adapter_that_diverged_comes_back_as_it_is(tmp_path):
-    tuned = trained("gpt2", LoRA(r=2))
-    with torch.no_grad():
-        tuned.deltas["layers.0.q"].B.fill_(torch.nan)
-    folder, base = to_peft(tuned, tmp_path), tuned.detach()
-    assert from_peft(base, folder).deltas["layers.0.q"].B.isnan().all()
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_an_adapter_that_diverged_is_not_put_on(value, tmp_path):
+    """Nor without our record; the tensor is named."""
+    made_by_peft("llama", "lora", tmp_path)
+    first = sorted(load_file(tmp_path / WEIGHTS))[0]
+    change(tmp_path, WEIGHTS, lambda tensors: tensors[first].view(-1)[:1].fill_(value))
+    refused(tiny("llama"), tmp_path, f"is damaged: {WEIGHTS} has numbers that are not .*{first}")
 
 
 def test_the_shortest_ends_of_names():
@@ -617,6 +620,118 @@ def test_tampered_tensors(theirs):
 
 
 @pytest.mark.parametrize(
+    "edit",
+    [
+        {"merge_weights": True, "enable_lora": None},
+        {"ensure_weight_tying": True},
+        {"lora_dtype": "float32", "lorap_lr_ratio": 16.0},
+        {"bias": None},
+        {"loftq_config": {"loftq_bits": 4}, "corda_config": {}, "megatron_config": None},
+        {"layers_pattern": "([a-z0-9._]+)+!", "exclude_modules": "(a|a)*!"},
+        {"rank_pattern": {"([a-z0-9._]+)+!": 9, "(.*a){30}!": 9, "(.?){60}!": 9}},
+        {"alpha_pattern": {"((((.{1,60}){1,60}){1,60}){1,60}){1,60}!": 9, "(.|..){1000000}!": 9}},
+    ],
+)
+def test_keys_that_change_nothing(edit, tmp_path):
+    made_by_peft("llama", "lora", tmp_path)
+    base, ids = tiny("llama"), token_ids(2, 7)
+    wanted = ours_of(from_peft(base, tmp_path), ids)
+    base.detach()
+    change(tmp_path, CONFIG, lambda config: config.update(edit))
+    assert torch.equal(ours_of(from_peft(base, tmp_path), ids), wanted)
+
+
+def test_a_byte_order_mark(theirs):
+    path = theirs / CONFIG
+    path.write_text("\ufeff" + path.read_text(encoding="utf-8"), encoding="utf-8")
+    from_peft(tiny("llama"), theirs).detach()
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int32, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn]
+)
+def test_factors_that_are_no_floats(theirs, dtype):
+    first = sorted(load_file(theirs / WEIGHTS))[0]
+    change(theirs, WEIGHTS, lambda t: t.update({first: torch.ones(t[first].shape).to(dtype)}))
+    refused(tiny("llama"), theirs, f"{first} holds {dtype}; torch.float32 is needed")
+
+
+def test_what_other_programs_leave_in_a_folder(tmp_path):
+    """It is told what it is, and what to do with it."""
+    base, folder = tiny("llama"), tmp_path / "adapter"
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    for edit, words, error in (
+        (lambda: (folder / WEIGHTS).rename(folder / "adapters.safetensors"), "MLX's", OSError),
+        (
+            lambda: (folder / WEIGHTS).rename(folder / "adapter_model-00001-of-00002.safetensors"),
+            "in several files: join",
+            OSError,
+        ),
+        (lambda: (folder / WEIGHTS).rename(folder / "pytorch_adapter.bin"), "AdapterHub", OSError),
+        (lambda: (folder / WEIGHTS).write_text(pointer), "LFS pointer: run git lfs", ValueError),
+        (
+            lambda: (folder / CONFIG).write_text('{"config": {"architecture": "lora"}}'),
+            "AdapterHub's",
+            ValueError,
+        ),
+        (
+            lambda: (tmp_path / "x").mkdir() or folder.rename(tmp_path / "x" / "sft"),
+            r"give '.*x.sft'",
+            OSError,
+        ),
+    ):
+        made_by_peft("llama", "lora", folder)
+        edit()
+        where = tmp_path / "x" if not folder.exists() else folder
+        with pytest.raises(FileNotFoundError if error is OSError else error, match=words):
+            attach(base, where)
+        for path in folder.glob("*"):
+            path.unlink()
+    with pytest.raises(FileNotFoundError, match="is a file: give the folder"):
+        attach(base, tmp_path / "x" / "sft" / WEIGHTS)
+    with pytest.raises(FileNotFoundError, match=r"an adapter is there: load .*attach\(base, "):
+        peftlab.load(tmp_path / "x" / "sft")
+
+
+@pytest.mark.parametrize(
+    "pattern, text, found",
+    [
+        ("q_proj", "layers.0.q_proj", True),
+        ("q_proj", "layers.0.xq_proj", False),
+        ("^layers.0", "layers.0", True),
+        ("^q_proj", "layers.0.q_proj", False),
+        (r".*\.0\..*", "layers.0.q_proj", True),
+        (r"layers\.(0|1|12)\..*(q|v)_proj$", "model.layers.12.attn.v_proj", True),
+        (r"layers\.(?:[0-9]|1[0-5])\.\w+", "layers.16.q", False),
+        (r"layers\.\d{1,2}\.[^k]+", "layers.31.q", True),
+        (r"(a+)+b?", "a" * 60, True),
+    ],
+)
+def test_patterns_match_as_in_peft(pattern, text, found):
+    assert matches(pattern, text) == found
+    assert (re.match(rf"(.*\.)?({pattern})$", text) is not None) == found
+
+
+@pytest.mark.parametrize(
+    "method", [PrefixTuning(3, **SHIFTED), PrefixTuning(3), PTuningV2(3, **SHIFTED)]
+)
+def test_a_prefix_under_a_sliding_window(method, tmp_path):
+    """Ours is read from everywhere and PEFT's leaves the window: neither is taken for the other."""
+    made_by_peft("llama", "prefix", tmp_path)
+    tuned = trained("llama", method)
+    tuned.model.config.sliding_window = 4
+    tuned.model.config.layer_types = ["full_attention", "sliding_attention"]
+    with pytest.raises(ValueError, match="leaves the window of sliding layers"):
+        to_peft(tuned, tmp_path / "out")
+    ids, folder = token_ids(2, 7), tuned.save(tmp_path / "saved")
+    wanted, base = ours_of(tuned, ids), tuned.detach()
+    assert not (folder / RECORD).exists()
+    assert torch.equal(ours_of(attach(base, folder), ids), wanted)
+    base.detach()
+    refused(base, tmp_path, "leaves the window of sliding layers")
+
+
+@pytest.mark.parametrize(
     "edit, words",
     [
         ({"peft_type": "LOHA"}, "peft_type 'LOHA' is not read: known are LORA, ADALORA, VERA"),
@@ -624,6 +739,14 @@ def test_tampered_tensors(theirs):
         ({"bias": "all"}, "bias='all': biases trained beside"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save=.'lm_head'.: a head"),
         ({"init_lora_weights": "pissa"}, "'pissa' starts by changing the base.*conversion"),
+        (
+            {"init_lora_weights": "loftq"},
+            "'loftq' starts by .* call merge_and_unload.*peftlab.load",
+        ),
+        ({"enable_lora": [True, False]}, "enable_lora=.* of LORA: no method here does that"),
+        ({"rank_pattern": {"(" * 300: 4}}, "rank_pattern has .*missing"),
+        ({"rank_pattern": {"a" * 999: 4}}, "a pattern of 999 characters: at most 400"),
+        ({"rank_pattern": {r"(\w)\1*": 4}}, "groupref in a pattern is not read"),
         ({"alora_invocation_tokens": [3]}, "alora_invocation_tokens=.3. of LORA: no method here"),
         ({"tomorrow": True}, "tomorrow=True of LORA: no method here does that"),
         ({"r": 2}, r"lora_A.weight is \(3, \d+\); \(2, \d+\) is needed"),

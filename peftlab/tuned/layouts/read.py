@@ -12,7 +12,6 @@ Every size is checked against the base before anything is attached.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -32,6 +31,7 @@ from peftlab.methods import (
     PTuning,
     VeRA,
 )
+from peftlab.tuned.layouts.patterns import matches
 from peftlab.tuned.layouts.write import (
     ADALORA_EPSILON,
     WHERE,
@@ -47,9 +47,12 @@ ASIDE = (
     "peft_type task_type base_model_name_or_path inference_mode auto_mapping peft_version revision "
     "target_modules exclude_modules layers_to_transform layers_pattern fan_in_fan_out "
     "feedforward_modules init_ia3_weights init_weights megatron_core qalora_group_size eva_config "
-    "runtime_config"
+    "runtime_config merge_weights ensure_weight_tying megatron_config velora_config corda_config "
+    "lora_ga_config loftq_config"
 ).split()
+ASIDE += "lora_dtype lorap_lr_ratio lorap_emb_lr loraplus_lr_ratio".split()  # trainers' own notes
 STARTS = (None, True, False, "gaussian", "eva", "orthogonal")  # they keep the base's weights
+CONVERTED = ("pissa", "corda", "olora", "lora_ga")  # starts that PEFT can convert
 
 
 @dataclass
@@ -90,12 +93,20 @@ def read(base: Base, config: dict, tensors: dict[str, Tensor]) -> tuple[Method, 
             f"modules_to_save={config['modules_to_save']!r}: a head or another whole module that "
             "was trained beside the adapter is not read"
         )
-    if config.get("bias", "none") != "none":
+    if config.get("bias") not in (None, "none"):
         raise ValueError(f"bias={config['bias']!r}: biases trained beside the adapter are not read")
     if (start := config.get("init_lora_weights")) not in STARTS:
+        advice = (
+            "load it in PEFT on its base, call merge_and_unload(), save that model with its "
+            "tokenizer and give its folder to peftlab.load"
+        )
+        if str(start).startswith(CONVERTED):
+            advice = (
+                "save it with PEFT's path_initial_model_for_weight_conversion, which makes it a "
+                "LoRA for the base"
+            )
         raise ValueError(
-            f"init_lora_weights={start!r} starts by changing the base's weights: save it with "
-            "PEFT's path_initial_model_for_weight_conversion, which makes it a LoRA for the base"
+            f"init_lora_weights={start!r} starts by changing the base's weights: {advice}"
         )
     known = {*ASIDE, *options.split(), "modules_to_save", "bias", "init_lora_weights"}
     for key, value in config.items():
@@ -122,12 +133,13 @@ def _value(config: dict, key: str, kind: type, found=None):
 
 def _pattern(config: dict, patterns: str, key: str, kind: type, module: str):
     """The value of the first pattern that matches this module, or the value for all modules."""
-    for end, value in (config.get(patterns) or {}).items():
+    for pattern, value in (config.get(patterns) or {}).items():
         try:
-            if re.match(rf"(.*\.)?({end})$", module):
-                return _value(config, patterns, kind, value)
-        except re.error as error:
-            raise ValueError(f"{patterns} has {end!r}: {error}") from None
+            found = matches(pattern, module)
+        except ValueError as error:
+            raise ValueError(f"{patterns} has {pattern!r:.60}: {error}") from None
+        if found:
+            return _value(config, patterns, kind, value)
     return _value(config, key, kind)
 
 

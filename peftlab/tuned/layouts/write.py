@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from peftlab.attention import cache_name
 from peftlab.bases import LanguageModel, Linear
+from peftlab.bases.files import FLOATS
 from peftlab.methods import (
     IA3,
     NF4,
@@ -71,18 +72,22 @@ class Unknown(ValueError):
     """PEFT has no layout for this."""
 
 
-def check_size(name: str, tensor: Tensor, size: tuple[int, ...]) -> None:
-    """Raise ValueError unless the tensor has this size."""
+def check_size(
+    name: str, tensor: Tensor, size: tuple[int, ...], dtype: torch.dtype = torch.float32
+) -> None:
+    """Raise ValueError unless the tensor has this size and type; any float stands for another."""
     if tuple(tensor.shape) != tuple(size):
         raise ValueError(f"{name} is {tuple(tensor.shape)}; {tuple(size)} is needed")
+    if tensor.dtype != dtype and not {tensor.dtype, dtype} <= set(FLOATS):
+        raise ValueError(f"{name} holds {tensor.dtype}; {dtype} is needed")
 
 
 def check_shapes(tensors: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    """Raise ValueError unless these are the wanted tensors, by name and size."""
+    """Raise ValueError unless these are the wanted tensors, by name, size and kind of number."""
     if missing := wanted.keys() ^ tensors.keys():
         raise ValueError(f"the adapter's tensors do not match: {sorted(missing)[0]}")
     for name, tensor in tensors.items():
-        check_size(name, tensor, wanted[name].shape)
+        check_size(name, tensor, wanted[name].shape, wanted[name].dtype)
 
 
 @dataclass
@@ -167,7 +172,7 @@ class Layout:
             theirs, found = tensors[part.key], part.read(tensors[part.key])
             # Another machine may sum a norm of W in another order; a zero stays a zero.
             again = part.write(found).to(theirs.dtype)
-            if not torch.allclose(again, theirs, rtol=1e-5, atol=0, equal_nan=True):
+            if not torch.allclose(again, theirs, rtol=1e-5, atol=0):
                 changed.append(part.key)
             state |= found
         if changed:
@@ -418,6 +423,8 @@ def _prompt(tuned: LanguageModel, method: Method, attachment: Attachment) -> Lay
 
 def no_prefix(model: LanguageModel) -> str:
     """The reason why PEFT's prefix differs from ours on this model; "" if it does not."""
+    if "sliding_attention" in (getattr(model.model.config, "layer_types", None) or ()):
+        return "PEFT's prefix leaves the window of sliding layers, and here every token reads it"
     if model.kind == "encoder-decoder":
         return "PEFT's prefix is in the decoder's attention to itself alone, and here in all three"
     if not cache_name(model.anatomy.backbone):
