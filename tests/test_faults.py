@@ -296,6 +296,18 @@ def test_a_place_that_holds_something_else_is_refused(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.parametrize("methods", [LoRA(r=2), PromptTuning(2), FullFineTuning(), IA3()], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_adapter_that_diverged_is_not_saved(methods, value, tmp_path):
+    tuned = attach(tiny("gpt2"), methods)
+    folder = tuned.save(tmp_path / "it")
+    before = (folder / "adapter_model.safetensors").read_bytes()
+    list(tuned.trainable.values())[-1].data.view(-1)[-1] = value
+    with pytest.raises(ValueError, match="has numbers that are not finite: .* not saved"):
+        tuned.save(folder)
+    assert (folder / "adapter_model.safetensors").read_bytes() == before
+
+
 def test_every_bit_of_the_weights_is_checked(tmp_path):
     base = tiny("gpt2")
     with stir(attach(base, LoRA(r=2))) as tuned:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from peftlab.bases import Base, LanguageModel, _quiet
-from peftlab.bases.files import read_json, read_tensors
+from peftlab.bases.files import is_finite, read_json, read_tensors
 from peftlab.methods import NF4, Method
 from peftlab.methods.heads import Head
 from peftlab.sites import Site
@@ -91,7 +91,13 @@ def _record(tuned: LanguageModel, methods: list[Method], file: str) -> dict:
 
 
 def _write(folder: Path, tensors: dict[str, Tensor], described: dict[str, dict]) -> Path:
-    """Write the tensors and the JSON files in place of an earlier adapter."""
+    """Write the tensors and the JSON files in place of an earlier adapter.
+
+    Raises ValueError for a tensor that is not finite, which nothing would read again.
+    """
+    for name, tensor in tensors.items():
+        if not is_finite(tensor):
+            raise ValueError(f"{name} has numbers that are not finite: the adapter is not saved")
     with replaced(folder, (CONFIG, WEIGHTS, PICKLE, RECORD), "an adapter", keep=True) as new:
         save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
         for name, config in described.items():
