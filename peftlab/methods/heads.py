@@ -28,8 +28,7 @@ class Head:
 
     def build(self, d_model: int, generator: torch.Generator) -> nn.Linear:
         """The layer: weights normal with σ = 0.02, biases zero."""
-        with torch.random.fork_rng(devices=[]):  # torch draws numbers of its own first
-            linear = nn.Linear(d_model, self.classes)
+        linear = nn.utils.skip_init(nn.Linear, d_model, self.classes)  # torch draws nothing
         nn.init.normal_(linear.weight, std=0.02, generator=generator)
         nn.init.zeros_(linear.bias)
         return linear
