@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from peftlab.bases import Base
+from peftlab.methods.watch import unwatch
 from peftlab.sites import Site, Source
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class Attachment:
 
     def leave(self) -> None:
         """Leave every site, in reverse order."""
+        unwatch(self.base)
         with ExitStack() as stack:
             for site in self.sites:
                 stack.push(site)

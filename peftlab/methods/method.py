@@ -10,6 +10,7 @@ import torch
 from peftlab.bases import Base, Shape
 from peftlab.methods.attachment import Attachment
 from peftlab.methods.checks import check_choice, require
+from peftlab.methods.watch import watch
 
 METHODS: dict[str, type[Method]] = {}
 
@@ -50,6 +51,7 @@ class Method:
         """Reach the sites and create the parameters. On an error nothing stays attached."""
         attachment = Attachment(self, base, headless)
         try:
+            watch(base)
             self.reach(base, attachment, generator)
         except BaseException:
             attachment.leave()
