@@ -21,6 +21,7 @@ from peftlab.methods.heads import Head
 from peftlab.sites import Site, Source
 from peftlab.sites.quantisation import Quantised
 from peftlab.tuned import kept, layouts, saving
+from peftlab.tuned.module import TunedModule
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,8 @@ class Tuned(LanguageModel):
     def merge(self, requantise: bool = False) -> None:
         """Write every delta into its weight: the same output, without extra work in forward.
 
-        Masks and codes are in the weight already. A delta is merged into codes only with
+        In 16 bits W + ΔW is rounded to the type of W, which moves the output a little. Masks and
+        codes are in the weight already. A delta is merged into codes only with
         `requantise`, because the sum is rounded to codes again and the output changes. Raises
         ValueError if a method has no delta to merge, and RuntimeError after detach().
         """
@@ -246,6 +248,17 @@ class Tuned(LanguageModel):
             self.base.adapted_by = None
             self.train(False)
         return self.base
+
+    def as_module(self) -> TunedModule:
+        """The adapted model and its loss as one `nn.Module`, for other libraries' training loops.
+
+        Its `forward` takes a batch of `batch_loss`, or of transformers' data collators, and returns
+        `.loss` and `.logits`. Of its parameters, those that train are `trainable`; its `state_dict`
+        has the adapter alone. A loop also calls `module.after_step(step, steps)` behind each
+        `optimizer.step()`: `Trainer(module, ..., callbacks=[module.callback])` does. Raises
+        ValueError if nothing can train now, and RuntimeError after detach().
+        """
+        return TunedModule(self)
 
     def after_step(self, step: int, steps: int) -> None:
         """Tell the methods that a training step is done; the gradients are still there."""
