@@ -97,8 +97,7 @@ class Classification(_Labelled):
             weight = mask.to(hidden).unsqueeze(-1)
             pooled = (hidden * weight).sum(dim=1) / weight.sum(dim=1)
         else:
-            first = mask.int().argmax(dim=1)[:, None, None]  # (batch, 1, 1)
-            pooled = hidden.take_along_dim(first, dim=1)[:, 0]
+            pooled = hidden.take_along_dim(mask.int().argmax(dim=1)[:, None, None], dim=1)[:, 0]
         return linear(pooled.to(linear.weight.dtype))
 
 
