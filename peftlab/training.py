@@ -3,7 +3,7 @@
 `train` trains the adapter of an adapted base on a task and returns a `Run`. The loop is plain:
 AdamW, a short warm-up, a cosine to zero, gradients clipped at norm 1. `accelerate` supplies devices
 and precision. After an interrupt, from the keyboard or a stop button, the adapter keeps what it
-has learned so far.
+has learned so far. A loss or a gradient that is not finite ends the run before it reaches a weight.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import chain, repeat
@@ -19,15 +20,21 @@ import pandas as pd
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from peftlab.tasks import Task
+from peftlab.bases.draws import drawing
+from peftlab.tasks import IGNORED, Task
 from peftlab.tuned import Tuned
+from peftlab.tuned.loops import follow
+from peftlab.tuned.module import TunedModule
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+HEAD_RATE = 5e-3
+HIGHEST_RATE = 1e30  # a step of AdamW moves a weight by a few of these: still a float32
 
 
 @dataclass
@@ -36,7 +43,8 @@ class Run:
 
     `history` has one row a step (step, loss in nats per target token, lr, seconds since the
     start), with the metrics at the steps that were evaluated. `seconds` is the training time until
-    the last step. All seconds are without evaluation.
+    the last step. All seconds are without evaluation. `interrupted` says that the run ended early:
+    it was stopped, or `problem` is the sentence that says what was not finite and why.
     """
 
     method: str
@@ -50,6 +58,7 @@ class Run:
     steps: int = 0
     seconds: float = 0.0
     interrupted: bool = False
+    problem: str = ""
     before: dict[str, float] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     records: list[dict] = field(default_factory=list, repr=False)
@@ -76,25 +85,12 @@ def target_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())
 
 
-class _Objective(nn.Module):
-    """The adapted model and its loss as one module, which accelerate prepares."""
-
-    def __init__(self, tuned: Tuned):
-        super().__init__()
-        self.tuned = tuned
-        self.model = tuned.model
-        self.trainable = nn.ParameterList(tuned.trainable.values())
-
-    def forward(self, **batch: Tensor) -> Tensor:
-        return self.tuned.batch_loss(batch)
-
-
 def train(
     tuned: Tuned,
     task: Task,
     steps: int = 200,
     lr: float | None = None,
-    head_lr: float = 5e-3,
+    head_lr: float = HEAD_RATE,
     batch_size: int = 16,
     seed: int = 0,
     eval_every: int = 0,
@@ -111,56 +107,64 @@ def train(
     `lr` defaults to the rate of the first method that trains; a head uses `head_lr`. The dev set
     is scored every `eval_every` steps (0: never); with `evaluate`, the test set is scored before
     and after. `stop`, once set, ends the run before the next step. The same seed on the same
-    machine gives the same result. Raises ValueError for a setting out of range or a batch that
-    does not fit the context.
+    machine gives the same result, and leaves torch's own random numbers alone, in any thread (on a
+    GPU, those that another thread draws there meanwhile change). At the first loss or gradient that
+    is not finite the run ends with a warning, `run.problem`, and the weights of the last step.
+    Raises ValueError for a setting out of range, a split without examples, or a batch that does
+    not fit the context.
     """
     least = {"steps": 1, "batch_size": 1, "eval_every": 0, "warmup": 0}
     for name, value in zip(least, (steps, batch_size, eval_every, warmup), strict=True):
         if value < least[name]:
             raise ValueError(f"{name}={value}: allowed is at least {least[name]}")
-    tuned._check_attached()
-    if tuned.merged:
-        raise ValueError("the deltas are merged: call unmerge() before training")
-    if not tuned.trainable:
-        raise ValueError(f"{tuned.label} has no parameter to train: attach LoRA beside it")
-    if tuned.using is not None:
-        raise ValueError("kept adapters are in use: call use(None) before training")
+    for split, needed in {"train": True, "dev": eval_every, "test": evaluate}.items():
+        if needed and not getattr(task, split):
+            raise ValueError(f"{task.name} has no example in task.{split}, which this run needs")
+    module = tuned.as_module()
     if device is not None:
         move(tuned, device)
     if lr is None:
-        training = [each.method.learning_rate for each in tuned.attachments if each.trainable]
-        lr = training[0] if training else head_lr
+        lr, _ = _default_rate(tuned, head_lr)
     for name, rate in (("lr", lr), ("head_lr", head_lr)):
-        if not 0 < rate < math.inf:
-            raise ValueError(f"{name}={rate}: allowed is a number above 0")
+        if not 0 < rate < HIGHEST_RATE:
+            raise ValueError(f"{name}={rate}: allowed is a number above 0 and below {HIGHEST_RATE}")
     precision, batch_size = precision_for(tuned.device, precision), min(batch_size, len(task.train))
     run = Run(tuned.label, task.name, seed, str(tuned.device), precision, lr, batch_size)
     if tuned.head:
         run.head_lr = head_lr
     if evaluate:
         run.before = task.score(tuned)
-    objective, optimizer, loader, accelerator = _prepare(tuned, task, run)
+    objective, optimizer, loader, accelerator = _prepare(module, task, run)
     batches = chain.from_iterable(repeat(loader))  # epoch after epoch, without end
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: _warm_cosine(step, warmup, steps)
     )
     bar = tqdm(total=steps, disable=not progress, desc=f"{tuned.label} on {task.name}")
     tuned.train(True)
-    start = time.perf_counter()
+    start, skipped = time.perf_counter(), 0
     try:
-        with torch.random.fork_rng(devices=[tuned.device] if tuned.device.type == "cuda" else []):
-            torch.manual_seed(seed)
+        with drawing(seed, tuned.device, dropout=True):
             for step, batch in zip(range(1, steps + 1), batches, strict=False):
                 if stop is not None and stop.is_set():
                     run.interrupted = True
                     break
-                loss = objective(**batch)
+                loss = objective(**batch).loss
                 accelerator.backward(loss)
-                accelerator.clip_grad_norm_(tuned.trainable.values(), 1.0)
+                accelerator.unscale_gradients()
+                gradients = {n: p.grad for n, p in tuned.trainable.items() if p.grad is not None}
+                norm = get_total_norm(gradients.values())
+                record = {"step": step, "loss": accelerator.reduce(loss.detach(), "mean").item()}
+                if bad := _not_finite(record["loss"], norm, gradients, accelerator.scaler):
+                    run.interrupted, run.problem = True, _explained(bad, step, run, tuned, batch)
+                    break
+                clip_grads_with_norm_(tuned.trainable.values(), 1.0, norm)
                 optimizer.step()
-                tuned.after_step(step, steps)
+                if accelerator.optimizer_step_was_skipped:  # fp16 overflowed: the scale is halved
+                    skipped += 1
+                else:
+                    module.after_step(step - skipped, steps - skipped)
                 optimizer.zero_grad(set_to_none=True)
-                record = {"step": step, "loss": loss.item(), "lr": schedule.get_last_lr()[0]}
+                record["lr"] = schedule.get_last_lr()[0]
                 record["seconds"] = run.seconds = time.perf_counter() - start
                 run.steps = step
                 run.records.append(record)
@@ -180,9 +184,50 @@ def train(
         tuned.train(False)
         for parameter in tuned.trainable.values():
             parameter.grad = None
+    if run.problem:
+        warnings.warn(run.problem, RuntimeWarning, stacklevel=2)
     if evaluate:
         run.metrics = task.score(tuned)
     return run
+
+
+def _not_finite(
+    loss: float, norm: Tensor, gradients: dict[str, Tensor], scaler: torch.amp.GradScaler | None
+) -> str:
+    """What is not finite in this step, or "". A scaler skips a step whose gradients overflow."""
+    if not math.isfinite(loss):
+        return f"the loss is {loss}"
+    if math.isfinite(norm.item()) or (scaler is not None and scaler.get_scale() > 1):
+        return ""
+    named = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+    return f"the gradient of {named[0] if named else 'all tensors together'} is not finite"
+
+
+def _explained(bad: str, step: int, run: Run, tuned: Tuned, batch: dict[str, Tensor]) -> str:
+    """The sentence for `Run.problem`: the step, what was not finite, and the likely cause."""
+    labels, causes = batch["labels"], []
+    if (tuned._align(labels, labels)[1] == IGNORED).all():
+        causes.append("every label of the batch is −100, so there is nothing to predict")
+    else:
+        if step > 1:
+            rate, whose = _default_rate(tuned)
+            times = f"{run.lr / rate:.3g} times the default of {whose}, {rate:g}"
+            causes.append(f"lr={run.lr:g} is {times}")
+        if run.precision == "fp16" or tuned.anatomy.embedding.weight.dtype == torch.float16:
+            causes.append("float16 ends at 65,504, which float32 and bfloat16 do not")
+        causes = causes or ["no step was taken yet, so it is in the weights or in the batch"]
+    return (
+        f"training ended at step {step}, where {bad}; the weights of step {step - 1} are kept. "
+        f"The likely cause: {', and '.join(causes)}"
+    )
+
+
+def _default_rate(tuned: Tuned, head_lr: float = HEAD_RATE) -> tuple[float, str]:
+    """The learning rate of the first method that trains, and its title; else that of a head."""
+    for each in tuned.attachments:
+        if each.trainable:
+            return each.method.learning_rate, each.method.title
+    return head_lr, "a head"
 
 
 def move(tuned: Tuned, device: str | torch.device) -> None:
@@ -191,16 +236,12 @@ def move(tuned: Tuned, device: str | torch.device) -> None:
     for module in (*tuned.modules.values(), tuned.linear):
         if module is not None:
             module.to(device)
-    for site in tuned._sites:
-        site.to(device)
-    for kept in tuned.kept.values():
-        kept.update({key: tensor.to(device) for key, tensor in kept.items()})
-    if tuned.using is not None:
-        tuned.use(tuned.using)  # the kept adapters in use move as well
+    follow(tuned)
 
 
-def _prepare(tuned: Tuned, task: Task, run: Run):
-    """Let accelerate prepare the objective, the optimizer and the batches of an epoch."""
+def _prepare(module: TunedModule, task: Task, run: Run):
+    """Let accelerate prepare the module, the optimizer and the batches of an epoch."""
+    tuned = module.tuned
     AcceleratorState._reset_state(reset_partial_state=True)  # clear an earlier device or precision
     on_cpu, mixed = tuned.device.type == "cpu", "no" if run.precision == "fp32" else run.precision
     accelerator = Accelerator(cpu=on_cpu, mixed_precision=mixed)
@@ -215,7 +256,7 @@ def _prepare(tuned: Tuned, task: Task, run: Run):
         generator=torch.Generator().manual_seed(run.seed),
         collate_fn=lambda examples: task.batch_for(tuned, examples),
     )
-    return *accelerator.prepare(_Objective(tuned), optimizer, loader), accelerator
+    return *accelerator.prepare(module, optimizer, loader), accelerator
 
 
 def _groups(tuned: Tuned, run: Run) -> list[dict]:

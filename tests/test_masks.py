@@ -155,3 +155,36 @@ def test_wanda_weighs_each_column():
     np.testing.assert_allclose(scores.wanda(W, norms).numpy(), wanted, rtol=2.0**-23)
     (mask,) = scores.choose([scores.wanda(W, norms)], 0.5, "row")
     assert mask.int().tolist() == [[1, 0, 1, 0], [1, 1, 0, 0]]
+
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [1.0, 3e5, 1e30])
+def test_scores_have_32_bits_whatever_the_weight_has(dtype, size):
+    """Norms that float16 cannot hold: the masks are those of the same weight in float64."""
+    W = torch.from_numpy(scores_like(8, 24, 5) - 0.5).to(dtype)
+    norms = torch.from_numpy(scores_like(1, 24, 6)[0]).double() * size
+    found = scores.wanda(W, norms)
+    assert found.dtype == scores.magnitude(W).dtype == torch.promote_types(dtype, torch.float32)
+    assert found.isfinite().all() and torch.equal(scores.magnitude(W).double(), W.double().abs())
+    wanted = W.double().abs() * norms.float().double()
+    assert torch.equal(scores.lowest_out(found, 0.5), scores.lowest_out(wanted, 0.5))
+
+
+@pytest.mark.parametrize(
+    "shape, sparsity, within, words",
+    [
+        ((2, 6), 0.5, "2:4", "6 inputs are no multiple of four"),
+        ((4, 7), 0.5, "2:4", "7 inputs"),
+        ((8, 1), 0.5, "2:4", "1 inputs"),
+        ((3, 2), 0.5, "2:4", "2 inputs"),
+        ((2, 8), 0.5, "column", "within='column': allowed is row, layer, global, 2:4"),
+        ((2, 8), 1.5, "row", "sparsity=1.5: allowed is 0.0 to 1.0"),
+        ((2, 8), -0.5, "layer", "sparsity=-0.5"),
+    ],
+)
+def test_what_is_no_group_is_refused(shape, sparsity, within, words):
+    with pytest.raises(ValueError, match=words):
+        scores.choose([torch.rand(4, 8), torch.rand(shape)], sparsity, within)

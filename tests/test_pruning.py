@@ -238,6 +238,43 @@ def test_gradual_pruning_follows_its_schedule(method):
     assert found[-1] == round(0.8 * total)
 
 
+def masks_after(tuned, **options):
+    """The masks after each step of a run, all matrices together."""
+    seen = []
+
+    def look(record):
+        seen.append(torch.cat([site.mask.flatten() for site in mask_sites(tuned)]))
+
+    learn(tuned, on_step=look, **options)
+    return seen
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+@pytest.mark.parametrize(
+    "prune, method",
+    [
+        (Prune(0.5, schedule="gradual", every=2), LoRA(r=2)),
+        (Prune(0.3, scope="row", schedule="gradual", every=1, end=1.0), LoRA(r=2)),
+        (Prune(0.6, scope="global", schedule="gradual", every=3), FullFineTuning()),
+        (Prune(0.77, scope="layer", schedule="gradual", every=2), PromptTuning(2)),
+    ],
+    ids=str,
+)
+def test_a_second_run_opens_no_mask_again(prune, method, family, tmp_path):
+    """Nor does one that was stopped, one of a copy, and one of a saved and loaded adapter."""
+    tuned = attach(tiny(family), [prune, method])
+    first = masks_after(tuned, steps=8)
+    stopped = attach(tiny(family), [prune, method])
+    half = masks_after(stopped, steps=3)
+    loaded = attach(tiny(family), tuned.save(tmp_path))
+    for other, before in ((copy.deepcopy(tuned), first), (tuned, first), (stopped, half)):
+        seen = [before[-1], *masks_after(other, steps=8)]
+        assert not any((b & ~a).any() for a, b in zip(seen, seen[1:], strict=False))
+        assert torch.equal(seen[-1], first[-1]) or other is stopped
+    assert (~seen[-1]).sum() >= (~first[-1]).sum()  # what was stopped comes to its end
+    assert all(torch.equal(mask, first[-1]) for mask in masks_after(loaded, steps=4))
+
+
 def test_gradual_pruning_is_done_however_few_the_steps():
     tuned = attach(tiny("gpt2"), [Prune(0.5, schedule="gradual"), LoRA(r=2)])
     learn(tuned, steps=3)

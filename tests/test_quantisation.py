@@ -256,3 +256,47 @@ def test_a_weight_without_a_code_is_refused(bad):
     weight[3, 5] = bad
     with pytest.raises(ValueError, match="infinite or not a number"):
         quantise(weight)
+
+
+# What has no codes ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize(
+    "weight, levels, words",
+    [
+        (torch.ones(64), torch.linspace(-1, 1, 17), "17 levels: allowed are 2 to 16"),
+        (torch.ones(64), torch.linspace(-1, 1, 256), "256 levels"),
+        (torch.ones(64), torch.ones(1), "1 levels"),
+        (torch.ones(64), torch.empty(0), "0 levels"),
+        (torch.ones(64), torch.tensor([-1.0, math.nan, 1.0]), "finite numbers"),
+        (torch.empty(0, 64), None, "is empty"),
+        (torch.empty(0), None, "is empty"),
+        (torch.ones(64, dtype=torch.int32), None, "torch.int32 .* floating-point"),
+        (torch.ones(64, dtype=torch.int8), None, "torch.int8"),
+        (torch.ones(64, dtype=torch.bool), None, "torch.bool"),
+    ],
+)
+def test_what_has_no_codes_is_refused(weight, levels, words, double_quant):
+    with pytest.raises(ValueError, match=words):
+        quantise(weight, double_quant=double_quant, levels=levels)
+
+
+@pytest.mark.parametrize("count", [2, 3, 15, 16])
+def test_as_many_levels_as_four_bits_hold(count):
+    levels = torch.linspace(-1, 1, count)
+    q = quantise(levels.repeat(64), count, double_quant=False, levels=levels)
+    assert torch.equal(q.dequantise(), levels.repeat(64))
+
+
+@pytest.mark.parametrize("size", [3e38, 3.4e38, 1e37, 1e20])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_the_mean_of_the_scales_does_not_overflow(size, mixed):
+    """512 weights near the end of float32, all equal or every other block small."""
+    weight = torch.full((8, 64), size)
+    if mixed:
+        weight[::2] = 1.0
+    q = quantise(weight)
+    assert q.mean.isfinite() and q.dequantise().isfinite().all()
+    # m − mean is read back to half a gap of its 256 levels, as above.
+    assert (q.dequantise() - weight).abs().max() <= size / 64

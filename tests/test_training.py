@@ -7,11 +7,32 @@ import time
 
 import pytest
 import torch
-from models import CASES, DECODERS, FAMILIES, PLAIN, U32, VOCABULARY, adapted, letters, tiny
+from models import (
+    CASES,
+    DECODERS,
+    FAMILIES,
+    PLAIN,
+    U32,
+    VOCABULARY,
+    adapted,
+    letters,
+    surroundings,
+    tiny,
+)
 from torch.nn.functional import cross_entropy
 
-from peftlab import FullFineTuning, LoRA, PromptTuning, attach, train
-from peftlab.training import precision_for
+from peftlab import (
+    AdaLoRA,
+    BitFit,
+    FullFineTuning,
+    LayerNormTuning,
+    LoRA,
+    PromptTuning,
+    Prune,
+    attach,
+    train,
+)
+from peftlab.training import _not_finite, precision_for
 
 ON_LETTERS = pytest.mark.parametrize("family, case", [p for p in PLAIN if not CASES[p[1]].head])
 
@@ -347,3 +368,166 @@ def test_the_clock_stops_while_the_dev_set_is_scored():
     record = run(attach(tiny("gpt2"), LoRA()), task, eval_every=1)
     assert len(waited) == 4
     assert record.seconds <= time.perf_counter() - start - sum(waited)
+
+
+# Not a number --------------------------------------------------------------------------------
+
+
+def unlabelled(at):
+    """A task of which the at-th batch has no label."""
+    task, count = letters(), itertools.count()
+    whole = task.batch
+
+    def batch(*args, **kwargs):
+        made = whole(*args, **kwargs)
+        if next(count) == at:
+            made["labels"].fill_(-100)
+        return made
+
+    task.batch = batch
+    return task
+
+
+def spoiled(tuned, name, value):
+    """The gradient of this tensor is no number from the third step on, though the loss is one."""
+    seen = itertools.count()
+    tuned.trainable[name].register_hook(lambda g: g if next(seen) < 2 else g * value)
+    return tuned
+
+
+METHODS = [LoRA(r=2), PromptTuning(3), FullFineTuning(), AdaLoRA(init_r=3, target_r=2)]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+def test_a_loss_that_is_no_number_ends_the_run_before_a_weight(method, family):
+    """A rate far too high, and a batch without a label; the sentence names step and cause."""
+    times = r"lr=1e\+20 is .* times the default"
+    for task, lr, words in ((None, 1e20, times), (unlabelled(3), None, "every label .* −100")):
+        base = tiny(family)
+        before, tuned = base.fingerprint(), attach(base, method)
+        with pytest.warns(RuntimeWarning, match=words) as said:
+            record = run(tuned, task, steps=30, lr=lr)
+        assert record.interrupted and record.problem == str(said[0].message)
+        assert f"ended at step {record.steps + 1}, " in record.problem
+        assert len(record.history) == record.steps < 30
+        assert all(math.isfinite(row["loss"]) for row in record.records)
+        assert all(p.isfinite().all() and p.grad is None for p in tuned.trainable.values())
+        assert not tuned.model.training
+        tuned.detach()
+        assert base.fingerprint() == before
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize(
+    "method, name",
+    [
+        (LoRA(r=2), "lora.layers.1.q.B"),
+        (FullFineTuning(), "transformer.h.1.mlp.c_fc.bias"),
+        (PromptTuning(3), "prompt_tuning.prompt"),
+    ],
+)
+def test_a_gradient_that_is_no_number_is_named(method, name, value):
+    tuned = attach(tiny("gpt2"), method)
+    (name,) = [key for key in tuned.trainable if key.endswith(name)]
+    kept = attach(tiny("gpt2"), method)
+    run(kept, steps=2, batch_size=11, warmup=0, lr=1e-3)
+    with pytest.warns(RuntimeWarning, match=f"step 3, where the gradient of {name} is not finite"):
+        record = run(spoiled(tuned, name, value), steps=6, batch_size=11, warmup=0, lr=1e-3)
+    assert record.steps == 2 and "weights of step 2 are kept" in record.problem
+    assert all(p.isfinite().all() for p in tuned.trainable.values())
+
+
+def test_before_the_first_step_the_rate_is_not_blamed():
+    with pytest.warns(RuntimeWarning, match="no step was taken yet") as said:
+        record = run(spoiled_base(tiny("gpt2")))
+    assert record.steps == 0 and "lr=" not in str(said[0].message)
+
+
+def spoiled_base(base):
+    base.model.transformer.ln_f.bias.data[3] = math.nan
+    return attach(base, LoRA(r=2))
+
+
+@pytest.mark.parametrize("grow", [1.0, 1 / 2**20])
+def test_a_scaler_that_skips_a_step_does_not_end_the_run(grow):
+    """fp16 overflows in its first steps, the scale is halved; unless no scale is left."""
+    loss, norm = 1.5, torch.tensor(math.inf)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16 * grow)
+    scaler.scale(torch.ones(1))
+    gradients = {"a": torch.ones(2), "b": torch.tensor([1.0, math.inf])}
+    said = _not_finite(loss, norm, gradients, scaler)
+    assert said == ("" if grow == 1 else "the gradient of b is not finite")
+    assert _not_finite(math.nan, norm, gradients, scaler) == "the loss is nan"
+    assert _not_finite(loss, torch.tensor(2.0), gradients, None) == ""
+    together = {"a": torch.full((2,), 3e38)}
+    assert "all tensors together" in _not_finite(loss, norm, together, None)
+
+
+@pytest.mark.parametrize(
+    "method", [FullFineTuning(), BitFit(), LayerNormTuning()], ids=lambda m: m.name
+)
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+def test_float16_is_not_trained_in_place(method, family):
+    base = tiny(family, torch.float16)
+    before = surroundings(base)
+    for methods in (
+        [method],
+        [LoRA(r=2), method] if not isinstance(method, FullFineTuning) else [],
+    ):
+        with pytest.raises(ValueError, match="float16.* load the base in float32 or bfloat16"):
+            attach(base, methods or [Prune(0.5), method])
+        assert surroundings(base) == before
+    tuned = attach(tiny(family, torch.bfloat16), method)
+    run(tuned)
+    assert all(p.isfinite().all() for p in tuned.trainable.values())
+
+
+@pytest.mark.parametrize("split, options", [("train", {}), ("dev", {"eval_every": 1})])
+def test_a_split_that_is_needed_and_empty_is_named(split, options):
+    for name, more in ((split, options), ("test", {"evaluate": True})):
+        task = letters()
+        setattr(task, name, [])
+        with pytest.raises(ValueError, match=f"letters has no example in task.{name}"):
+            run(attach(tiny("gpt2"), LoRA()), task, **more)
+    if split == "dev":
+        run(attach(tiny("gpt2"), LoRA()), task, steps=1)  # not needed, not asked for
+
+
+# Random numbers in threads -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family, case", [("gpt2", "lora dropout"), ("bert", "p lama")])
+def test_in_another_thread_it_draws_the_same_and_touches_nobodys_numbers(case, family):
+    """The main thread draws while another attaches and trains: each as if it were alone."""
+    wanted, history = trained(case, family)
+    torch.manual_seed(5)
+    alone = [torch.rand(3) for _ in range(200)]
+    torch.manual_seed(5)
+    found, drawn = [], []
+    thread = threading.Thread(target=lambda: found.append(trained(case, family)))
+    thread.start()
+    while thread.is_alive() and len(drawn) < 200:
+        drawn.append(torch.rand(3))
+        time.sleep(0.005)
+    thread.join()
+    drawn += [torch.rand(3) for _ in range(200 - len(drawn))]
+    assert all(torch.equal(a, b) for a, b in zip(alone, drawn, strict=True))
+    ((state, again),) = found
+    assert same(wanted, state) and again["loss"].tolist() == history["loss"].tolist()
+
+
+def test_two_threads_train_as_one():
+    """Each draws its own dropout, whatever the other does."""
+    wanted = {seed: trained("lora dropout", "gpt2", seed)[0] for seed in (0, 1)}
+    found = {}
+
+    def work(seed):
+        found[seed] = trained("lora dropout", "gpt2", seed)[0]
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(same(wanted[seed], found[seed]) for seed in (0, 1))

@@ -122,14 +122,21 @@ class LanguageModel:
         both belong to the head.
         """
         given = {key: tensor for key, tensor in batch.items() if key != "labels"}
-        logits, labels = self(**given), batch["labels"]
+        return self._align(self(**given), batch["labels"])
+
+    def _align(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         if self.kind == "decoder" and self.head is None:
             return logits[:, :-1], labels[:, 1:]
         return logits, labels
 
     def batch_loss(self, batch: dict[str, Tensor]) -> Tensor:
         """Mean cross entropy over the labels that are not −100, in nats."""
-        logits, labels = self.aligned(batch)
+        given = {key: tensor for key, tensor in batch.items() if key != "labels"}
+        return self.label_loss(self(**given), batch["labels"])
+
+    def label_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """`batch_loss` of logits that are there already."""
+        logits, labels = self._align(logits, labels)
         if self.head is not None:
             return self.head.loss(logits, labels)
         return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())

@@ -24,7 +24,7 @@ class TripletDelta(nn.Module):
         self.L = nn.Parameter(torch.zeros(r))  # λ
         self.Q = nn.Parameter(torch.empty(r, d_in))
         self.scale, self.dropout = alpha / r, nn.Dropout(dropout)
-        self.register_buffer("importance", torch.zeros(r), persistent=False)
+        self.register_buffer("importance", torch.full((r,), torch.nan), persistent=False)
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator | None = None) -> None:
@@ -59,8 +59,8 @@ class AdaLoRA(DeltaMethod):
         I_i ← β I_i + (1 − β) |λ_i ∂loss/∂λ_i|
 
     The b triplets with the highest I, among all weights, stay; the λ of the others become 0.
-    `budget` gives b: for N weights it falls from N·init_r to N·target_r, between the shares
-    `start` and `end` of the run. A λ of 0 still has a gradient, and may grow again before `end`.
+    `budget` gives b: for N weights it falls from N·init_r to N·target_r, between the shares `start`
+    and `end` of the run. A λ of 0 may grow again before `end`, but not in a later run.
 
     Zhang et al. 2023, arXiv:2303.10512, equations 3, 5 and 12; β is β₁ there. Left out: the penalty
     that keeps P and Q orthonormal, the scores of their entries, uncertainty (equations 8 to 11).
@@ -97,22 +97,23 @@ class AdaLoRA(DeltaMethod):
 
     def budget(self, done: float, weights: int) -> int:
         """How many triplets may stay: weights · (target_r + (init_r − target_r) (1 − u)³)."""
-        if done < self.start:
-            return weights * self.init_r
-        u = 1.0 if done >= self.end else (done - self.start) / (self.end - self.start)
-        extra = (self.init_r - self.target_r) * (1 - u) ** 3
+        u = 1.0 if done >= self.end else (done - self.start) / (self.end - self.start or 1.0)
+        extra = (self.init_r - self.target_r) * (1 - max(u, 0.0)) ** 3
         return round(weights * (self.target_r + extra))
 
     @torch.no_grad()
     def after_step(self, attachment, step, steps):
         deltas, done = [site.delta for site in attachment.sites], step / steps
+        if begins := step == 1 or bool(deltas[0].importance.isnan().any()):
+            on = torch.stack([delta.P.grad.any(dim=0) for delta in deltas])  # none where λ was 0
+            for delta, closed in zip(deltas, ~on & on.any(), strict=True):
+                delta.importance.zero_().masked_fill_(closed, -1)  # below every score
         for delta in deltas:
-            if step == 1:
-                delta.importance.zero_()
-            if done < self.end or step == 1:  # later the choice is fixed
-                delta.importance.lerp_((delta.L * delta.L.grad).abs(), 1 - self.beta1)
+            if done < self.end or begins:  # later the choice is fixed
+                score = delta.importance.lerp((delta.L * delta.L.grad).abs(), 1 - self.beta1)
+                delta.importance.copy_(score.where(delta.importance >= 0, -1))
         scores = torch.cat([delta.importance for delta in deltas])
-        best = scores.topk(self.budget(done, len(deltas))).indices
-        stay = torch.zeros_like(scores).index_fill(0, best, 1.0)
-        for delta, kept in zip(deltas, stay.split(self.init_r), strict=True):
-            delta.L.mul_(kept)
+        stay = min(self.budget(done, len(deltas)), int((scores >= 0).sum()))
+        kept = torch.zeros_like(scores).index_fill(0, scores.topk(stay).indices, 1.0)
+        for delta, factors in zip(deltas, kept.split(self.init_r), strict=True):
+            delta.L.mul_(factors)

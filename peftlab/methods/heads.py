@@ -1,8 +1,4 @@
-"""Heads: small trained layers on the last hidden states, in place of the language model's own.
-
-A frozen dataclass describes a head; its parameters are counted apart from the method's. It starts
-at random, as in P-tuning v2, and reads only the hidden states of the real tokens.
-"""
+"""Heads: small trained layers on the last hidden states, in place of the language model's own."""
 
 from __future__ import annotations
 
@@ -14,12 +10,16 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from peftlab.bases.draws import drawing
 from peftlab.methods.checks import described
 
 
 @dataclass(frozen=True)
 class Head:
-    """A linear layer from d_model to a few classes."""
+    """A linear layer from d_model to a few classes, drawn at random as in P-tuning v2.
+
+    It reads only the real tokens. Its parameters are counted apart from the method's.
+    """
 
     kind: ClassVar[str]
     classes: ClassVar[int]  # the number of outputs for each token, or for each text
@@ -30,7 +30,7 @@ class Head:
 
     def build(self, d_model: int, generator: torch.Generator) -> nn.Linear:
         """The layer: weights normal with σ = 0.02, biases zero."""
-        with torch.random.fork_rng(devices=[]):  # torch draws numbers of its own first
+        with drawing(0):  # torch draws numbers of its own first
             linear = nn.Linear(d_model, self.classes)
         nn.init.normal_(linear.weight, std=0.02, generator=generator)
         nn.init.zeros_(linear.bias)
@@ -95,8 +95,7 @@ class Classification(_Labelled):
             weight = mask.to(hidden).unsqueeze(-1)
             pooled = (hidden * weight).sum(dim=1) / weight.sum(dim=1)
         else:
-            rows = torch.arange(len(hidden), device=hidden.device)
-            pooled = hidden[rows, mask.int().argmax(dim=1)]
+            pooled = hidden.take_along_dim(mask.int().argmax(dim=1)[:, None, None], dim=1)[:, 0]
         return linear(pooled.to(linear.weight.dtype))
 
 

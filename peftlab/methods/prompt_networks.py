@@ -5,7 +5,6 @@ in attention. A flat module holds them as parameters; of one that computes them 
 are stored.
 """
 
-import contextlib
 import math
 from itertools import pairwise
 
@@ -14,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from peftlab.attention import AttentionSite
+from peftlab.bases.draws import drawing
 from peftlab.bases.plain import plain
 
 
@@ -99,10 +99,7 @@ def mlp_widths(encoder: str, sizes: str, hidden: int, d: int) -> tuple[int, ...]
     return (2 * hidden if encoder == "lstm" else d, d, d)
 
 
-@contextlib.contextmanager
 def seeded(generator: torch.Generator):
-    """Inside, torch's own generator continues `generator`; afterwards it is as it was."""
-    with torch.random.fork_rng(devices=[]):
-        with plain():
-            torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
-        yield
+    """A context in which torch draws what continues `generator`."""
+    with plain():
+        return drawing(int(torch.randint(2**31, (1,), generator=generator)))

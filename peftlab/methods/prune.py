@@ -88,12 +88,12 @@ class Prune(Targeted):
         self.hold(scores, self.sparsity if now else 0.0)
 
     def hold(self, scores: dict[MaskedWeight, torch.Tensor], sparsity: int | float) -> None:
-        """Choose the masks of all weights by their scores."""
+        """Choose the masks of all weights by their scores. What is zero stays so."""
         scope = self.scope or ("row" if self.score == "wanda" else "layer")
         groups = self.pattern if self.pattern and sparsity else scope
         masks = choose(list(scores.values()), sparsity, groups)
         for site, mask in zip(scores, masks, strict=True):
-            site.hold(mask)
+            site.hold(mask & site.mask)
 
     def after_step(self, attachment, step, steps):
         until = max(1, math.ceil(self.end * steps))

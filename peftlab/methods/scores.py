@@ -11,17 +11,20 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from peftlab.methods.checks import check_choice, require
+
 Matrix = Float[Tensor, "d_out d_in"]
 
 
 def magnitude(W: Matrix) -> Matrix:
-    """|W|: how far an entry is from zero."""
-    return W.abs()
+    """|W|: how far an entry is from zero. In at least 32 bits, as every score."""
+    return W.abs().to(torch.promote_types(W.dtype, torch.float32))
 
 
 def wanda(W: Matrix, norms: Float[Tensor, " d_in"]) -> Matrix:
     """|W_ij| ‖X_j‖: an entry counts by its size times the usual size of its input."""
-    return W.abs() * norms.to(W)
+    size = magnitude(W)
+    return size * norms.to(size)
 
 
 def lowest_out(
@@ -40,8 +43,13 @@ def choose(scores: list[Tensor], sparsity: int | float, within: str) -> list[Ten
     """A mask for each matrix of scores (d_out, d_in).
 
     Entries are compared `within` a "row", a "layer" (one matrix), all matrices ("global"), or
-    every four neighbours along the input ("2:4").
+    every four neighbours along the input ("2:4"). Raises ValueError for another word, a sparsity
+    outside 0 to 1, and fours where d_in is no multiple of four.
     """
+    check_choice("within", within, ("row", "layer", "global", "2:4"))
+    require("sparsity", sparsity, 0.0, 1.0)
+    if within == "2:4" and (odd := [S.shape[1] for S in scores if S.shape[1] % 4]):
+        raise ValueError(f"within='2:4': {odd[0]} inputs are no multiple of four")
     if within == "global":
         together = torch.cat([S.flatten() for S in scores])[None]
         parts = lowest_out(together, sparsity)[0].split([S.numel() for S in scores])

@@ -156,6 +156,8 @@ class LiveTrainer(Panel):
         self.progress.value = run.steps
         how = "stopped" if run.interrupted else "done"
         self.status.value = f"{how}: {run.steps} steps in {run.seconds:.1f} s; adapter detached"
+        if run.problem:
+            self.status.value += f"<br>{escape(run.problem)}"
         self.scores.value = scores_table(run.before, run.metrics)
         redraw(self.plot, curve(self.records, self.method.value))
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 
 from peftlab.sites.site import Site
@@ -11,7 +12,8 @@ class ExistingParameters(Site):
     """Some of the model's own parameters, unfrozen. The originals are kept aside.
 
     Training changes copies inside the same `Parameter` objects. Leaving puts back the original
-    tensors themselves, so even their addresses are unchanged.
+    tensors themselves, so even their addresses are unchanged. Raises ValueError for parameters in
+    float16, because steps of training overflow or vanish there.
     """
 
     in_the_weight = True
@@ -22,6 +24,12 @@ class ExistingParameters(Site):
         super().__init__("parameters", [f"parameters: {name}" for name in names])
         self.parameters = {name: parameters[name] for name in names}
         self.originals: dict[str, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            if parameter.dtype == torch.float16:
+                raise ValueError(
+                    f"{name} is in float16, in which steps of training overflow or vanish: load "
+                    "the base in float32 or bfloat16 to train its own parameters"
+                )
 
     def __enter__(self):
         for name, parameter in self.parameters.items():

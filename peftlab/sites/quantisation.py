@@ -16,7 +16,7 @@ import functools
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float, Float32, Shaped, UInt8
 from torch import Tensor
 from torch.nn.functional import embedding, pad
 
@@ -182,7 +182,7 @@ class Quantised:
 
 @torch.no_grad()
 def quantise(
-    weight: Float[Tensor, "*shape"],
+    weight: Shaped[Tensor, "*shape"],
     block_size: int = 64,
     quant_type: str = "nf4",
     double_quant: bool = True,
@@ -190,10 +190,19 @@ def quantise(
 ) -> Quantised:
     """Encode a tensor in codes of 4 bits.
 
-    `levels` replaces the data type's own table. Raises ValueError if `block_size` does not divide
-    the number of weights, or if a weight is not finite.
+    `levels`, 2 to 16 finite numbers, replaces the data type's own table. Raises ValueError for
+    others, if `block_size` does not divide the number of weights, for a tensor that is empty or has
+    no floating point, and if a weight is not finite.
     """
     levels = table(quant_type) if levels is None else levels
+    if not 2 <= len(levels) <= 16 or not levels.isfinite().all():
+        raise ValueError(f"{len(levels)} levels: allowed are 2 to 16 finite numbers, for 4 bits")
+    if not weight.numel():
+        raise ValueError(f"a tensor {tuple(weight.shape)} is empty: there is nothing to encode")
+    if not weight.is_floating_point():
+        raise ValueError(
+            f"{weight.dtype} has no codes: numbers of a floating-point type are needed"
+        )
     check_block_size(block_size, weight.numel())
     flat = weight.detach().float().reshape(-1)
     codes, absmax = blockwise(flat, block_size, levels)
@@ -202,6 +211,7 @@ def quantise(
     scale = mean = None
     if double_quant:
         mean = absmax.mean()
+        mean = torch.where(mean.isfinite(), mean, absmax.double().mean().float())  # the sum is not
         absmax, scale = blockwise(absmax - mean, ABSMAX_BLOCK, dynamic_table())
     return Quantised(pack(codes), absmax, scale, mean, weight.shape, block_size, levels)
 

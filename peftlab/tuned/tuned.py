@@ -22,7 +22,9 @@ from peftlab.sites import Site, Source, sweep
 from peftlab.sites.quantisation import Quantised
 from peftlab.tuned import kept, layouts, saving
 from peftlab.tuned.identity import numbers_of
+from peftlab.tuned.module import TunedModule
 from peftlab.tuned.seen import Seen
+from peftlab.tuned.watch import unwatch, watch
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ class Tuned(LanguageModel):
             self.using: kept.Names = None  # see `use`
             self._linear_now = self.linear
             self.attached = True
+            watch(base)
             self.train(base.model.training)  # new modules start with dropout on
         except BaseException as error:
             try:
@@ -225,7 +228,8 @@ class Tuned(LanguageModel):
     def merge(self, requantise: bool = False) -> None:
         """Write every delta into its weight: the same output, without extra work in forward.
 
-        Masks and codes are in the weight already. A delta is merged into codes only with
+        In 16 bits W + ΔW is rounded to the type of W, which moves the output a little. Masks and
+        codes are in the weight already. A delta is merged into codes only with
         `requantise`, because the sum is rounded to codes again and the output changes. Raises
         ValueError if a method has no delta to merge, and RuntimeError after detach().
         """
@@ -267,8 +271,20 @@ class Tuned(LanguageModel):
             self.model.train(False)
             self._before.compare(self.base)
             self.attached = False
+            unwatch(self.base)
             self.base.adapted_by = None
         return self.base
+
+    def as_module(self) -> TunedModule:
+        """The adapted model and its loss as one `nn.Module`, for other libraries' training loops.
+
+        Its `forward` takes a batch of `batch_loss`, or of transformers' data collators, and returns
+        `.loss` and `.logits`. Of its parameters, those that train are `trainable`; its `state_dict`
+        has the adapter alone. A loop also calls `module.after_step(step, steps)` behind each
+        `optimizer.step()`: `Trainer(module, ..., callbacks=[module.callback])` does. Raises
+        ValueError if nothing can train now, and RuntimeError after detach().
+        """
+        return TunedModule(self)
 
     def after_step(self, step: int, steps: int) -> None:
         """Tell the methods that a training step is done; the gradients are still there."""

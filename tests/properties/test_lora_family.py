@@ -5,6 +5,8 @@ the unit roundoff times the size of the terms.
 """
 
 import copy
+import pickle
+import threading
 
 import pytest
 import torch
@@ -227,6 +229,43 @@ def test_what_stays_on_is_what_mattered_most():
     assert not torch.equal(seen[0], seen[-1])
     assert tuned.count() == count
     assert len({delta.rank for delta in deltas}) > 1  # and not the same share for every weight
+
+
+def on(tuned):
+    return torch.cat([delta.L.detach() != 0 for delta in tuned.deltas.values()])
+
+
+def learned(tuned, steps, **options):
+    """Which triplets are on after each step of a run."""
+    options = dict(lr=0.1, progress=False, evaluate=False) | options
+    seen = []
+    train(tuned, letters(), steps=steps, on_step=lambda _: seen.append(on(tuned)), **options)
+    return seen
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert", "t5"])
+@pytest.mark.parametrize("method", [AdaLoRA(4, 2), AdaLoRA(3, 1, end=0.5, target_modules=["o"])])
+def test_a_second_run_opens_no_triplet_again(method, family, tmp_path):
+    """Nor does one of a copy, or of the saved adapter; one that was stopped goes on from there."""
+    tuned = attach(tiny(family), method)
+    chosen = learned(tuned, 10)[-1]
+    assert chosen.sum() == method.target_r * len(tuned.deltas)
+    for other in (
+        attach(tiny(family), tuned.save(tmp_path)),
+        copy.deepcopy(tuned),
+        pickle.loads(pickle.dumps(tuned)),
+        tuned,
+    ):
+        for _ in range(2):
+            assert all(torch.equal(each, chosen) for each in learned(other, 6))
+    stopped = attach(tiny(family), method)
+    event = threading.Event()
+    options = dict(stop=event, on_step=lambda r: r["step"] == 4 and event.set())
+    train(stopped, letters(), steps=10, lr=0.1, progress=False, evaluate=False, **options)
+    seen = [on(stopped), *learned(stopped, 10)]
+    budgets = [int(each.sum()) for each in seen]
+    assert budgets == sorted(budgets, reverse=True) and budgets[-1] == chosen.sum()
+    assert not any((each & ~seen[0]).any() for each in seen)
 
 
 def test_the_score_is_what_the_loss_loses_to_first_order():
