@@ -9,6 +9,7 @@ from peftlab.accounting import percent
 from peftlab.bases import load
 from peftlab.bases.data import data_path
 from peftlab.exercises import exercise, expect, question
+from peftlab.exercises.forms import a_count, a_number
 from peftlab.methods import LoRA
 from peftlab.tasks import load as load_task
 from peftlab.training import train
@@ -55,9 +56,7 @@ def share_that_trains(answer):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(30, 40), nn.Linear(40, 10, bias=False), nn.LayerNorm(10))
     model[0].requires_grad_(False)  # 1,240 numbers frozen, 400 and 20 train
-    given = answer(model)
-    expect(isinstance(given, (int, float)), f"return one number; yours is {given!r}")
-    return given
+    return a_number(answer(model))
 
 
 # --- 2 · bit for bit ---------------------------------------------------------------------------
@@ -86,6 +85,12 @@ def _the_unchanged(before, model):
     return [name for name in before if name not in changed]
 
 
+def _miscounted(given, right):
+    change = next(i for i in range(4) if given[i] != right[i])
+    so_far = "nothing has changed yet" if change == 0 else f"{', '.join(right[change])} changed"
+    return f"{so_far}, and you name {', '.join(given[change]) or 'nothing'}"
+
+
 def _wrong_first_at(change):
     return lambda given, right: given[:change] == right[:change] and given[change] != right[change]
 
@@ -107,7 +112,7 @@ def _wrong_first_at(change):
         (_parameters_only, "a running mean changed, and you missed it. It is a buffer: no "
          "parameter, but part of what the model computes", _wrong_first_at(3)),
     ),
-    otherwise="nothing has changed yet, and you name {given[0]}",
+    otherwise=_miscounted,
     praise="every tensor is compared, bit for bit",
 )  # fmt: skip
 def same_model(answer):
@@ -117,17 +122,17 @@ def same_model(answer):
         model[2].weight.copy_(torch.arange(8.0).view(2, 4))
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         named = [answer(before, model)]
-        expect(
-            isinstance(named[0], list),
-            f"return a list of names; yours is a {type(named[0]).__name__}",
-        )
         model[2].weight.copy_(before["2.weight"].flip(0))
         named.append(answer(before, model))
         model[0].weight[0, 0] *= 1 + 1e-6
         named.append(answer(before, model))
         model[1].running_mean += 0.5
         named.append(answer(before, model))
-    return named
+    for names in named:
+        words = f"return a list of names; yours is a {type(names).__name__}"
+        expect(isinstance(names, (list, tuple, set)), words)
+        expect(all(isinstance(name, str) for name in names), "your list has more than names in it")
+    return [sorted(names) for names in named]
 
 
 # --- 3 · the shape of attention ----------------------------------------------------------------
@@ -154,11 +159,15 @@ def attention_shape(batch, heads, seq, virtual):
         (lambda b, h, t, p: (b, p + t, p + t, h),
          "right numbers, other order: the heads come second"),
     ),
-    otherwise="{given} for {right}: one row and one column a token",
+    otherwise="{given} for {right}: one row and one column a token", again=(3, 5, 7, 9),
     praise="{right}: every token, real or virtual, has a row and a column",
 )  # fmt: skip
-def shape_of_attention(answer):
-    return tuple(answer(2, 4, 5, 3))  # texts, heads, tokens, virtual tokens
+def shape_of_attention(answer, texts=2, heads=4, tokens=5, virtual=3):
+    given = answer(texts, heads, tokens, virtual)
+    given = given.tolist() if isinstance(given, torch.Tensor) else given
+    words = f"a shape has four numbers, batch and heads first; yours is {given!r}"
+    expect(isinstance(given, (tuple, list)), words)
+    return tuple(a_count(size, "a size") for size in given)
 
 
 # --- predict first -----------------------------------------------------------------------------

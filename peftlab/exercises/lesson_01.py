@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from peftlab.accounting import training_bytes
-from peftlab.exercises import exercise, expect, question, same
+from peftlab.exercises import exercise, expect, question
 from peftlab.exercises.clinic import Ward
+from peftlab.exercises.forms import a_count, same, several, unlike
 from peftlab.memory import Live, predict
 from peftlab.methods import FullFineTuning, PromptTuning
 from peftlab.panels.memory import memory_view
@@ -113,7 +114,7 @@ def adam_bytes_solution(total, trained):
 )  # fmt: skip
 def adam_bytes(answer):
     cases = (1000, 1000), (1000, 10), (124_439_808, 294_912)
-    return {case: answer(*case) for case in cases}
+    return {case: a_count(answer(*case)) for case in cases}
 
 
 # --- a step of Adam ----------------------------------------------------------------------------
@@ -132,20 +133,26 @@ def _rootless(w, g, m, v, t, lr):
     return w - lr * m / (1 - 0.9**t) / (v / (1 - 0.999**t) + 1e-8), m, v
 
 
+def _inside(w, g, m, v, t, lr):
+    _, m, v = adam_step_solution(w, g, m, v, t, lr)
+    return w - lr * m / (1 - 0.9**t) / (v / (1 - 0.999**t) + 1e-8).sqrt(), m, v
+
+
 def _unsquared(w, g, m, v, t, lr):
     m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g.abs()
     return w - lr * m / (1 - 0.9**t) / ((v / (1 - 0.999**t)).sqrt() + 1e-8), m, v
 
 
-def _drawn():
-    """A weight and three gradients."""
+def _drawn(n=5, size=1.0):
+    """A weight and three gradients, which are of this size."""
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(4, 5, generator=generator, dtype=torch.float64).unbind()
+    w, *gradients = torch.randn(4, n, generator=generator, dtype=torch.float64)
+    return w, *(size * gradient for gradient in gradients)
 
 
-def _torch_adam():
+def _torch_adam(*size):
     """w, m and v after three steps of torch's own."""
-    w, *gradients = _drawn()
+    w, *gradients = _drawn(*size)
     w = nn.Parameter(w)
     optimizer = torch.optim.Adam([w], lr=0.1)
     for g in gradients:
@@ -157,8 +164,8 @@ def _torch_adam():
 def _other_step(given, right):
     for name, a, b in zip(("m", "v"), given[1:], right[1:], strict=True):
         if not same(a, b):
-            return f"after three steps {name} is {b[0]:.4f} …, yours {a[0]:.4f} …"
-    return f"m and v are right; w is {right[0][0]:.4f} … after three steps, not {given[0][0]:.4f}"
+            return f"after three steps {name} is another: {unlike(a, b)}"
+    return f"m and v are right, w is another after three steps: {unlike(given[0], right[0])}"
 
 
 @exercise(
@@ -170,6 +177,7 @@ def _other_step(given, right):
         (_rootless, "divide by the root of the mean square, not by the mean square"),
         (lambda w, g, m, v, t, lr: adam_step_solution(w, g, m, v, t, -lr),
          "your step goes uphill: subtract it"),
+        (_inside, "your 1e-8 stands inside the root: there it outweighs a small gradient"),
         (_unsquared, "v is the mean of the gradient's squares, and you took its size"),
         (lambda w, g, m, v, t, lr: (adam_step_solution(w, g, m, v, t, lr)[0], m, v),
          "return the new m and v: yours never change, so every step is the first"),
@@ -178,7 +186,7 @@ def _other_step(given, right):
     ),
     otherwise=_other_step,
     praise="three steps, and torch.optim.Adam is at the same place",
-    right=_torch_adam,
+    right=_torch_adam, again=(7, 1e-5),
     difficulty=3, importance=4, minutes=8,
     hints=(
         "m is a running mean of the gradients, with 0.9 of the old one; v of their squares, 0.999.",
@@ -187,12 +195,12 @@ def _other_step(given, right):
         "The step is lr · mean / (√square + 1e-8).",
     ),
 )  # fmt: skip
-def adam_step(answer):
+def adam_step(answer, *size):
     """w, m and v after three steps on three gradients."""
-    w, *gradients = _drawn()
+    w, *gradients = _drawn(*size)
     m, v = torch.zeros_like(w), torch.zeros_like(w)
     for t, g in enumerate(gradients, 1):
-        w, m, v = answer(w, g, m, v, t, 0.1)
+        w, m, v = several(answer(w, g, m, v, t, 0.1), 3, "return three tensors: w, m and v")
     return w, m, v
 
 
@@ -250,8 +258,9 @@ def _autograd_keeps(x_has_gradient: bool, W_trains: bool) -> set[str]:
 )  # fmt: skip
 def linear_keeps(answer):
     kept = {(x, W): answer(x, W) for x in (False, True) for W in (False, True)}
-    expect(all(isinstance(names, set) for names in kept.values()), 'return a set, such as {"x"}')
-    return kept
+    for names in kept.values():
+        expect(isinstance(names, (set, list, tuple)), 'return a set, such as {"x"}')
+    return {case: set(names) for case, names in kept.items()}
 
 
 # --- what a block keeps ------------------------------------------------------------------------
@@ -308,7 +317,8 @@ def _numbers_kept(d: int, heads: int, trains: bool) -> int:
     ),
 )  # fmt: skip
 def block_numbers(answer):
-    return {case: (answer(*case, True), answer(*case, False)) for case in ((24, 3), (768, 12))}
+    cases = (24, 3), (768, 12)
+    return {c: tuple(a_count(answer(*c, trains)) for trains in (True, False)) for c in cases}
 
 
 # --- four leaks --------------------------------------------------------------------------------

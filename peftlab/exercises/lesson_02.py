@@ -9,8 +9,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from peftlab.accounting import count
 from peftlab.bases.shapes import Shape
-from peftlab.exercises import a_tensor, after, exercise, expect, question, same
+from peftlab.exercises import after, exercise, expect, question
 from peftlab.exercises.clinic import Ward, course
+from peftlab.exercises.forms import a_count, a_tensor, digits, same, several
 from peftlab.methods import PromptTuning
 from peftlab.training import target_loss
 from peftlab.tuned import attach
@@ -60,32 +61,34 @@ def prepend(prompt, embedded, mask):
          "right for the row without padding, but in the padded row you counted through the "
          "padding. A position counts the unmasked tokens before it",
          lambda given, right: same(given[2][0], right[2][0])),
+        (after(prepend, lambda x, mask, at: (x, mask, at + 1)),
+         "your positions begin at 1: the first is 0, so take one off the cumulative sum",
+         lambda given, right: given[2][0, 0] == 1),
     ),
     otherwise="the positions are {given[2]}; those of what is not padding are {right[2]}",
     praise="vectors, mask and positions are right, with padding on the left as well",
+    again=(7, 9),
 )  # fmt: skip
-def put_in_front(answer):
+def put_in_front(answer, T=4, d=5):
     """Vectors, mask, and positions: those of padding, which may have any, are set to 0."""
     generator = torch.Generator().manual_seed(0)
-    prompt, embedded = (torch.randn(*s, generator=generator) for s in ((P, 5), (2, 4, 5)))
-    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])  # the second row is padded on the left
+    prompt, embedded = (torch.randn(*s, generator=generator) for s in ((P, d), (2, T, d)))
+    mask = torch.ones(2, T, dtype=torch.long)
+    mask[1, : T // 2] = 0  # padded on the left
     real = F.pad(mask, (P, 0), value=1)
     given = answer(prompt, embedded, mask)
+    words = "return three tensors: the vectors, the mask, the positions"
+    x, longer, positions = several(given, 3, words)
     expect(
-        isinstance(given, tuple) and len(given) == 3,
-        "return three tensors: the vectors, the mask, the positions",
-    )
-    x, longer, positions = given
-    expect(
-        x.shape == (2, P + 4, 5),
-        f"the vectors should be {(2, P + 4, 5)}, batch first; yours are {tuple(x.shape)}. "
+        x.shape == (2, P + T, d),
+        f"the vectors should be {(2, P + T, d)}, batch first; yours are {tuple(x.shape)}. "
         "Did you join along the sequence axis?",
     )
     expect(
         longer.shape == real.shape,
-        f"the mask still has {longer.shape[-1]} columns and there are {P + 4} vectors",
+        f"the mask still has {longer.shape[-1]} columns and there are {P + T} vectors",
     )
-    return x, longer, positions.expand_as(real) * real
+    return x, longer, (positions.expand_as(real) * real).long()
 
 
 # --- 2 · count ---------------------------------------------------------------------------------
@@ -120,19 +123,14 @@ BUDGETS = {
          "{given} tokens {case} is longer than the context of 1024"),
         (lambda budget, d, context: affordable(budget + d - 1, d, context),
          "{given} tokens {case} are 300,288 numbers: over the budget"),
-        (lambda budget, d, context: budget / d, "a prompt has a whole number of tokens"),
+        (lambda budget, d, context: budget / d, "how many tokens a prompt has is a whole number"),
     ),
     otherwise="{given} tokens {case}; {right} fit",
     praise="the budget and the context both hold",
 )  # fmt: skip
 def prompt_for_a_budget(answer):
-    made = {case: answer(*sizes) for case, sizes in BUDGETS.items()}
-    for given in made.values():
-        expect(
-            isinstance(given, int) and not isinstance(given, bool),
-            f"a prompt has a whole number of tokens; yours is {given!r}",
-        )
-    return made
+    what = "how many tokens a prompt has"
+    return {case: a_count(answer(*sizes), what) for case, sizes in BUDGETS.items()}
 
 
 # --- 3 · start from the vocabulary -------------------------------------------------------------
@@ -144,7 +142,7 @@ def start_from_vocabulary(embedding, first, length):
 
 @exercise(
     "Start from the vocabulary", solution=start_from_vocabulary,
-    difficulty=2, importance=4, minutes=5,
+    difficulty=2, importance=4, minutes=5, again=(7, 5, 9),
     hints=(
         "Row i of `embedding.weight` is the vector of token i.",
         "A slice of a tensor is a window onto the same numbers: whoever trains the slice, trains "
@@ -154,42 +152,49 @@ def start_from_vocabulary(embedding, first, length):
     mistakes=(
         (lambda embedding, i, n: nn.Parameter(embedding.weight[i : i + n]), "shares its storage"),
         (lambda embedding, i, n: nn.Parameter(torch.randn(n, embedding.embedding_dim)), "noise"),
+        (lambda embedding, i, n: start_from_vocabulary(embedding, i + 1, n), "begin with row"),
         (lambda embedding, i, n: nn.Parameter(torch.arange(i, i + n).float()),
          "the ids themselves"),
         (lambda embedding, i, n: embedding.weight[i : i + n].clone(), "would not train"),
     ),
 )  # fmt: skip
-def initialise(answer):
-    torch.manual_seed(0)
-    embedding = nn.Embedding(50, 8)
+def initialise(answer, first=10, length=4, d=8):
+    embedding = nn.Embedding(50, d)
     nn.init.normal_(embedding.weight, std=0.02)
     embedding.requires_grad_(False)
     before = embedding.weight.clone()
-    prompt = a_tensor(answer(embedding, 10, 4))
-    wanted = before[10:14]
+    prompt = a_tensor(answer(embedding, first, length))
+    wanted = before[first : first + length]
     expect(
         prompt.shape == wanted.shape,
         f"the prompt should be {tuple(wanted.shape)}, one vector a token; yours is "
         f"{tuple(prompt.shape)}. Did you take the ids themselves instead of their vectors?",
     )
     expect(
-        torch.equal(prompt.detach(), wanted),
-        "these are not rows 10 to 13 of the table. Your vectors have a mean norm of "
-        f"{prompt.norm(dim=1).mean():.2f}, the table's {before.norm(dim=1).mean():.2f}: noise?",
+        same(prompt, wanted),
+        f"these are not rows {first} to {first + length - 1} of the table: "
+        + _whose(prompt.detach().to(before), before),
     )
     expect(
-        isinstance(prompt, nn.Parameter) and prompt.requires_grad,
+        prompt.requires_grad and prompt.is_leaf,
         "the numbers are right, but they would not train: the table is frozen and so is your "
         "copy of it. Make it an nn.Parameter",
     )
-    with torch.no_grad():
-        prompt += 1.0
+    handed = getattr(answer, "handed", [embedding])[0]
     expect(
-        torch.equal(embedding.weight, before),
+        prompt.untyped_storage().data_ptr() != handed.weight.untyped_storage().data_ptr(),
         "your prompt shares its storage with the table: one step of training would change the "
         "frozen model's own tokens. Copy the slice",
     )
     return "the vocabulary's vectors, trainable, and the table left alone"
+
+
+def _whose(vectors, table):
+    rows = [*(table[None] == vectors[:, None]).all(dim=-1).int().argmax(dim=1).tolist()]
+    if torch.equal(table[rows], vectors):
+        return f"they begin with row {rows[0]} of it"
+    mine, wanted = digits(*(rows.norm(dim=1).mean().item() for rows in (vectors, table)))
+    return f"they have a mean norm of {mine}, the table's rows {wanted}. Is it noise?"
 
 
 # --- 4 · debug the broken adapter --------------------------------------------------------------

@@ -7,8 +7,9 @@ from torch.nn import functional as F
 
 from peftlab.accounting import count, stored
 from peftlab.bases.shapes import Shape
-from peftlab.exercises import a_tensor, after, exercise, expect, question, same
+from peftlab.exercises import after, exercise, expect, question
 from peftlab.exercises.clinic import Ward, course
+from peftlab.exercises.forms import a_count, a_tensor, same, unlike
 from peftlab.methods import PTuning
 from peftlab.methods.prompt_networks import PromptEncoder
 from peftlab.tuned import attach
@@ -50,13 +51,13 @@ def _last_state(table, lstm, first, second):
          "another LSTM makes the same prompt: the table did not go through the LSTM",
          lambda given, right: given[1]),
     ),
-    otherwise="the right shape and other numbers; the order is LSTM, linear, ReLU, linear",
+    otherwise=lambda given, right: f"{unlike(given[0], right[0])}. Is the order LSTM, linear, "
+        "ReLU, linear?",
+    again=(7, 10),
     praise="table, LSTM, linear, ReLU, linear: P = g(E)",
 )  # fmt: skip
-def write_the_encoder(answer):
+def write_the_encoder(answer, P=5, d=6):
     """The prompt, and whether another LSTM makes the same."""
-    torch.manual_seed(0)
-    P, d = 4, 6
     table = torch.randn(P, d)
     lstm, other = (nn.LSTM(d, d // 2, 2, bidirectional=True, batch_first=True) for _ in range(2))
     first, second = nn.Linear(d, d), nn.Linear(d, d)
@@ -66,7 +67,7 @@ def write_the_encoder(answer):
         f"a prompt of {P} virtual tokens is {(P, d)}; yours is {tuple(given.shape)}. "
         "Did you leave the batch of one on?",
     )
-    return given, torch.equal(given, answer(table, other, first, second))
+    return given, same(given, a_tensor(answer(table, other, first, second)))
 
 
 # --- 2 · place the prompt ------------------------------------------------------------------------
@@ -101,20 +102,16 @@ def place(prompt, embedded, masks):
         (lambda prompt, x, masks: place(prompt, x, masks - len(prompt) // 2), "the first half has "
          "moved the mask along, and you counted its place from the start of the longer row"),
         (lambda prompt, x, masks: place(prompt[: len(prompt) // 2].repeat(2, 1), x, masks),
-         "you put the same half twice: rows 0 and 1 in front, rows 2 and 3 later"),
+         "you put the same half twice: the first half belongs in front, the other later"),
     ),
-    otherwise="the vectors are there, in another order than asked for",
-    praise="two rows, two places, four virtual tokens each",
+    otherwise=unlike,
+    praise="two rows, two places, each with all virtual tokens", again=(8, 9, (7, 3)),
 )  # fmt: skip
-def place_the_prompt(answer):
+def place_the_prompt(answer, P=4, T=6, masks=(2, 4)):
     generator = torch.Generator().manual_seed(0)
-    prompt, embedded = (torch.randn(*s, generator=generator) for s in ((4, 3), (2, 6, 3)))
-    given = a_tensor(answer(prompt, embedded, torch.tensor([2, 4])))
-    expect(
-        given.shape == (2, 10, 3),
-        f"each row of 6 gets 4 more vectors, so (2, 10, 3); yours is {tuple(given.shape)}",
-    )
-    return given
+    prompt, embedded = (torch.randn(*s, generator=generator) for s in ((P, 3), (2, T, 3)))
+    given = answer(prompt, embedded, torch.tensor(masks))
+    return a_tensor(given, (2, P + T, 3), f"each row of {T} gets {P} more vectors: the shape")
 
 
 # --- 3 · count -----------------------------------------------------------------------------------
@@ -158,7 +155,8 @@ PROMPTS = {f"{P} virtual tokens on {base}": (base, P) for base, P in (
     right=lambda: {case: count(PTuning(P), base) for case, (base, P) in PROMPTS.items()},
 )  # fmt: skip
 def count_what_trains(answer):
-    return {case: answer(P, Shape.named(base).d_model) for case, (base, P) in PROMPTS.items()}
+    sizes = {case: (P, Shape.named(base).d_model) for case, (base, P) in PROMPTS.items()}
+    return {case: a_count(answer(*size)) for case, size in sizes.items()}
 
 
 # --- 4 · throw it away ---------------------------------------------------------------------------
@@ -189,12 +187,12 @@ def fold(encoder):
         (lambda encoder: fold(encoder) | encoder.state_dict(), "the network is in it"),
         (lambda encoder: encoder()["prompt"], "return a dictionary"),
     ),
-    praise="40 numbers, no network, no gradient",
+    praise="the prompt's numbers, no network, no gradient",
+    otherwise=lambda given, right: unlike(given[0], right[0]), again=(7, 9),
 )  # fmt: skip
-def throw_it_away(answer):
+def throw_it_away(answer, P=5, d=8):
     """The prompt that is stored, and whether it hangs on the graph."""
-    torch.manual_seed(0)
-    encoder = PromptEncoder(torch.randn(5, 8), "mlp", "lama", 8, 1)
+    encoder = PromptEncoder(torch.randn(P, d), "mlp", "lama", d, 1)
     encoder.mlp.insert(2, nn.Dropout(0.5))
     encoder.train()
     given = answer(encoder)
@@ -202,12 +200,13 @@ def throw_it_away(answer):
         isinstance(given, dict) and "prompt" in given,
         'return a dictionary with the tensor under "prompt"',
     )
-    numbers = sum(tensor.numel() for tensor in given.values())
+    numbers = sum(a_tensor(tensor).numel() for tensor in given.values())
     expect(
-        numbers == 40,
-        f"you store {numbers:,} numbers and 5 · 8 = 40 are needed: the network is in it",
+        numbers == P * d,
+        f"you store {numbers:,} numbers and {P} · {d} = {P * d} are needed: the network is in it",
     )
-    return given["prompt"].detach(), given["prompt"].requires_grad
+    prompt = a_tensor(given["prompt"])
+    return prompt.detach(), prompt.requires_grad
 
 
 # --- 5 · debug the broken adapter ----------------------------------------------------------------

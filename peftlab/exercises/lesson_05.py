@@ -9,8 +9,9 @@ from peftlab import attention
 from peftlab.accounting import count
 from peftlab.bases import Base
 from peftlab.bases.shapes import Shape
-from peftlab.exercises import a_tensor, exercise, expect, question
+from peftlab.exercises import exercise, expect, question
 from peftlab.exercises.clinic import Ward, course
+from peftlab.exercises.forms import a_count, a_tensor, unlike
 from peftlab.methods import PrefixTuning, PTuningV2
 from peftlab.methods.heads import Classification
 from peftlab.tuned import attach
@@ -33,6 +34,24 @@ def _mask_behind(q, K, V, P_k, P_v, mask):
     V = torch.cat([P_v.expand(len(V), -1, -1, -1), V], dim=2)
     mask = F.pad(mask, (0, P_k.shape[1]), value=1)
     return attend_with_prefix(q, K, V, P_k[:, :0], P_v[:, :0], mask)
+
+
+def _weighed(hide):
+    """The attention with another way to hide: `hide(scores, mask)` gives the weights."""
+
+    def wrong(q, K, V, P_k, P_v, mask):
+        K, V = (torch.cat([p.expand(len(q), -1, -1, -1), x], 2) for p, x in ((P_k, K), (P_v, V)))
+        mask = F.pad(mask, (P_k.shape[1], 0), value=1)[:, None, None]
+        return hide(q @ K.transpose(2, 3) / q.shape[-1] ** 0.5, mask) @ V
+
+    return wrong
+
+
+_added = _weighed(lambda scores, mask: (scores + mask).softmax(-1))
+_after_softmax = _weighed(lambda scores, mask: scores.softmax(-1) * mask)
+_causal = _weighed(lambda scores, mask: scores.masked_fill(
+    (mask == 0) | torch.ones(scores.shape[2:]).triu(scores.shape[3] - scores.shape[2] + 1).bool(),
+    float("-inf")).softmax(-1))  # fmt: skip
 
 
 @exercise(
@@ -58,28 +77,28 @@ def _mask_behind(q, K, V, P_k, P_v, mask):
          "P_k and P_v stand in each other's place"),
         (lambda *tensors: attend_with_prefix(*tensors[:-1], torch.ones_like(tensors[-1])),
          "right for the text without padding; the other one looks at its padding"),
+        (_causal, "no token sees a later one: this encoder reads in both directions, and only "
+         "padding is hidden"),
+        (_added, "you added a mask of 0 and 1 to the scores: what is hidden needs a score of −∞"),
+        (_after_softmax, "you hide after the softmax: the weights that are left do not sum to 1"),
     ),
-    otherwise="these are not the weighted sums over [P_v; V]",
+    otherwise=unlike, again=(3, 7, 5, 9),
     praise="keys, values and mask grow together, and the queries stay",
     atol=1e-5,
 )  # fmt: skip
-def write_the_attention(answer):
-    generator = torch.Generator().manual_seed(0)
-    batch, heads, T, P, head_dim = 2, 2, 4, 3, 8
+def write_the_attention(answer, heads=2, T=4, P=3, head_dim=8):
+    generator, batch = torch.Generator().manual_seed(0), 2
     q, K, V = (torch.randn(batch, heads, T, head_dim, generator=generator) for _ in range(3))
     P_k, P_v = (torch.randn(heads, P, head_dim, generator=generator) for _ in range(2))
-    given = a_tensor(answer(q, K, V, P_k, P_v, torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])))
+    mask = torch.ones(batch, T, dtype=torch.long)
+    mask[1, -(T // 2) :] = 0  # padded on the right
+    given = a_tensor(answer(q, K, V, P_k, P_v, mask))
     expect(
         given.ndim != 4 or given.shape[2] <= T,
         f"{given.shape[2] if given.ndim == 4 else 0} rows for {T} tokens: you have more output "
         "rows than queries. A source puts a prefix on the queries as well; nobody reads those rows",
     )
-    wanted = (batch, heads, T, head_dim)
-    expect(
-        given.shape == wanted,
-        f"your output is {tuple(given.shape)}; one row for each query is {wanted}",
-    )
-    return given
+    return a_tensor(given, (batch, heads, T, head_dim), "one row for each query: the shape")
 
 
 # --- 2 · count ---------------------------------------------------------------------------------
@@ -130,8 +149,7 @@ def count_with_depth(answer):
     made = {}
     for case, (name, P, depth, classes) in COUNTED.items():
         shape = Shape.named(name)
-        made[case] = given = answer(P, depth, shape.d_kv, shape.d_model, classes)
-        expect(isinstance(given, int), f"a count is a whole number; yours is {given!r}")
+        made[case] = a_count(answer(P, depth, shape.d_kv, shape.d_model, classes))
     return made
 
 

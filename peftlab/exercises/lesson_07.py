@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import pandas as pd
 import torch
 
-from peftlab.exercises import a_tensor, after, exercise, expect, question
+from peftlab.exercises import after, exercise, expect, question
 from peftlab.exercises.clinic import Ward
+from peftlab.exercises.forms import a_tensor, same, several, unlike
 from peftlab.sites.quantisation import NF4_OFFSET, blockwise, normal_levels, quantise, table, unpack
 
 # --- predict first -----------------------------------------------------------------------------
@@ -124,6 +123,9 @@ def _scaled(levels):
 @exercise(
     "The sixteen levels", solution=levels_solution,
     mistakes=(
+        (lambda q: levels_solution(q)[::-1], "these are the levels in another order: code 0 is the "
+         "lowest, and what is written with one order is not read with another",
+         lambda given, right: same(given.sort().values, right)),
         (lambda q: _scaled(_sides(q, 7, 8, top=1.0)), "a level is infinite or not a number: the "
          "quantile of probability 1 is infinite, so stop at the offset",
          lambda given, right: not given.isfinite().all()),
@@ -138,7 +140,7 @@ def _scaled(levels):
          lambda given, right: len(given) == 16 and 0 not in given),
         (lambda q: _sides(q, 7, 8), "they are right up to a factor: divide by the largest, so that "
          "a block's largest weight has the level 1",
-         lambda given, right: len(given) == 16 and given.abs().max() > 1 + 1e-6),
+         lambda given, right: same(given / given.abs().max(), right)),
         (lambda q: _scaled(_sides(q, 8, 7)),
          "the eighth level is on the wrong side: NF4 has eight above zero and seven below"),
         (lambda q: _scaled(_sides(q, 7, 8, top=1 - 1 / 32)),
@@ -159,12 +161,10 @@ def _scaled(levels):
 )  # fmt: skip
 def levels(answer):
     def quantile(probability):
-        if not 0 < probability < 1:
-            return math.copysign(math.inf, probability - 0.5)
-        return torch.special.ndtri(torch.tensor(probability, dtype=torch.float64)).item()
+        made = torch.special.ndtri(torch.as_tensor(probability, dtype=torch.float64))
+        return made if isinstance(probability, torch.Tensor) else made.item()
 
-    given = torch.tensor([float(level) for level in answer(quantile)], dtype=torch.float64)
-    return given.sort().values
+    return a_tensor(answer(quantile)).double().flatten()
 
 
 # --- blocks ------------------------------------------------------------------------------------
@@ -187,9 +187,9 @@ def _encode(weights, levels, block_size, absmax=None, nearest=True):
     return (torch.searchsorted(levels, scaled, right=True) - 1).clamp(0).view(-1), absmax
 
 
-def _weights():
-    weights = torch.randn(512, generator=torch.Generator().manual_seed(3))
-    weights[:64] *= 0.1  # one block is much smaller than the others
+def _weights(blocks=8, size=64):
+    weights = torch.randn(blocks * size, generator=torch.Generator().manual_seed(3))
+    weights[:size] *= 0.1  # one block is much smaller than the others
     return weights
 
 
@@ -212,10 +212,11 @@ def _weights():
          "the level below is taken, not the nearest: the error is twice as large",
          lambda given, right: (given[0] <= right[0]).all()),
     ),
-    praise="512 codes and 8 scales, as the package has them",
-    otherwise=lambda given, right: f"{int((given[0] != right[0]).sum())} of 512 codes are not "
-        "those of the nearest level",
-    right=lambda: blockwise(_weights(), 64, table("nf4")),
+    praise="codes and scales as the package has them",
+    otherwise=lambda given, right: f"{int((given[0] != right[0]).sum())} of {len(right[0])} codes "
+        f"are not those of the nearest level; scales: {unlike(given[1], right[1])}",
+    right=lambda blocks=8, size=64: blockwise(_weights(blocks, size), size, table("nf4")),
+    again=(7, 45),
     difficulty=2, importance=5, minutes=6,
     hints=(
         "weights.view(-1, block_size) has one block a row.",
@@ -225,12 +226,13 @@ def _weights():
         "the nearest.",
     ),
 )  # fmt: skip
-def encode(answer):
-    made = answer(_weights(), table("nf4"), 64)
-    codes, absmax = (torch.as_tensor(part).flatten() for part in made)
-    expect(len(codes) == 512, f"one code a weight is needed: 512, not {len(codes)}")
-    expect(len(absmax) == 8, f"one scale a block is needed: 8, not {len(absmax)}")
-    return codes.long(), absmax
+def encode(answer, blocks=8, size=64):
+    made = answer(_weights(blocks, size), table("nf4"), size)
+    codes, absmax = (part.flatten() for part in several(made, 2, "return codes and scales"))
+    n = blocks * size
+    expect(len(codes) == n, f"one code a weight is needed: {n}, not {len(codes)}")
+    expect(len(absmax) == blocks, f"one scale a block is needed: {blocks}, not {len(absmax)}")
+    return codes, absmax
 
 
 # --- bytes -------------------------------------------------------------------------------------
@@ -247,17 +249,17 @@ def pack_solution(codes):
          "the two codes lie on top of each other: 3 and 4 would read like 4 and 3"),
         (lambda c: c[::2] + 16 * c[1::2], "the first code is in the low half: that would work too, "
          "but readers of this format look for it in the high half"),
-        (lambda c: c, "still one code a byte: 40 bytes for 40 codes, where 20 do",
-         lambda given, right: len(given) == 40),
+        (lambda c: c, "still one code a byte: half as many bytes do",
+         lambda given, right: len(given) == 2 * len(right)),
         (lambda c: c[: len(c) // 2] * 16 + c[len(c) // 2 :],
          "you pair the first half of all codes with the second: neighbours share a byte"),
         (lambda c: c[::2] * 10 + c[1::2], "you multiply by ten: four bits are sixteen values"),
     ),
-    praise="20 bytes, and unpacking gives all 40 codes back",
+    praise="half as many bytes, and unpacking gives all codes back", again=(54,),
     otherwise=lambda given, right: (
         f"the first byte of codes {unpack(right, 2).tolist()} should be {right[0]}, not {given[0]}"
-        if len(given) == 20
-        else f"20 bytes are needed; yours are {len(given)}"
+        if len(given) == len(right) and given[0] != right[0]
+        else f"{len(right)} bytes are needed: {unlike(given, right)}"
     ),
     difficulty=1, importance=3, minutes=4,
     hints=(
@@ -265,9 +267,9 @@ def pack_solution(codes):
         "codes[::2] are the first of every pair, codes[1::2] the second.",
     ),
 )  # fmt: skip
-def pack(answer):
-    codes = torch.randint(16, (40,), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
-    return torch.as_tensor(answer(codes)).flatten()
+def pack(answer, n=40):
+    codes = torch.randint(16, (n,), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+    return a_tensor(answer(codes)).flatten()
 
 
 # --- the gradient ------------------------------------------------------------------------------
@@ -283,7 +285,7 @@ def backward_solution(gradient, codes):
         (lambda g, c: g @ c.dequantise().T, "the shapes do not fit: ȳ is (tokens, d_out) and W̃ is "
          "(d_out, d_in), so no transpose is needed"),
         (lambda g, c: g.T @ g, lambda given, right: f"yours is {tuple(given.shape)}: that looks "
-             "like the gradient of a weight, and W̃ has none. x̄ has the shape of x, (5, 64)",
+             f"like the gradient of a weight, and W̃ has none. x̄ is as x, {tuple(right.shape)}",
          lambda given, right: given.shape != right.shape),
         (after(backward_solution, torch.zeros_like),
          "no gradient at all: everything below this layer, with its A and B, would never train"),
@@ -293,8 +295,8 @@ def backward_solution(gradient, codes):
          "the codes are only the numbers of the levels, not weights: decode them first"),
     ),
     praise="ȳ W̃, with W̃ decoded a second time: nothing dense was kept",
-    otherwise="x̄ should be ȳ W̃, and its numbers are others",
-    atol=1e-4,
+    otherwise=lambda given, right: f"x̄ should be ȳ W̃: {unlike(given, right)}",
+    atol=1e-4, again=(7, 33, 15),
     difficulty=3, importance=5, minutes=6,
     hints=(
         "Forward, row by row, it is y = x W̃ᵀ with W̃ (d_out, d_in). Which matrix turns ȳ into x̄?",
@@ -302,10 +304,10 @@ def backward_solution(gradient, codes):
         "codes.dequantise() is W̃. It is made again here, so that nothing dense is kept between.",
     ),
 )  # fmt: skip
-def backward(answer):
+def backward(answer, tokens=5, d_out=48, d_in=64):
     generator = torch.Generator().manual_seed(2)
-    codes = quantise(torch.randn(48, 64, generator=generator), 64)
-    return a_tensor(answer(torch.randn(5, 48, generator=generator), codes))
+    codes = quantise(torch.randn(d_out, d_in, generator=generator), d_in)
+    return a_tensor(answer(torch.randn(tokens, d_out, generator=generator), codes))
 
 
 # --- the clinic --------------------------------------------------------------------------------

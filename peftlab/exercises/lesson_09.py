@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from peftlab.bases.data import data_path
-from peftlab.exercises import a_tensor, after, exercise, expect, question, same
+from peftlab.exercises import after, exercise, expect, question
+from peftlab.exercises.forms import a_tensor, same, several, unlike
 from peftlab.methods.scores import choose
 
 # --- predict first -----------------------------------------------------------------------------
@@ -130,21 +131,23 @@ def _other_number(given, right):
          "you read the sparsity as the share that stays: it is the share that goes"),
     ),
     praise="exactly round(s · n) of the smallest entries, wherever they stand",
-    otherwise=_other_number,
+    otherwise=_other_number, again=(7, 9),
     difficulty=1, importance=5, minutes=4,
     hints=(
         "Sort the absolute values of the whole matrix, not those of each row.",
         "round(sparsity · number of entries) of the smallest become False, all others are True.",
     ),
 )  # fmt: skip
-def by_magnitude(answer):
-    W, masks = weight(), {}
+def by_magnitude(answer, *sizes):
+    W, masks = weight(*sizes), {}
     for sparsity in (0.25, 0.375):
-        mine = masks[sparsity] = a_tensor(answer(W.clone(), sparsity))
+        mine = a_tensor(answer(W, sparsity), tuple(W.shape), "the mask's shape")
+        two = ((mine == 0) | (mine == 1)).all()
         expect(
-            mine.dtype == torch.bool or same(mine, W * by_magnitude_solution(W, sparsity)),
-            f"a mask is of True and False; yours is {mine.dtype}",
+            two or same(mine, W * by_magnitude_solution(W, sparsity)),
+            f"a mask is of True and False; yours is of other numbers, {mine.dtype}",
         )
+        masks[sparsity] = mine.bool() if two else mine
     return masks
 
 
@@ -163,6 +166,10 @@ def wanda_score_solution(W, X):
         (lambda W, X: W.abs(), "that is magnitude alone: the inputs do not appear in it"),
         (lambda W, X: W.abs() * X.norm(dim=1)[: W.shape[1]],
          "you took the norm over the features of a token; take it over the tokens, dim=0"),
+        (lambda W, X: W.abs() * X.norm(dim=1),
+         "the shapes do not fit: dim=1 makes one number a token; a column is over tokens, dim=0"),
+        (lambda W, X: W.abs() * X.square().mean(dim=0).sqrt(),
+         "you took the mean over the tokens: a norm is the root of a sum"),
         (lambda W, X: W.abs() * X.square().sum(dim=0),
          "you forgot the square root: ‖X_j‖₂, not its square"),
         (lambda W, X: W.abs() * X.sum(dim=0),
@@ -171,19 +178,19 @@ def wanda_score_solution(W, X):
          "those are norms of the columns of W. X is what comes in"),
     ),
     praise="an entry counts for as much as what usually comes through it",
-    otherwise="S_ij = |W_ij| · ‖X_j‖₂, with X_j the column j of X over all tokens",
+    otherwise=lambda given, right: "S_ij = |W_ij| · ‖X_j‖₂, with X_j the column j of X over all "
+        f"tokens: {unlike(given, right)}",
+    again=(7, 9, 35),
     difficulty=2, importance=4, minutes=5,
     hints=(
         "X is (tokens, d_in): one norm for each of its columns.",
         "Column j of W is multiplied by the norm of input j, in every row.",
     ),
 )  # fmt: skip
-def wanda_score(answer):
-    W = weight(5, 8)
-    X = weight(40, 8, seed=10) * torch.linspace(3, 0.1, 8, dtype=torch.float64)
-    mine = a_tensor(answer(W.clone(), X))
-    expect(mine.shape == W.shape, f"a score for each entry, {tuple(W.shape)}; {tuple(mine.shape)}")
-    return mine
+def wanda_score(answer, d_out=5, d_in=8, tokens=40):
+    W = weight(d_out, d_in)
+    X = weight(tokens, d_in, seed=10) * torch.linspace(3, 0.1, d_in, dtype=torch.float64)
+    return a_tensor(answer(W, X), (d_out, d_in), "a score for each entry: the shape")
 
 
 # --- 2:4 ---------------------------------------------------------------------------------------
@@ -215,18 +222,16 @@ def _kept_in_fours(given, right):
          "your groups begin in the middle: the first is columns 0 to 3"),
     ),
     praise="every group of four along the input keeps its two largest",
-    otherwise=_kept_in_fours,
+    otherwise=_kept_in_fours, again=(7, 20),
     difficulty=2, importance=4, minutes=6,
     hints=(
         "A group is four neighbours of one row: scores.reshape(-1, 4) has one a line.",
         "argsort along dim=1 gives places, the lowest score first. The last two stay.",
     ),
 )  # fmt: skip
-def two_four(answer):
-    S = weight(8, 12).abs()
-    mine = answer(S.clone())
-    expect(isinstance(mine, torch.Tensor) and mine.shape == S.shape, "a mask of the scores' shape")
-    return mine
+def two_four(answer, rows=8, columns=12):
+    given = answer(weight(rows, columns).abs())
+    return a_tensor(given, (rows, columns), "the mask is as the scores: its shape")
 
 
 # --- the cut -----------------------------------------------------------------------------------
@@ -252,31 +257,33 @@ def _bias_as_it_was(up, bias, down, gone):
     "Take neurons out", solution=cut_neurons_solution,
     mistakes=(
         (_zeroed, "up is as large as before: zeroing a row does not remove it",
-         lambda given, right: given[0].shape == (8, 5)),
+         lambda given, right: len(given[0]) > len(right[0])),
         (lambda u, b, d, gone: (*cut_neurons_solution(u, b, d, gone)[:2], d),
          "down still has a column for every neuron: the shapes no longer fit",
-         lambda given, right: given[2].shape == (5, 8)),
+         lambda given, right: given[2].shape[1] > right[2].shape[1]),
         (_bias_as_it_was, "the bias still has an entry for every neuron",
-         lambda given, right: given[1].shape == (8,)),
+         lambda given, right: len(given[1]) > len(right[1])),
         (lambda u, b, d, gone: (u[list(gone)], b[list(gone)], d[:, list(gone)]),
          "you kept the ones that were to go"),
         (lambda u, b, d, gone: (*cut_neurons_solution(u, b, d, gone)[:2], d[:, len(gone) :]),
          "up is right, but down has other neurons' columns: the same places must go in both",
          lambda given, right: same(given[0], right[0]) and not same(given[2], right[2])),
     ),
-    praise="3 of 8 neurons gone, and the output is that of the full size with them silenced",
-    otherwise=lambda given, right: f"up should be {tuple(right[0].shape)} and down "
-        f"{tuple(right[2].shape)}",
+    again=(9, 7, (0, 3, 4, 8)),
+    praise="the neurons are gone, and the output is that of the full size with them silenced",
+    otherwise=lambda given, right: next(
+        f"{name} is another: {unlike(mine, other)}"
+        for name, mine, other in zip(("up", "the bias", "down"), given, right, strict=True)
+        if not same(mine, other)),
     difficulty=2, importance=5, minutes=6,
     hints=(
         "Neuron j is row j of up (d_ff, d_model), entry j of its bias, column j of down.",
         "Keep the same list of places in all three. Zeroing is not removing.",
     ),
 )  # fmt: skip
-def cut_neurons(answer):
-    mine = answer(weight(8, 5), weight(1, 8, 11)[0], weight(5, 8, 12), (1, 4, 6))
-    expect(isinstance(mine, tuple) and len(mine) == 3, "return three tensors: up, bias, down")
-    return mine
+def cut_neurons(answer, d_ff=8, d=5, gone=(1, 4, 6)):
+    mine = answer(weight(d_ff, d), weight(1, d_ff, 11)[0], weight(d, d_ff, 12), gone)
+    return several(mine, 3, "return three tensors: up, bias, down")
 
 
 # --- the merge ---------------------------------------------------------------------------------
@@ -300,14 +307,15 @@ def merge_masked_solution(W, mask, A, B, alpha):
          "your mask is upside down: True is what stays"),
     ),
     praise="half is still exactly zero, and what was learned is in the rest",
-    otherwise="M ⊙ (W + (α / r) B A) is expected, in the shape of W",
+    otherwise=lambda given, right: f"M ⊙ (W + (α / r) B A) is expected: {unlike(given, right)}",
+    again=(7, 9, 3, 5.0),
     difficulty=2, importance=4, minutes=5,
     hints=(
         "ΔW is alpha / r · B A, dense. Which entries of it may be written?",
         "M ⊙ (W + ΔW): what is pruned stays zero in both terms.",
     ),
 )  # fmt: skip
-def merge_masked(answer):
-    W, A, B = weight(6, 8), weight(2, 8, 14), weight(6, 2, 15)
+def merge_masked(answer, d_out=6, d_in=8, r=2, alpha=6.0):
+    W, A, B = weight(d_out, d_in), weight(r, d_in, 14), weight(d_out, r, 15)
     (M,) = choose([W.abs()], 0.5, "layer")
-    return a_tensor(answer(W, M, A, B, 6.0))
+    return a_tensor(answer(W, M, A, B, alpha))
