@@ -428,7 +428,8 @@ def test_a_tensor_or_a_number_is_demanded():
         a_number(made)
     with pytest.raises(Wrong, match="return a tensor; yours is str"):
         a_tensor("1.0")
-    assert a_tensor([1.0, 2.0]).tolist() == a_tensor((torch.tensor(1.0), torch.tensor(2.0))).tolist()
+    for made in ([1.0, 2.0], (torch.tensor(1.0), torch.tensor(2.0))):
+        assert a_tensor(made).tolist() == [1.0, 2.0]
 
 
 def test_a_question_computes_its_answer():

@@ -14,8 +14,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from decimal import Decimal
+from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from types import EllipsisType, NoneType
 from typing import Any
@@ -36,11 +35,9 @@ class Untouched(Exception):
 
 
 class Stopped(Exception):
-    """The answer ended in `error`: any exception, or an exit."""
+    """The answer ended in an error: any exception, or an exit."""
 
-    def __init__(self, error: BaseException):
-        super().__init__(error)
-        self.error = error
+    error = property(lambda self: self.args[0])
 
 
 class TookTooLong(BaseException):
@@ -58,6 +55,13 @@ def describe(error: BaseException) -> str:
 
 # --- what an answer leaves as it was ------------------------------------------------------------
 
+
+def default_device() -> torch.device | None:
+    """The device that was set; None if none was. PyTorch itself says "cpu" for none."""
+    context = getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)
+    return context and context.device
+
+
 DRAWS = [
     (torch.get_rng_state, torch.set_rng_state),
     (random.getstate, random.setstate),
@@ -65,7 +69,7 @@ DRAWS = [
 ]
 SETTINGS = [
     (torch.get_default_dtype, torch.set_default_dtype),
-    (torch.get_default_device, torch.set_default_device),
+    (default_device, torch.set_default_device),
     (torch.is_grad_enabled, torch.set_grad_enabled),
     (torch.get_num_threads, torch.set_num_threads),
     (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
@@ -81,13 +85,14 @@ def undisturbed() -> Iterator[None]:
     """Give the random numbers and the settings back as they were found."""
     cuda = [(torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all)]
     draws = DRAWS + cuda * torch.cuda.is_initialized()
-    drawn, found = [get() for get, _ in draws], [get() for get, _ in SETTINGS]
+    drawn = [(give_back, get()) for get, give_back in draws]
+    found = [(give_back, get, get()) for get, give_back in SETTINGS]
     try:
         yield
     finally:
-        for (_, give_back), state in zip(draws, drawn, strict=True):
+        for give_back, state in drawn:
             give_back(state)
-        for (get, give_back), setting in zip(SETTINGS, found, strict=True):
+        for give_back, get, setting in found:
             if get() != setting:
                 give_back(setting)
 
@@ -95,12 +100,12 @@ def undisturbed() -> Iterator[None]:
 @contextmanager
 def usual() -> Iterator[None]:
     """The same draws and settings for every check, whatever the notebook has set; undisturbed."""
-    with undisturbed():
+    with undisturbed(), torch.inference_mode(False):
         torch.manual_seed(0)
         torch.set_default_dtype(torch.float32)
         torch.set_grad_enabled(True)
-        with torch.device("cpu"):
-            yield
+        torch.set_default_device(None)
+        yield
 
 
 @contextmanager
@@ -119,18 +124,14 @@ def watched() -> Iterator[list]:
     def stop(*_):
         raise TookTooLong
 
-    has_timer = hasattr(signal, "setitimer")
-    signal.signal(signal.SIGINT, press)
-    if has_timer:
-        earlier = signal.signal(signal.SIGPROF, stop)
-        signal.setitimer(signal.ITIMER_PROF, SECONDS, 1.0)
-    try:
+    with ExitStack() as ends:
+        ends.callback(signal.signal, signal.SIGINT, before)
+        signal.signal(signal.SIGINT, press)
+        if hasattr(signal, "setitimer"):
+            ends.callback(signal.signal, signal.SIGPROF, signal.signal(signal.SIGPROF, stop))
+            ends.callback(signal.setitimer, signal.ITIMER_PROF, 0)
+            signal.setitimer(signal.ITIMER_PROF, SECONDS, 1.0)
         yield pressed
-    finally:
-        if has_timer:
-            signal.setitimer(signal.ITIMER_PROF, 0)
-            signal.signal(signal.SIGPROF, earlier)
-        signal.signal(signal.SIGINT, before)
 
 
 # --- what an answer returns ---------------------------------------------------------------------
@@ -150,19 +151,15 @@ def settled(made: Any) -> Any:
         return settled(np.generic.item(made))
     if issubclass(kind, np.ndarray):
         return _plain(torch.as_tensor(np.array(np.ndarray.view(made, np.ndarray))))
-    if kind is Fraction or kind is Decimal:
+    if kind is Fraction:
         return float(made)
-    if kind is range and len(made) < 10**6:
-        return list(made)
-    for plain in (int, float):
-        if issubclass(kind, plain):
-            return plain.__pos__(made)
+    if issubclass(kind, (int, float)):
+        return (int if issubclass(kind, int) else float).__pos__(made)
     if issubclass(kind, str):
         return str.__getitem__(made, slice(None))
-    for plain in (list, tuple, set, frozenset):
+    for plain, kept in ((list, list), (tuple, tuple), (set, set), (frozenset, set)):
         if issubclass(kind, plain):
-            items = [settled(item) for item in plain.__iter__(made)]
-            return set(items) if plain is frozenset else plain(items)
+            return kept(settled(item) for item in plain.__iter__(made))
     if issubclass(kind, dict):
         return {settled(key): settled(value) for key, value in dict.items(made)}
     what = "is complex" if issubclass(kind, complex) else f"is of the type {kind.__name__}"
@@ -186,8 +183,11 @@ def _plain(made: Tensor) -> Tensor:
 class Answer:
     """A learner's function as a trial calls it. `handed` are the copies that it got last."""
 
+    handed: tuple = ()
+    error: BaseException | None = None
+
     def __init__(self, function: Callable):
-        self.function, self.handed, self.error = function, (), None
+        self.function = function
 
     def __call__(self, *args: Any) -> Any:
         self.handed = copy.deepcopy(args)
@@ -198,22 +198,21 @@ class Answer:
                 self.error = error
         if pressed:  # by the learner, who wants the cell to stop whatever the answer made of it
             raise KeyboardInterrupt
-        if self.error is not None:
-            raise self.error
-        if made is None:
+        if self.error is None and made is None:
             self.error = Wrong("your code returns None: is its `return` missing?")
+        if self.error is not None:
             raise self.error
         return made
 
 
 def outcome(trial: Callable, answer: Any, size: tuple = ()) -> Any:
     """What the trial of an answer gives: a result, or a `Wrong`, an `Untouched` or a `Stopped`."""
-    run = Answer(answer) if callable(answer) else answer
+    run = Answer(answer)
     try:
         with usual():
-            return trial(settled(run) if run is answer else run, *size)
+            return trial(run if callable(answer) else settled(answer), *size)
     except BaseException as error:
-        ended = getattr(run, "error", None) if run is not answer else None
+        ended = run.error
         if isinstance(error, KeyboardInterrupt) and error is not ended:
             raise
         error = ended or error

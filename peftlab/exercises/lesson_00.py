@@ -15,9 +15,8 @@ from peftlab.tasks import load as load_task
 from peftlab.training import train
 from peftlab.tuned import attach
 
+
 # --- 1 · the trainable share -------------------------------------------------------------------
-
-
 def trainable_percent(model):
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return 100 * trained / sum(p.numel() for p in model.parameters())
@@ -38,8 +37,7 @@ def _of_frozen(model):
     difficulty=1, importance=4, minutes=3,
     hints=(
         "`model.parameters()` gives tensors; `p.numel()` is how many numbers one holds.",
-        "A parameter trains if `p.requires_grad` is true.",
-    ),
+        "A parameter trains if `p.requires_grad` is true."),
     mistakes=(
         (lambda model: trainable_percent(model) / 100,
          "{given:.3f} is a fraction; for a percentage, multiply by 100"),
@@ -47,8 +45,7 @@ def _of_frozen(model):
          "{given:.1f}% is the share of the tensors, large and small alike. Count their numbers"),
         (_of_frozen, "you divided by the frozen ones; divide by all"),
         (lambda model: 100 - trainable_percent(model),
-         "{given:.1f}% is the frozen share; take the other one"),
-    ),
+         "{given:.1f}% is the frozen share; take the other one")),
     otherwise="420 of 1,660 numbers train, {right:.2f}%; yours says {given:.2f}%",
     praise="{right:.2f}% of this little network trains",
 )  # fmt: skip
@@ -60,8 +57,6 @@ def share_that_trains(answer):
 
 
 # --- 2 · bit for bit ---------------------------------------------------------------------------
-
-
 def changed_tensors(before, model):
     return [name for name, now in model.state_dict().items() if not torch.equal(now, before[name])]
 
@@ -96,12 +91,10 @@ def _wrong_first_at(change):
 
 
 @exercise(
-    "Is it still the same model?", solution=changed_tensors,
-    difficulty=2, importance=5, minutes=5,
+    "Is it still the same model?", solution=changed_tensors, difficulty=2, importance=5, minutes=5,
     hints=(
         "`model.state_dict()` names every tensor of a model, buffers included.",
-        "`torch.equal(a, b)` is true only if every single number is the same.",
-    ),
+        "`torch.equal(a, b)` is true only if every single number is the same."),
     mistakes=(
         (_the_unchanged, "nothing has changed yet and you name every tensor: these are the "
          "unchanged ones"),
@@ -110,10 +103,8 @@ def _wrong_first_at(change):
         (_close_enough, "one weight changed by a millionth of itself, and you missed it: close is "
          "not the same", _wrong_first_at(2)),
         (_parameters_only, "a running mean changed, and you missed it. It is a buffer: no "
-         "parameter, but part of what the model computes", _wrong_first_at(3)),
-    ),
-    otherwise=_miscounted,
-    praise="every tensor is compared, bit for bit",
+         "parameter, but part of what the model computes", _wrong_first_at(3))),
+    otherwise=_miscounted, praise="every tensor is compared, bit for bit",
 )  # fmt: skip
 def same_model(answer):
     torch.manual_seed(0)
@@ -136,20 +127,16 @@ def same_model(answer):
 
 
 # --- 3 · the shape of attention ----------------------------------------------------------------
-
-
 def attention_shape(batch, heads, seq, virtual):
     return batch, heads, virtual + seq, virtual + seq
 
 
 @exercise(
-    "Read the shape of attention", solution=attention_shape,
-    difficulty=1, importance=3, minutes=3,
+    "Read the shape of attention", solution=attention_shape, difficulty=1, importance=3, minutes=3,
     hints=(
         "One attention map has a row for each token that looks and a column for each token that "
         "is looked at.",
-        "Each head of each text in the batch has a map of its own.",
-    ),
+        "Each head of each text in the batch has a map of its own."),
     mistakes=(
         (lambda b, h, t, p: (b, h, t, t), "you left out the virtual tokens"),
         (lambda b, h, t, p: (b, h, t, p + t), "you count the virtual tokens only as columns. In "
@@ -157,8 +144,7 @@ def attention_shape(batch, heads, seq, virtual):
          "wrote)"),
         (lambda b, h, t, p: (b, p + t, p + t), "there is one map a head; say how many heads"),
         (lambda b, h, t, p: (b, p + t, p + t, h),
-         "right numbers, other order: the heads come second"),
-    ),
+         "right numbers, other order: the heads come second")),
     otherwise="{given} for {right}: one row and one column a token", again=(3, 5, 7, 9),
     praise="{right}: every token, real or virtual, has a row and a column",
 )  # fmt: skip
@@ -171,8 +157,6 @@ def shape_of_attention(answer, texts=2, heads=4, tokens=5, virtual=3):
 
 
 # --- predict first -----------------------------------------------------------------------------
-
-
 @question(
     "LoRA with rank 8 on the query and value projections trains "
     f"{percent(LoRA(r=8), 'llama-3-8b'):.2f}% of Llama-3-8B and {percent(LoRA(r=8), 'gpt2'):.2f}% "
@@ -183,8 +167,7 @@ def shape_of_attention(answer, texts=2, heads=4, tokens=5, virtual=3):
         "b": ("more than twice as large a share", "A narrow base has few numbers of its own, and "
               "the adapter stands out among them."),
         "c": ("less than half of it, since the model is small", "Both shrink, but the base shrinks "
-              "faster: its matrices have the width squared."),
-    },
+              "faster: its matrices have the width squared.")},
 )  # fmt: skip
 def predict_share():
     shares = {name: percent(LoRA(r=8), name) for name in ("llama-3-8b", "gpt2", "tiny-gpt")}
@@ -202,8 +185,7 @@ def predict_share():
         "b": ("worse while the adapter is on, and exactly as before once it is off", "Freezing "
               "protects the base, not the sum of base and adapter."),
         "c": ("worse, and it stays worse after the adapter is off", "Detaching gives the base back "
-              "bit for bit: nothing in it was ever written to."),
-    },
+              "bit for bit: nothing in it was ever written to.")},
 )  # fmt: skip
 def predict_forgetting():
     base, task = load("tiny-gpt"), load_task("sentiment")

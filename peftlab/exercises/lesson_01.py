@@ -15,9 +15,8 @@ from peftlab.memory import Live, predict
 from peftlab.methods import FullFineTuning, PromptTuning
 from peftlab.panels.memory import memory_view
 
+
 # --- predict first -----------------------------------------------------------------------------
-
-
 @question(
     "Every parameter of Llama-3-8B trains, in float32 and with Adam. Activations apart, how many "
     "bytes does training hold?",
@@ -43,8 +42,7 @@ def how_many_bytes():
         "b": ("about a tenth", "The gradient enters below the first block and crosses all twelve."),
         "c": ("about half", "A frozen linear layer keeps no input; everything else is kept."),
         "d": ("about nine tenths", "Every layer is crossed, and there are 20 more tokens in a "
-              "row."),
-    },
+              "row.")},
 )  # fmt: skip
 def what_a_prompt_keeps():
     full, prompt = (_in_blocks(m) for m in (FullFineTuning(), PromptTuning(20)))
@@ -81,8 +79,6 @@ def how_many_times():
 
 
 # --- bytes a parameter -------------------------------------------------------------------------
-
-
 def adam_bytes_solution(total, trained):
     weights = 4 * total
     gradients = 4 * trained
@@ -102,15 +98,13 @@ def adam_bytes_solution(total, trained):
         (lambda total, trained: 4 * total + 4 * trained,
          "your optimiser has no memory of its own: Adam has"),
         (lambda total, trained: 4 * total + 16 * trained,
-         "you counted the trained weights twice: they are among the total"),
-    ),
+         "you counted the trained weights twice: they are among the total")),
     otherwise="of {case[0]:,} with {case[1]:,} trained: {right:,} bytes, yours {given:,}",
     praise="4 bytes each, and 12 more for each that trains: 16 if all do",
     difficulty=1, importance=5, minutes=3,
     hints=(
         "Every weight of the model takes 4 bytes, whether it trains or not.",
-        "A weight that trains has three more numbers: its gradient, and Adam's two moments.",
-    ),
+        "A weight that trains has three more numbers: its gradient, and Adam's two moments."),
 )  # fmt: skip
 def adam_bytes(answer):
     cases = (1000, 1000), (1000, 10), (124_439_808, 294_912)
@@ -118,8 +112,6 @@ def adam_bytes(answer):
 
 
 # --- a step of Adam ----------------------------------------------------------------------------
-
-
 def adam_step_solution(w, g, m, v, t, lr):
     m = 0.9 * m + 0.1 * g
     v = 0.999 * v + 0.001 * g * g
@@ -182,18 +174,14 @@ def _other_step(given, right):
         (lambda w, g, m, v, t, lr: (adam_step_solution(w, g, m, v, t, lr)[0], m, v),
          "return the new m and v: yours never change, so every step is the first"),
         (lambda w, g, m, v, t, lr: (w - lr * g, *adam_step_solution(w, g, m, v, t, lr)[1:]),
-         "that is gradient descent: the step is the corrected m over the root of v"),
-    ),
-    otherwise=_other_step,
-    praise="three steps, and torch.optim.Adam is at the same place",
-    right=_torch_adam, again=(7, 1e-5),
-    difficulty=3, importance=4, minutes=8,
+         "that is gradient descent: the step is the corrected m over the root of v")),
+    otherwise=_other_step, praise="three steps, and torch.optim.Adam is at the same place",
+    right=_torch_adam, again=(7, 1e-5), difficulty=3, importance=4, minutes=8,
     hints=(
         "m is a running mean of the gradients, with 0.9 of the old one; v of their squares, 0.999.",
         "After one step m is a tenth of the gradient. Divide by 1 − 0.9^t to make up for the start "
         "at zero, and v by 1 − 0.999^t.",
-        "The step is lr · mean / (√square + 1e-8).",
-    ),
+        "The step is lr · mean / (√square + 1e-8)."),
 )  # fmt: skip
 def adam_step(answer, *size):
     """w, m and v after three steps on three gradients."""
@@ -205,8 +193,6 @@ def adam_step(answer, *size):
 
 
 # --- what a linear layer keeps -----------------------------------------------------------------
-
-
 def linear_keeps_solution(x_has_gradient, W_trains):
     kept = set()
     if W_trains:  # dL/dW = gᵀ x
@@ -245,16 +231,14 @@ def _autograd_keeps(x_has_gradient: bool, W_trains: bool) -> set[str]:
          "asked for, only one of the two tensors is kept",
          lambda given, right: given[True, False] == {"x", "W"}),
         (lambda x, W: {"x"} if W else set(), "what reaches x is g W: W is kept where x has a "
-         "gradient", lambda given, right: "W" not in given[True, False]),
-    ),
+         "gradient", lambda given, right: "W" not in given[True, False])),
     otherwise="for x_has_gradient, W_trains = {case} it is {right}, yours {given}",
     praise="checked against autograd in all four cases: a frozen W does not need its input",
     right=lambda: linear_keeps.trial(_autograd_keeps),
     difficulty=2, importance=5, minutes=5,
     hints=(
         "y = x Wᵀ, and g is the gradient of y. Then dL/dW = gᵀ x and dL/dx = g W.",
-        "Which of the two derivatives is asked for, and what stands in it beside g?",
-    ),
+        "Which of the two derivatives is asked for, and what stands in it beside g?"),
 )  # fmt: skip
 def linear_keeps(answer):
     kept = {(x, W): answer(x, W) for x in (False, True) for W in (False, True)}
@@ -264,8 +248,6 @@ def linear_keeps(answer):
 
 
 # --- what a block keeps ------------------------------------------------------------------------
-
-
 def block_numbers_solution(d, heads, trains):
     norms = 2 * (d + 2)  # x, its mean and its deviation
     attention = 3 * d + heads + d  # q, k, v; one number a head; the output
@@ -301,8 +283,7 @@ def _numbers_kept(d: int, heads: int, trains: bool) -> int:
         (lambda d, h, trains: block_numbers_solution(d, h, trains) - h,
          "attention keeps one number a head: the logarithm of its softmax's sum"),
         (lambda d, h, trains: block_numbers_solution(d, h, trains) + d,
-         "you have d too many: attention's output is its c_proj's input, counted twice"),
-    ),
+         "you have d too many: attention's output is its c_proj's input, counted twice")),
     otherwise="for d = {case[0]}, {case[1]} heads: {right[0]} if it trains and {right[1]} if not; "
               "{given}",
     praise="16 d + 4 + heads numbers a token if it trains, 10 d + 4 + heads if it is frozen",
@@ -313,8 +294,7 @@ def _numbers_kept(d: int, heads: int, trains: bool) -> int:
         "A linear layer keeps its input if it trains.",
         "A norm keeps its input and two numbers, GELU its input, which is four times as wide. "
         "Attention keeps q, k, v, its output, and one number a head.",
-        "The output of attention is the input of its c_proj: one tensor.",
-    ),
+        "The output of attention is the input of its c_proj: one tensor."),
 )  # fmt: skip
 def block_numbers(answer):
     cases = (24, 3), (768, 12)
@@ -322,7 +302,6 @@ def block_numbers(answer):
 
 
 # --- four leaks --------------------------------------------------------------------------------
-
 LEAKS = Ward({
     "losses": ("D", "every step's loss is put into a list with its graph",
         "It ends every step with more than the step before, by the same amount each time: "
@@ -379,11 +358,9 @@ def clinic() -> pd.DataFrame:
 
 
 find_the_leak = LEAKS.exercise(
-    "find_the_leak", "Find the leak",
-    confused=("AD", "BC", "CD"), unknown="too large",
+    "find_the_leak", "Find the leak", confused=("AD", "BC", "CD"), unknown="too large",
     difficulty=3, importance=5, minutes=8,
     hints=(
         "Compare the first steps with the sound training, then the later ones.",
-        "Does it grow from step to step, or is it larger once and stays so? At which moment?",
-    ),
+        "Does it grow from step to step, or is it larger once and stays so? At which moment?"),
 )  # fmt: skip

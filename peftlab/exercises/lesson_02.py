@@ -17,7 +17,6 @@ from peftlab.training import target_loss
 from peftlab.tuned import attach
 
 # --- 1 · in front ------------------------------------------------------------------------------
-
 P = 3  # virtual tokens
 
 
@@ -30,14 +29,12 @@ def prepend(prompt, embedded, mask):
 
 
 @exercise(
-    "Put the prompt in front", solution=prepend,
-    difficulty=3, importance=5, minutes=10,
+    "Put the prompt in front", solution=prepend, difficulty=3, importance=5, minutes=10,
     hints=(
         "Three things get longer by P along the sequence: the vectors, the mask, the positions.",
         "The virtual tokens are there for everybody: their part of the mask is ones.",
         "The position of a token is the number of unmasked tokens before it. On the longer mask, "
-        "that is a cumulative sum less one; clamp it, so that padding does not get −1.",
-    ),
+        "that is a cumulative sum less one; clamp it, so that padding does not get −1."),
     mistakes=(
         (after(prepend, lambda x, mask, at: (x.roll(-P, 1), mask.roll(-P, 1), at)), "you put the "
          "prompt behind the input. A causal model reads from left to right: no real token would "
@@ -63,11 +60,9 @@ def prepend(prompt, embedded, mask):
          lambda given, right: same(given[2][0], right[2][0])),
         (after(prepend, lambda x, mask, at: (x, mask, at + 1)),
          "your positions begin at 1: the first is 0, so take one off the cumulative sum",
-         lambda given, right: given[2][0, 0] == 1),
-    ),
+         lambda given, right: given[2][0, 0] == 1)),
     otherwise="the positions are {given[2]}; those of what is not padding are {right[2]}",
-    praise="vectors, mask and positions are right, with padding on the left as well",
-    again=(7, 9),
+    praise="vectors, mask and positions are right, with padding on the left as well", again=(7, 9),
 )  # fmt: skip
 def put_in_front(answer, T=4, d=5):
     """Vectors, mask, and positions: those of padding, which may have any, are set to 0."""
@@ -92,8 +87,6 @@ def put_in_front(answer, T=4, d=5):
 
 
 # --- 2 · count ---------------------------------------------------------------------------------
-
-
 def affordable(budget, d_model, context):
     return min(budget // d_model, context - 1)
 
@@ -106,12 +99,10 @@ BUDGETS = {
 
 
 @exercise(
-    "How long a prompt can you afford?", solution=affordable,
-    difficulty=2, importance=3, minutes=5,
+    "How long a prompt can you afford?", solution=affordable, difficulty=2, importance=3, minutes=5,
     hints=(
         "Turn the closed form around: P · d_model numbers train.",
-        "Two limits hold: the budget, and the context, where at least one real token must fit.",
-    ),
+        "Two limits hold: the budget, and the context, where at least one real token must fit."),
     mistakes=(
         (lambda budget, d, context: affordable(budget // 24, d, context),
          "{given} tokens {case} is too short. Did you pay for every layer? Prompt tuning adds "
@@ -123,10 +114,8 @@ BUDGETS = {
          "{given} tokens {case} is longer than the context of 1024"),
         (lambda budget, d, context: affordable(budget + d - 1, d, context),
          "{given} tokens {case} are 300,288 numbers: over the budget"),
-        (lambda budget, d, context: budget / d, "how many tokens a prompt has is a whole number"),
-    ),
-    otherwise="{given} tokens {case}; {right} fit",
-    praise="the budget and the context both hold",
+        (lambda budget, d, context: budget / d, "how many tokens a prompt has is a whole number")),
+    otherwise="{given} tokens {case}; {right} fit", praise="the budget and the context both hold",
 )  # fmt: skip
 def prompt_for_a_budget(answer):
     what = "how many tokens a prompt has"
@@ -134,8 +123,6 @@ def prompt_for_a_budget(answer):
 
 
 # --- 3 · start from the vocabulary -------------------------------------------------------------
-
-
 def start_from_vocabulary(embedding, first, length):
     return nn.Parameter(embedding.weight[first : first + length].detach().clone())
 
@@ -147,16 +134,14 @@ def start_from_vocabulary(embedding, first, length):
         "Row i of `embedding.weight` is the vector of token i.",
         "A slice of a tensor is a window onto the same numbers: whoever trains the slice, trains "
         "the table.",
-        "`nn.Parameter` says that a tensor is to be trained. It does not copy it.",
-    ),
+        "`nn.Parameter` says that a tensor is to be trained. It does not copy it."),
     mistakes=(
         (lambda embedding, i, n: nn.Parameter(embedding.weight[i : i + n]), "shares its storage"),
         (lambda embedding, i, n: nn.Parameter(torch.randn(n, embedding.embedding_dim)), "noise"),
         (lambda embedding, i, n: start_from_vocabulary(embedding, i + 1, n), "begin with row"),
         (lambda embedding, i, n: nn.Parameter(torch.arange(i, i + n).float()),
          "the ids themselves"),
-        (lambda embedding, i, n: embedding.weight[i : i + n].clone(), "would not train"),
-    ),
+        (lambda embedding, i, n: embedding.weight[i : i + n].clone(), "would not train")),
 )  # fmt: skip
 def initialise(answer, first=10, length=4, d=8):
     embedding = nn.Embedding(50, d)
@@ -168,7 +153,7 @@ def initialise(answer, first=10, length=4, d=8):
     expect(
         prompt.shape == wanted.shape,
         f"the prompt should be {tuple(wanted.shape)}, one vector a token; yours is "
-        f"{tuple(prompt.shape)}. Did you take the ids themselves instead of their vectors?",
+        f"{tuple(prompt.shape)}" + ": these are the ids themselves?" * (prompt.ndim == 1),
     )
     expect(
         same(prompt, wanted),
@@ -198,7 +183,6 @@ def _whose(vectors, table):
 
 
 # --- 4 · debug the broken adapter --------------------------------------------------------------
-
 CLINIC = Ward({
     "optimiser": (
         "C", "the optimiser was never given the prompt",
@@ -256,20 +240,16 @@ def _examine(fault, base, task, steps, lr, seed):
 
 
 diagnose = CLINIC.exercise(
-    "diagnose", "Debug the broken adapter",
-    confused=("AC", "BD"), unknown="too few virtual tokens",
+    "diagnose", "Debug the broken adapter", confused=("AC", "BD"), unknown="too few virtual tokens",
     difficulty=3, importance=5, minutes=10,
     hints=(
         "Look at the gradient first. None, exactly zero and an ordinary number have three "
         "different causes.",
-        "Two patients have an ordinary gradient. Ask whether their prompts moved, and how far.",
-    ),
+        "Two patients have an ordinary gradient. Ask whether their prompts moved, and how far."),
 )  # fmt: skip
 
 
 # --- predict first -----------------------------------------------------------------------------
-
-
 def _small(layers: int = 2) -> GPT2LMHeadModel:
     torch.manual_seed(0)
     config = GPT2Config(
@@ -288,8 +268,7 @@ def _small(layers: int = 2) -> GPT2LMHeadModel:
         "c": ("26,214,400", "You counted a key and a value in every layer: that is prefix tuning "
               "with full heads."),
         "d": ("1,000,000,000", "More layers make the base larger, not the prompt: its size depends "
-              "on d_model alone."),
-    },
+              "on d_model alone.")},
 )  # fmt: skip
 def predict_count():
     shape = Shape.named("llama-3-70b")
@@ -313,8 +292,7 @@ def predict_count():
         "b": ("it changes", "There is one more token to attend to, and every position has moved by "
               "one."),
         "c": ("it changes only if the token is trained", "Training changes the vector. The place "
-              "that the vector takes is there before."),
-    },
+              "that the vector takes is there before.")},
 )  # fmt: skip
 def predict_zero_prompt():
     model = _small()
@@ -345,8 +323,7 @@ def predict_zero_prompt():
               "real token."),
         "b": ("about 50%", "There are 60 tokens to compute instead of 40."),
         "c": ("none: the prompt can be merged into the weights after training",
-              "There is no ΔW to merge. The virtual tokens are there in every call."),
-    },
+              "There is no ΔW to merge. The virtual tokens are there in every call.")},
 )  # fmt: skip
 def predict_work():
     model = _small()

@@ -14,9 +14,8 @@ from peftlab.methods import PTuning
 from peftlab.methods.prompt_networks import PromptEncoder
 from peftlab.tuned import attach
 
+
 # --- 1 · write the encoder -----------------------------------------------------------------------
-
-
 def encode(table, lstm, first, second):
     outputs, _ = lstm(table[None])  # 1 P 2h: the virtual tokens are one sequence
     return second(torch.relu(first(outputs[0])))  # P d
@@ -28,16 +27,14 @@ def _last_state(table, lstm, first, second):
 
 
 @exercise(
-    "Write the encoder", solution=encode,
-    difficulty=2, importance=5, minutes=10,
+    "Write the encoder", solution=encode, difficulty=2, importance=5, minutes=10,
     hints=(
         "The virtual tokens are one sequence: a batch of one, P long. `table[None]` has that "
         "shape.",
         "`lstm(x)` returns two things. The first holds an output for every place, both directions "
         "side by side.",
         "Between the two linear layers there is a ReLU, and nothing behind the second: a prompt "
-        "needs negative numbers too.",
-    ),
+        "needs negative numbers too."),
     mistakes=(
         (lambda table, lstm, first, second: second(first(lstm(table[None])[0][0])),
          "there is no ReLU between the linear layers: the MLP is linear"),
@@ -49,12 +46,10 @@ def _last_state(table, lstm, first, second):
          "has an output for each place"),
         (lambda table, lstm, first, second: second(torch.relu(first(table))),
          "another LSTM makes the same prompt: the table did not go through the LSTM",
-         lambda given, right: given[1]),
-    ),
+         lambda given, right: given[1])),
     otherwise=lambda given, right: f"{unlike(given[0], right[0])}. Is the order LSTM, linear, "
         "ReLU, linear?",
-    again=(7, 10),
-    praise="table, LSTM, linear, ReLU, linear: P = g(E)",
+    again=(7, 10), praise="table, LSTM, linear, ReLU, linear: P = g(E)",
 )  # fmt: skip
 def write_the_encoder(answer, P=5, d=6):
     """The prompt, and whether another LSTM makes the same."""
@@ -71,8 +66,6 @@ def write_the_encoder(answer, P=5, d=6):
 
 
 # --- 2 · place the prompt ------------------------------------------------------------------------
-
-
 def place(prompt, embedded, masks):
     half = len(prompt) // 2
     rows = [
@@ -83,14 +76,12 @@ def place(prompt, embedded, masks):
 
 
 @exercise(
-    "Place the prompt", solution=place,
-    difficulty=3, importance=4, minutes=10,
+    "Place the prompt", solution=place, difficulty=3, importance=4, minutes=10,
     hints=(
         "Names have different lengths, so the mask stands elsewhere in each row: do one row at a "
         "time.",
         "A row is four pieces in order: half of the prompt, the text up to the mask, the other "
-        "half, the mask and the rest.",
-    ),
+        "half, the mask and the rest."),
     mistakes=(
         (lambda prompt, x, masks: torch.cat([prompt.expand(len(x), -1, -1), x], dim=1),
          "the virtual tokens are all in front: the second half belongs to the mask"),
@@ -102,8 +93,7 @@ def place(prompt, embedded, masks):
         (lambda prompt, x, masks: place(prompt, x, masks - len(prompt) // 2), "the first half has "
          "moved the mask along, and you counted its place from the start of the longer row"),
         (lambda prompt, x, masks: place(prompt[: len(prompt) // 2].repeat(2, 1), x, masks),
-         "you put the same half twice: the first half belongs in front, the other later"),
-    ),
+         "you put the same half twice: the first half belongs in front, the other later")),
     otherwise=unlike,
     praise="two rows, two places, each with all virtual tokens", again=(8, 9, (7, 3)),
 )  # fmt: skip
@@ -115,8 +105,6 @@ def place_the_prompt(answer, P=4, T=6, masks=(2, 4)):
 
 
 # --- 3 · count -----------------------------------------------------------------------------------
-
-
 def trained(P, d):
     h = d // 2
     layer = 2 * (4 * h * (d + h) + 8 * h)  # two directions; the second layer reads 2 h = d as well
@@ -129,15 +117,13 @@ PROMPTS = {f"{P} virtual tokens on {base}": (base, P) for base, P in (
 
 
 @exercise(
-    "Count what trains", solution=trained,
-    difficulty=4, importance=3, minutes=10,
+    "Count what trains", solution=trained, difficulty=4, importance=3, minutes=10,
     hints=(
         "One direction of one LSTM layer with input i and hidden h: four gates, each with a matrix "
         "for the input (h · i), one for the state (h · h), and in PyTorch two biases (2 h).",
         "Here h = d / 2. The second layer reads both directions of the first, so its input is "
         "2 h = d.",
-        "Do not forget the table, nor the MLP: d → d → d, with biases.",
-    ),
+        "Do not forget the table, nor the MLP: d → d → d, with biases."),
     mistakes=(
         (lambda P, d: P * d,
          "{case}: yours is {given:,}. That is what is stored. More than that trains"),
@@ -148,8 +134,7 @@ PROMPTS = {f"{P} virtual tokens on {base}": (base, P) for base, P in (
          "{case}: yours is {given:,}. PyTorch's LSTM has two biases for every gate"),
         (lambda P, d: P * d + 43 * d * d + 34 * d, "{case}: yours is {given:,}. That is far too "
          "many: is your hidden size d / 2 in each direction?",
-         lambda given, right: any(given[case] >= 2 * right[case] for case in right)),
-    ),
+         lambda given, right: any(given[case] >= 2 * right[case] for case in right))),
     otherwise="{case}: yours is {given:,}, {right:,} train",
     praise="P · d + 14 d² + 18 d, and so says the package",
     right=lambda: {case: count(PTuning(P), base) for case, (base, P) in PROMPTS.items()},
@@ -160,8 +145,6 @@ def count_what_trains(answer):
 
 
 # --- 4 · throw it away ---------------------------------------------------------------------------
-
-
 def fold(encoder):
     encoder.eval()
     with torch.no_grad():
@@ -169,13 +152,11 @@ def fold(encoder):
 
 
 @exercise(
-    "Throw it away", solution=fold,
-    difficulty=2, importance=5, minutes=5,
+    "Throw it away", solution=fold, difficulty=2, importance=5, minutes=5,
     hints=(
         "`encoder()` returns a dictionary with the prompt that it makes now.",
         "This encoder has dropout. In which mode should it make its last prompt?",
-        "What is stored needs no gradient, and no network.",
-    ),
+        "What is stored needs no gradient, and no network."),
     mistakes=(
         (lambda encoder: {"prompt": encoder.table.detach().clone()}, "you stored the table E. It "
          "is what goes into the network; the model reads what comes out"),
@@ -185,8 +166,7 @@ def fold(encoder):
         (lambda encoder: {"prompt": encoder.eval()()["prompt"]},
          "the right numbers, but the tensor still hangs on the graph"),
         (lambda encoder: fold(encoder) | encoder.state_dict(), "the network is in it"),
-        (lambda encoder: encoder()["prompt"], "return a dictionary"),
-    ),
+        (lambda encoder: encoder()["prompt"], "return a dictionary")),
     praise="the prompt's numbers, no network, no gradient",
     otherwise=lambda given, right: unlike(given[0], right[0]), again=(7, 9),
 )  # fmt: skip
@@ -210,7 +190,6 @@ def throw_it_away(answer, P=5, d=8):
 
 
 # --- 5 · debug the broken adapter ----------------------------------------------------------------
-
 CLINIC = Ward({
     "outside": ("B", "the encoder was run once, before the loop, and its output kept",
         "It has no gradient anywhere, in the table or the network: the path from the loss ends at "
@@ -268,14 +247,11 @@ diagnose = CLINIC.exercise(
     difficulty=3, importance=5, minutes=10,
     hints=(
         "Ask first whether there is a gradient, in the table and in the network.",
-        "A gradient that nobody uses moves nothing. Compare the two columns that moved.",
-    ),
+        "A gradient that nobody uses moves nothing. Compare the two columns that moved."),
 )  # fmt: skip
 
 
 # --- predict first -------------------------------------------------------------------------------
-
-
 def _encoder(kind: str) -> PromptEncoder:
     torch.manual_seed(0)
     return PromptEncoder(torch.randn(6, 16), kind, "lama", 8 if kind == "lstm" else 16, 2)
@@ -289,8 +265,7 @@ def _encoder(kind: str) -> PromptEncoder:
               "through the same weights, and they moved."),
         "b": ("all of them", "They share the network's weights, and those moved."),
         "c": ("row 1 and its neighbours", "An MLP knows no neighbours; what they share is the "
-              "weights, and all rows share them."),
-    },
+              "weights, and all rows share them.")},
 )  # fmt: skip
 def predict_rows():
     encoder = _encoder("mlp")
@@ -318,8 +293,7 @@ def predict_rows():
               "its output is always the same."),
         "c": ("27,174,144 train, 15,360 are stored", "The encoder is thrown away."),
         "d": ("15,360 train, 27,174,144 are stored", "Turn it round: what is large here is what "
-              "trains."),
-    },
+              "trains.")},
 )  # fmt: skip
 def predict_count():
     method = PTuning(20, sizes="peft")
@@ -339,8 +313,7 @@ def predict_count():
               "makes is the same for every token, so once is enough."),
         "b": ("once", "What it makes is the same for every token and every text."),
         "c": ("once for every layer and token", "The prompt enters at the input. No layer above "
-              "asks for it again."),
-    },
+              "asks for it again.")},
 )  # fmt: skip
 def predict_runs():
     from peftlab.bases import load

@@ -26,9 +26,8 @@ from peftlab.methods import DeepPromptTuning, PrefixTuning
 from peftlab.methods.prompt_starts import initial_prefix
 from peftlab.training import target_loss
 
+
 # --- 1 · attention with a prefix ---------------------------------------------------------------
-
-
 def attend_with_prefix(query, key, value, mask, P_k, P_v):
     key = torch.cat([P_k.expand(len(key), -1, -1, -1), key], dim=2)
     value = torch.cat([P_v.expand(len(value), -1, -1, -1), value], dim=2)
@@ -58,15 +57,13 @@ def _prefix_behind(query, key, value, mask, P_k, P_v):
 
 
 @exercise(
-    "Attend with a prefix", solution=attend_with_prefix,
-    difficulty=3, importance=5, minutes=12,
+    "Attend with a prefix", solution=attend_with_prefix, difficulty=3, importance=5, minutes=12,
     hints=(
         "Keys and values get P rows more, along the axis of the sequence (dim 2). Queries do not.",
         "`P_k.expand(batch, -1, -1, -1)` gives each row of the batch the same prefix.",
         "The mask is added to the scores, so it needs P columns more, on the left, of zeros: "
         "`F.pad(mask, (P, 0))`.",
-        "One softmax over all P + T scores. Two of them would give the prefix a weight of 1.",
-    ),
+        "One softmax over all P + T scores. Two of them would give the prefix a weight of 1."),
     mistakes=(
         (_two_softmaxes, "you took two softmaxes and added the results: prefix and text must "
          "share one softmax, so that what the prefix takes, the text loses"),
@@ -88,11 +85,9 @@ def _prefix_behind(query, key, value, mask, P_k, P_v):
          "P_k and P_v stand in each other's place"),
         (lambda q, k, v, mask, P_k, P_v: attend_with_prefix(
             q * math.sqrt(q.shape[-1] / (k.shape[2] + P_k.shape[1])), k, v, mask, P_k, P_v),
-         "you divide by the square root of the number of keys: head_dim is query.shape[-1]"),
-    ),
+         "you divide by the square root of the number of keys: head_dim is query.shape[-1]")),
     otherwise=unlike, again=(3, 7, 5, 9),
-    praise="one softmax over prefix and text, and the causal mask holds",
-    atol=1e-5,
+    praise="one softmax over prefix and text, and the causal mask holds", atol=1e-5,
 )  # fmt: skip
 def attend(answer, heads=3, T=4, P=2, d=8):
     draw, batch = torch.Generator().manual_seed(0), 2
@@ -110,8 +105,6 @@ def attend(answer, heads=3, T=4, P=2, d=8):
 
 
 # --- 2 · the mask ------------------------------------------------------------------------------
-
-
 def may_see(mask, P):
     batch, T = mask.shape
     text = torch.ones(T, T, dtype=torch.bool).tril() & mask[:, None, None, :].bool()
@@ -129,13 +122,11 @@ def _plain_triangle(mask, P):
 
 
 @exercise(
-    "Let the mask see the prefix", solution=may_see,
-    difficulty=3, importance=5, minutes=10,
+    "Let the mask see the prefix", solution=may_see, difficulty=3, importance=5, minutes=10,
     hints=(
         "The result has a row for each of the T queries and a column for each of the P + T keys.",
         "The left block, T × P, is True throughout: every query sees the whole prefix.",
-        "The right block is the usual one: not the future (`tril`), and no padding.",
-    ),
+        "The right block is the usual one: not the future (`tril`), and no padding."),
     mistakes=(
         (_plain_triangle, "your triangle begins at the first column: the first query sees one "
          "virtual key, and the last tokens are seen by nobody. The triangle belongs to the text's "
@@ -153,8 +144,7 @@ def _plain_triangle(mask, P):
          lambda given, right: given[0, 0, :, -len(right[0, 0]) :].triu(1).any()),
         (lambda mask, P: may_see(torch.ones_like(mask), P), "the second row is padded, and its "
          "padding is seen", lambda given, right: (given & ~right)[1].any()),
-        (lambda mask, P: may_see(mask, 0), "there are 7 keys"),
-    ),
+        (lambda mask, P: may_see(mask, 0), "there are 7 keys")),
     otherwise="the text's columns have changed",
     praise="every query sees the prefix, nobody sees padding or the future", again=(5, 7),
 )  # fmt: skip
@@ -171,8 +161,6 @@ def mask_for(answer, P=3, T=4):
 
 
 # --- 3 · fold the MLP away ---------------------------------------------------------------------
-
-
 def fold(table, mlp, layers, kv_heads):
     with torch.no_grad():
         made = mlp(table).view(len(table), 2, layers, kv_heads, -1)
@@ -181,15 +169,13 @@ def fold(table, mlp, layers, kv_heads):
 
 
 @exercise(
-    "Fold the MLP away", solution=fold,
-    difficulty=4, importance=3, minutes=10,
+    "Fold the MLP away", solution=fold, difficulty=4, importance=3, minutes=10,
     hints=(
         "Run the MLP once: `mlp(table)` is (P, 2 · layers · kv_heads · head_dim).",
         "A virtual token's row holds first all its keys, then all its values, layer by layer, head "
         "by head: `.view(P, 2, layers, kv_heads, -1)`.",
         "Now the axes stand in the wrong order. `permute` moves them; `view` alone would mix the "
-        "numbers of different virtual tokens.",
-    ),
+        "numbers of different virtual tokens."),
     mistakes=(
         (lambda table, *_: (table, table), "that is the table itself: its rows go through the MLP "
          "before anything reads them", lambda given, right: given[0].ndim == 2),
@@ -206,8 +192,7 @@ def fold(table, mlp, layers, kv_heads):
         (lambda table, mlp, layers, heads:
          mlp(table).view(len(table), 2, layers, heads, -1).permute(1, 2, 3, 0, 4),
          "the result still hangs on the MLP: it has a gradient, and cannot be stored without the "
-         "graph. Detach it", lambda given, right: given[2]),
-    ),
+         "graph. Detach it", lambda given, right: given[2])),
     otherwise=lambda given, right: f"the keys should be {tuple(right[0].shape)}, that is (layers, "
         f"kv_heads, P, head_dim); yours are {tuple(given[0].shape)}",
     praise="keys and values of every layer, and the MLP is not needed any more",
@@ -225,8 +210,6 @@ def fold_the_mlp(answer, P=5, d=6, layers=3, kv_heads=2, head_dim=4):
 
 
 # --- 4 · count ---------------------------------------------------------------------------------
-
-
 def numbers_in(P, layers, decoder_layers, d_model, kv_heads, head_dim):
     return 2 * P * (layers + 2 * decoder_layers) * kv_heads * head_dim
 
@@ -239,14 +222,12 @@ PREFIXES = {
 
 
 @exercise(
-    "How many numbers are in a prefix?", solution=numbers_in,
-    difficulty=2, importance=4, minutes=5,
+    "How many numbers are in a prefix?", solution=numbers_in, difficulty=2, importance=4, minutes=5,
     hints=(
         "A virtual token has one key and one value in each attention.",
         "A key is as wide as the keys of the text: kv_heads · head_dim. With grouped heads that is "
         "less than d_model.",
-        "A decoder layer of T5 has two attentions: to itself and to the encoder.",
-    ),
+        "A decoder layer of T5 has two attentions: to itself and to the encoder."),
     mistakes=(
         (lambda *sizes: numbers_in(*sizes) // 2,
          "{case} {given:,}, is half of what it should be: there is a key and a value"),
@@ -258,8 +239,7 @@ PREFIXES = {
         (lambda P, layers, decoder_layers, d_model, kv_heads, head_dim:
          2 * P * (layers + decoder_layers) * kv_heads * head_dim,
          "{case} {given:,}, forgets that a decoder layer of T5 has two attentions"),
-        (lambda *sizes: float(numbers_in(*sizes)) + 0.5, "whole number"),
-    ),
+        (lambda *sizes: float(numbers_in(*sizes)) + 0.5, "whole number")),
     otherwise="{case} {given:,}, is not {right:,}",
     praise="GPT-2, grouped heads and two stacks are right",
     right=lambda: {case: count(PrefixTuning(P), shape) for case, (P, shape) in PREFIXES.items()},
@@ -273,7 +253,6 @@ def count_the_prefix(answer):
 
 
 # --- 5 · debug the broken adapter --------------------------------------------------------------
-
 CLINIC = Ward({
     "mask": ("C", "the mask is −∞ over the prefix's columns",
         "Its prefix has a gradient of zero, keys and values alike: nothing that reads the text "
@@ -347,19 +326,15 @@ def _examine(fault, base, task, steps, seed) -> list[dict]:
 
 
 diagnose = CLINIC.exercise(
-    "diagnose", "Debug the broken adapter",
-    confused=("AC", "BD"), unknown="too short a prefix",
+    "diagnose", "Debug the broken adapter", confused=("AC", "BD"), unknown="too short a prefix",
     difficulty=3, importance=5, minutes=10,
     hints=(
         "Look at the two gradients first. Zero in both and zero in one have different causes.",
-        "Two patients have both gradients. Ask whether they moved, and how far.",
-    ),
+        "Two patients have both gradients. Ask whether they moved, and how far."),
 )  # fmt: skip
 
 
 # --- predict first -----------------------------------------------------------------------------
-
-
 def _small(layers: int = 2) -> GPT2LMHeadModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -381,8 +356,7 @@ def _small(layers: int = 2) -> GPT2LMHeadModel:
               "A key of zeros has a score of 0, and the softmax gives a score of 0 a weight."),
         "c": ("nothing: a zero key has the lowest score of all, so the softmax leaves it out",
               "Zero is not the lowest score: scores are negative as often as not, and no score but "
-              "−∞ is left out by a softmax."),
-    },
+              "−∞ is left out by a softmax.")},
 )  # fmt: skip
 def predict_zero_prefix():
     model, ids = _small(), torch.arange(10)[None]
@@ -416,8 +390,7 @@ def predict_zero_prefix():
               "text."),
         "c": ("no, but those of a soft prompt in front of the text would: it goes through the "
               "layers", "It does go through the layers, but in a causal model it stands in front "
-              "and sees only what is further to the left. In an encoder you would be right."),
-    },
+              "and sees only what is further to the left. In an encoder you would be right.")},
 )  # fmt: skip
 def predict_who_reads():
     draw = torch.Generator().manual_seed(0)
@@ -459,8 +432,7 @@ def predict_who_reads():
         "b": ("they are equal: both stand in every layer", "The layers are the same, the widths "
               "are not: 2 · 1,024 against 4,096."),
         "c": ("the vectors at the input of each layer, twice as many",
-              "2 · d_kv is 2,048, half of d_model."),
-    },
+              "2 · d_kv is 2,048, half of d_model.")},
 )  # fmt: skip
 def predict_larger():
     shape = Shape.named("llama-3-8b")

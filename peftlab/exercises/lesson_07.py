@@ -10,9 +10,8 @@ from peftlab.exercises.clinic import Ward
 from peftlab.exercises.forms import a_tensor, same, several, unlike
 from peftlab.sites.quantisation import NF4_OFFSET, blockwise, normal_levels, quantise, table, unpack
 
+
 # --- predict first -----------------------------------------------------------------------------
-
-
 @question(
     "A weight is a code of 4 bits. Every block of 64 weights has one scale in float32. How many "
     "bits does a weight take, all in all?",
@@ -21,8 +20,7 @@ from peftlab.sites.quantisation import NF4_OFFSET, blockwise, normal_levels, qua
         "b": ("4.127",
               "That is with scales in 8 bits, which is the next step: double quantisation."),
         "c": ("4.5", "One scale of 32 bits is shared by 64 weights."),
-        "d": ("36", "Each block has one scale, not each weight."),
-    },
+        "d": ("36", "Each block has one scale, not each weight.")},
 )  # fmt: skip
 def how_many_bits():
     values = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
@@ -43,8 +41,7 @@ def how_many_bits():
         "a": ("only A and B of both layers", "A and B of the second layer are beside its W̃: the "
               "output of the first goes into both, so the gradient comes back out of both."),
         "b": ("W̃ of the second layer as well", "The first layer's output is read by W̃ too."),
-        "c": ("W̃ of both layers", "The first layer's own W̃ lies beside its B, not behind it."),
-    },
+        "c": ("W̃ of both layers", "The first layer's own W̃ lies beside its B, not behind it.")},
 )  # fmt: skip
 def which_way():
     generator = torch.Generator().manual_seed(0)
@@ -81,8 +78,7 @@ def which_way():
               "far more than ΔW asked for."),
         "c": ("none of it: what arrives is as far from ΔW as nothing would be",
               "The few codes that move go by a whole level, and the scales of the blocks "
-              "move too."),
-    },
+              "move too.")},
 )  # fmt: skip
 def how_much_arrives():
     generator = torch.Generator().manual_seed(0)
@@ -99,8 +95,6 @@ def how_much_arrives():
 
 
 # --- the levels --------------------------------------------------------------------------------
-
-
 def levels_solution(quantile):
     offset = ((1 - 1 / 30) + (1 - 1 / 32)) / 2
     positive = [quantile(0.5 + i * (offset - 0.5) / 8) for i in range(1, 9)]
@@ -146,18 +140,15 @@ def _scaled(levels):
         (lambda q: _scaled(_sides(q, 7, 8, top=1 - 1 / 32)),
          lambda given, right: "sixteen levels with a zero, but of another offset: the "
              f"probabilities go from ½ to {NF4_OFFSET:.4f}. Your second level is {given[1]:.4f}; "
-             f"it should be {right[1]:.4f}", lambda given, right: len(given) == 16),
-    ),
+             f"it should be {right[1]:.4f}", lambda given, right: len(given) == 16)),
     praise="the table of NF4, within 1e-6 of the one that is used everywhere",
     otherwise=lambda given, right: f"16 levels are needed; yours are {len(given)}",
-    right=normal_levels,
-    difficulty=3, importance=4, minutes=8,
+    right=normal_levels, difficulty=3, importance=4, minutes=8,
     hints=(
         "Eight levels above zero, zero itself, seven below: sixteen.",
         "The probabilities go from ½ to the offset in equal steps: 8 above, 7 below, each side "
         "with steps of its own. The offset is the mean of 1 − 1/30 and 1 − 1/32.",
-        "At last divide all of them by the largest, so that they lie in [−1, 1].",
-    ),
+        "At last divide all of them by the largest, so that they lie in [−1, 1]."),
 )  # fmt: skip
 def levels(answer):
     def quantile(probability):
@@ -168,8 +159,6 @@ def levels(answer):
 
 
 # --- blocks ------------------------------------------------------------------------------------
-
-
 def encode_solution(weights, levels, block_size):
     blocks = weights.view(-1, block_size)
     absmax = blocks.abs().amax(dim=1)
@@ -210,21 +199,18 @@ def _weights(blocks=8, size=64):
          "the scale is the standard deviation: weights beyond it would have no level at all"),
         (lambda w, t, b: _encode(w, t, b, nearest=False),
          "the level below is taken, not the nearest: the error is twice as large",
-         lambda given, right: (given[0] <= right[0]).all()),
-    ),
+         lambda given, right: (given[0] <= right[0]).all())),
     praise="codes and scales as the package has them",
     otherwise=lambda given, right: f"{int((given[0] != right[0]).sum())} of {len(right[0])} codes "
         f"are not those of the nearest level; scales: {unlike(given[1], right[1])}",
     right=lambda blocks=8, size=64: blockwise(_weights(blocks, size), size, table("nf4")),
-    again=(7, 45),
-    difficulty=2, importance=5, minutes=6,
+    again=(7, 45), difficulty=2, importance=5, minutes=6,
     hints=(
         "weights.view(-1, block_size) has one block a row.",
         "The scale of a block is its largest absolute value, so that the scaled weights lie "
         "in [−1, 1].",
         "(scaled[..., None] - levels).abs() is the distance to every level; argmin finds "
-        "the nearest.",
-    ),
+        "the nearest."),
 )  # fmt: skip
 def encode(answer, blocks=8, size=64):
     made = answer(_weights(blocks, size), table("nf4"), size)
@@ -236,14 +222,12 @@ def encode(answer, blocks=8, size=64):
 
 
 # --- bytes -------------------------------------------------------------------------------------
-
-
 def pack_solution(codes):
     return codes[::2] * 16 + codes[1::2]
 
 
 @exercise(
-    "Two codes in a byte", solution=pack_solution,
+    "Two codes in a byte", solution=pack_solution, difficulty=1, importance=3, minutes=4,
     mistakes=(
         (lambda c: c[::2] + c[1::2],
          "the two codes lie on top of each other: 3 and 4 would read like 4 and 3"),
@@ -253,19 +237,16 @@ def pack_solution(codes):
          lambda given, right: len(given) == 2 * len(right)),
         (lambda c: c[: len(c) // 2] * 16 + c[len(c) // 2 :],
          "you pair the first half of all codes with the second: neighbours share a byte"),
-        (lambda c: c[::2] * 10 + c[1::2], "you multiply by ten: four bits are sixteen values"),
-    ),
+        (lambda c: c[::2] * 10 + c[1::2], "you multiply by ten: four bits are sixteen values")),
     praise="half as many bytes, and unpacking gives all codes back", again=(54,),
     otherwise=lambda given, right: (
         f"the first byte of codes {unpack(right, 2).tolist()} should be {right[0]}, not {given[0]}"
         if len(given) == len(right) and given[0] != right[0]
         else f"{len(right)} bytes are needed: {unlike(given, right)}"
     ),
-    difficulty=1, importance=3, minutes=4,
     hints=(
         "A byte has 8 bits, a code has 4. The first goes into the high four: times 16.",
-        "codes[::2] are the first of every pair, codes[1::2] the second.",
-    ),
+        "codes[::2] are the first of every pair, codes[1::2] the second."),
 )  # fmt: skip
 def pack(answer, n=40):
     codes = torch.randint(16, (n,), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
@@ -273,8 +254,6 @@ def pack(answer, n=40):
 
 
 # --- the gradient ------------------------------------------------------------------------------
-
-
 def backward_solution(gradient, codes):
     return gradient @ codes.dequantise()
 
@@ -292,17 +271,14 @@ def backward_solution(gradient, codes):
         (lambda g, c: g @ table("nf4")[c.codes.int()],
          "you left out the scales: levels times m of their block are the weights"),
         (lambda g, c: g @ c.codes.float(),
-         "the codes are only the numbers of the levels, not weights: decode them first"),
-    ),
+         "the codes are only the numbers of the levels, not weights: decode them first")),
     praise="ȳ W̃, with W̃ decoded a second time: nothing dense was kept",
     otherwise=lambda given, right: f"x̄ should be ȳ W̃: {unlike(given, right)}",
-    atol=1e-4, again=(7, 33, 15),
-    difficulty=3, importance=5, minutes=6,
+    atol=1e-4, again=(7, 33, 15), difficulty=3, importance=5, minutes=6,
     hints=(
         "Forward, row by row, it is y = x W̃ᵀ with W̃ (d_out, d_in). Which matrix turns ȳ into x̄?",
         "W̃ is frozen: no gradient of W̃ is asked for. But x came from somewhere that trains.",
-        "codes.dequantise() is W̃. It is made again here, so that nothing dense is kept between.",
-    ),
+        "codes.dequantise() is W̃. It is made again here, so that nothing dense is kept between."),
 )  # fmt: skip
 def backward(answer, tokens=5, d_out=48, d_in=64):
     generator = torch.Generator().manual_seed(2)
@@ -311,7 +287,6 @@ def backward(answer, tokens=5, d_out=48, d_in=64):
 
 
 # --- the clinic --------------------------------------------------------------------------------
-
 WARD = Ward({
     "one block": ("C", "one scale for the whole matrix, where each block of 64 should have its own",
         "Its largest weight is right and the error is not: most weights have become zero."),
@@ -367,6 +342,5 @@ debug = WARD.exercise(
     hints=(
         "Which patient gets well when neighbours are exchanged?",
         "Levels without scales lie in [−1, 1], wherever the weights lay.",
-        "A single large weight makes one scale for all large: what is then nearest to the others?",
-    ),
+        "A single large weight makes one scale for all large: what is then nearest to the others?"),
 )  # fmt: skip

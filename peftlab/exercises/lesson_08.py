@@ -15,9 +15,8 @@ from peftlab.exercises.clinic import Ward
 from peftlab.exercises.forms import a_count, a_tensor, same, several, unlike
 from peftlab.methods import IA3, BitFit, HoulsbyAdapter
 
+
 # --- predict first -----------------------------------------------------------------------------
-
-
 @question(
     "BERT-base has 12 blocks and d_model = 768. Houlsby's adapters have a bottleneck of 64 and "
     "biases. How many numbers train in them?",
@@ -79,8 +78,6 @@ def key_bias():
 
 
 # --- the adapter -------------------------------------------------------------------------------
-
-
 def parts(tokens: int = 4, d: int = 5, m: int = 3) -> list[torch.Tensor]:
     """Random y (4, 5), W_down (3, 5), b_down, W_up (5, 3) and b_up, the same at every call."""
     generator = torch.Generator().manual_seed(8)
@@ -94,7 +91,7 @@ def adapter_solution(y, W_down, b_down, W_up, b_up):
 
 
 @exercise(
-    "A sequential adapter", solution=adapter_solution,
+    "A sequential adapter", solution=adapter_solution, difficulty=1, importance=5, minutes=4,
     mistakes=(
         (lambda y, D, b, U, c: relu(y @ D.T + b) @ U.T + c,
          "the bottleneck is right, but you forgot the way around it: y + f(y)"),
@@ -109,23 +106,17 @@ def adapter_solution(y, W_down, b_down, W_up, b_up):
          "the shapes do not fit: W_down is (m, d) and W_up is (d, m), so both are transposed when "
          "they stand behind y"),
         (lambda y, D, b, U, c: relu(y + relu(y @ D.T + b) @ U.T + c),
-         "the sum goes through σ; only W_down y + b_down does"),
-    ),
-    praise="down, bend, up, and y around it all",
-    otherwise=unlike, again=(7, 9, 5),
-    difficulty=1, importance=5, minutes=4,
+         "the sum goes through σ; only W_down y + b_down does")),
+    praise="down, bend, up, and y around it all", otherwise=unlike, again=(7, 9, 5),
     hints=(
         "Down, bend, up, and then add what you started from.",
-        "W_down is (m, d) and y is (tokens, d): y @ W_down.T is (tokens, m).",
-    ),
+        "W_down is (m, d) and y is (tokens, d): y @ W_down.T is (tokens, m)."),
 )  # fmt: skip
 def adapter(answer, *sizes):
     return a_tensor(answer(*parts(*sizes)))
 
 
 # --- its start ---------------------------------------------------------------------------------
-
-
 def start_solution(d, m):
     W_down = torch.randn(m, d) / d**0.5
     W_up = torch.zeros(d, m)
@@ -139,14 +130,11 @@ def start_solution(d, m):
         (lambda d, m: (torch.randn(m, d) / 3, torch.randn(d, m)), "not the base"),
         (lambda d, m: (torch.zeros(m, d), torch.randn(d, m)), "σ has no slope"),
         (lambda d, m: (torch.randn(d, m), torch.zeros(m, d)), "W_down should be"),
-        (lambda d, m: (torch.ones(m, d) / d, torch.zeros(d, m)), "all units of the bottleneck"),
-    ),
-    again=(9, 5),
-    difficulty=2, importance=5, minutes=5,
+        (lambda d, m: (torch.ones(m, d) / d, torch.zeros(d, m)), "all units of the bottleneck")),
+    again=(9, 5), difficulty=2, importance=5, minutes=5,
     hints=(
         "y + f(y) = y for every y needs f = 0. Which matrix at zero is enough?",
-        "The other one must let something through, or the first step has nothing to go by.",
-    ),
+        "The other one must let something through, or the first step has nothing to go by."),
 )  # fmt: skip
 def start(answer, d=6, m=4):
     D, U = several(answer(d, m), 2, "return two tensors, W_down and W_up")
@@ -177,14 +165,12 @@ def start(answer, d=6, m=4):
 
 
 # --- its size ----------------------------------------------------------------------------------
-
-
 def count_adapters_solution(m, layers, d_model, a_block):
     return layers * a_block * (2 * m * d_model + m + d_model)
 
 
 @exercise(
-    "Count adapters", solution=count_adapters_solution,
+    "Count adapters", solution=count_adapters_solution, difficulty=1, importance=3, minutes=4,
     mistakes=(
         (lambda m, L, d, n: L * n * 2 * m * d,
          "the matrices are right, but you left out the biases"),
@@ -192,8 +178,7 @@ def count_adapters_solution(m, layers, d_model, a_block):
         (lambda m, L, d, n: L * (2 * m * d + m + d), "that is one adapter a block"),
         (lambda m, L, d, n: L * n * (2 * m * d + 2 * d),
          "the bias of W_down has m numbers and not d_model"),
-        (lambda m, L, d, n: n * (2 * m * d + m + d), "that is one block: you forgot the blocks"),
-    ),
+        (lambda m, L, d, n: n * (2 * m * d + m + d), "that is one block: you forgot the blocks")),
     praise=lambda given, right: "on BERT-base with m = 48, two a block: "
         f"{count(HoulsbyAdapter(48), 'bert-base'):,}",
     otherwise="for m = {case[0]}, {case[1]} blocks, d_model = {case[2]}, {case[3]} a block: "
@@ -202,19 +187,15 @@ def count_adapters_solution(m, layers, d_model, a_block):
         (48, 12, 768, 2): count(HoulsbyAdapter(48), "bert-base"),
         (3, 6, 192, 1): count_adapters_solution(3, 6, 192, 1),
     },
-    difficulty=1, importance=3, minutes=4,
     hints=(
         "W_down has m·d_model numbers, b_down has m. And W_up and b_up?",
-        "Houlsby puts two adapters into a block, Pfeiffer one.",
-    ),
+        "Houlsby puts two adapters into a block, Pfeiffer one."),
 )  # fmt: skip
 def count_adapters(answer):
     return {case: a_count(answer(*case)) for case in ((48, 12, 768, 2), (3, 6, 192, 1))}
 
 
 # --- merged factors ----------------------------------------------------------------------------
-
-
 def merge_factors_solution(W, b, factors, of_input):
     if of_input:
         return W * factors, b
@@ -233,8 +214,7 @@ def merge_factors_solution(W, b, factors, of_input):
         (lambda W, b, f, i: (W + f if i else W + f[:, None], b),
          "you added the factors; (IA)³ multiplies"),
         (lambda W, b, f, i: (W / f, b) if i else (W / f[:, None], b / f),
-         "you divided: that is how one would unmerge"),
-    ),
+         "you divided: that is how one would unmerge")),
     praise="rows and bias for outputs, columns alone for inputs",
     otherwise=lambda given, right: (
         "of inputs: each column of W belongs to one input, so W * l"
@@ -244,8 +224,7 @@ def merge_factors_solution(W, b, factors, of_input):
     difficulty=3, importance=4, minutes=8, again=(7,),
     hints=(
         "l ⊙ (W x + b) = W' x + b' for every x. Which rows or columns of W belong to l?",
-        "Output factors scale rows, l[:, None], and the bias. Input factors scale columns only.",
-    ),
+        "Output factors scale rows, l[:, None], and the bias. Input factors scale columns only."),
 )  # fmt: skip
 def merge_factors(answer, d=4):
     """Whether inputs are scaled, and W and the bias there: of the first that goes wrong, if any.
@@ -270,7 +249,6 @@ def merge_factors(answer, d=4):
 
 
 # --- a clinic ----------------------------------------------------------------------------------
-
 WARD = Ward({
     "healthy": ("B", "nothing is wrong",
         "Its output starts at the base's, its W_down gets a gradient, the base is still."),
@@ -343,6 +321,5 @@ debug = WARD.exercise(
     difficulty=3, importance=5, minutes=8,
     hints=(
         "Begin with the column on the base: three of the four must not move it.",
-        "An output moved by 1 at the start is an output that was replaced.",
-    ),
+        "An output moved by 1 at the start is an output that was replaced."),
 )  # fmt: skip

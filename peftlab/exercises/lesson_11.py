@@ -18,9 +18,8 @@ from peftlab.methods import LoRA, PromptTuning
 from peftlab.tasks import IGNORED
 from peftlab.tasks.pharmacy import fields_of, medicines, names_the_drug
 
+
 # --- predict first -----------------------------------------------------------------------------
-
-
 @question(
     "The list has 200 medicines. A soft prompt of 20 vectors on SmolLM2-135M is to make the model "
     "say the right name of each. Somebody says that it fails because it has too few numbers. How "
@@ -29,8 +28,7 @@ from peftlab.tasks.pharmacy import fields_of, medicines, names_the_drug
         "a": ("less than one", "Count again: each of the 20 vectors is as wide as the model."),
         "b": ("about three", "That would be a prompt of one vector. There are 20."),
         "c": ("over fifty", "One name of 200 is a choice of under 8 bits, and 20 vectors are "
-              "thousands of numbers."),
-    },
+              "thousands of numbers.")},
 )  # fmt: skip
 def numbers_a_medicine():
     numbers, names = count(PromptTuning(20), "smollm2-135m"), len(medicines())
@@ -53,8 +51,7 @@ def numbers_a_medicine():
               "each of yours, most of them zero."),
         "b": ("twice as large",
               "A holds both of yours, so it is as large as the two. B is 3 d high and 2 r wide."),
-        "c": ("three times as large", "Only B grows: A is as large as your two As together."),
-    },
+        "c": ("three times as large", "Only B grows: A is as large as your two As together.")},
 )  # fmt: skip
 def how_large_fused():
     shape, r = as_shape("gpt2"), 8
@@ -66,8 +63,6 @@ def how_large_fused():
 
 
 # --- the metric --------------------------------------------------------------------------------
-
-
 def drug_name_solution(output, drug):
     for line in output.splitlines():
         if line.startswith("Drug: "):
@@ -102,14 +97,12 @@ CASES = (  # what is said to a request for codeine, whether it names it, who get
 
 
 @exercise(
-    "Does it name the drug?", solution=drug_name_solution,
+    "Does it name the drug?", solution=drug_name_solution, difficulty=2, importance=5, minutes=6,
     mistakes=tuple((wrong, diagnosis) for _, _, wrong, diagnosis in CASES),
-    difficulty=2, importance=5, minutes=6,
     hints=(
         "First look for a line that begins with 'Drug: '. If there is one, it alone decides.",
         "Without such a line, look for the name as a whole word anywhere: \\b in a pattern.",
-        "Lower both sides, so that capitals do not decide.",
-    ),
+        "Lower both sides, so that capitals do not decide."),
 )  # fmt: skip
 def drug_name(answer):
     for output, right, _, diagnosis in CASES:
@@ -121,8 +114,6 @@ def drug_name(answer):
 
 
 # --- the fused adapter -------------------------------------------------------------------------
-
-
 def fuse_solution(A_q, B_q, A_v, B_v, alpha):
     r, d = A_q.shape[0], B_q.shape[0]
     A = torch.cat([A_q, A_v])
@@ -170,18 +161,15 @@ def _apart(r=2, d=6):
         (lambda aq, bq, av, bv, a: (aq + av, torch.cat([bq, torch.zeros_like(bq), bv]), a),
          "A has rank 2: the two As cannot be added, each B wants its own"),
         (lambda aq, bq, av, bv, a: (torch.cat([aq, av]), torch.cat([bq, bv], 1), 2 * a),
-         "B has three blocks of rows, q, k and v: 18, not 6"),
-    ),
+         "B has three blocks of rows, q, k and v: 18, not 6")),
     praise="q, k and v change as they did, k not at all",
     otherwise=lambda given, right: "the change of the fused matrix is another: compare "
         f"(alpha / 2r) B A block by block; {unlike(given, right)}",
-    right=_apart, again=(3, 7),
-    difficulty=4, importance=4, minutes=10,
+    right=_apart, again=(3, 7), difficulty=4, importance=4, minutes=10,
     hints=(
         "x meets A first: stack the two As, and its 2 r outputs hold both narrow middles.",
         "B has 3 d rows: q, k, v. The rows of q read the first r columns, the rows of v the last.",
-        "PEFT scales by alpha over the rank, and the rank is now 2 r.",
-    ),
+        "PEFT scales by alpha over the rank, and the rank is now 2 r."),
 )  # fmt: skip
 def fuse(answer, r=2, d=6):
     made = answer(*_adapters(r, d))
@@ -199,8 +187,6 @@ def fuse(answer, r=2, d=6):
 
 
 # --- the labels --------------------------------------------------------------------------------
-
-
 def labels_solution(prompt, target, end):
     return [IGNORED] * len(prompt) + target + [end]
 
@@ -223,16 +209,13 @@ def labels_solution(prompt, target, end):
          lambda given, right: given[:-1] == right[1:]),
         (lambda p, t, e: [-100] * (len(p) + 1) + t[1:] + [e],
          "the first token of the answer has no loss: it is the one that the question's last token "
-         "has to predict", lambda given, right: given.count(-100) > right.count(-100)),
-    ),
+         "has to predict", lambda given, right: given.count(-100) > right.count(-100))),
     praise="nothing of the question, all of the answer, and its end",
     otherwise="the labels should be {right}, yours are {given}",
-    again=([11, 12, 13], [21, 22, 23, 24, 25], 7),
-    difficulty=1, importance=5, minutes=4,
+    again=([11, 12, 13], [21, 22, 23, 24, 25], 7), difficulty=1, importance=5, minutes=4,
     hints=(
         "The labels are as long as the input, which is prompt, target and end of text.",
-        "−100 is what cross entropy leaves out. The loss itself shifts by one: do not.",
-    ),
+        "−100 is what cross entropy leaves out. The loss itself shifts by one: do not."),
 )  # fmt: skip
 def labels(answer, prompt=(11, 12, 13, 14), target=(21, 22, 23), end=2):
     given = answer([*prompt], [*target], end)
@@ -242,8 +225,6 @@ def labels(answer, prompt=(11, 12, 13, 14), target=(21, 22, 23), end=2):
 
 
 # --- positions ---------------------------------------------------------------------------------
-
-
 def positions_solution(mask, virtual):
     return (mask.cumsum(dim=1) - 1).clamp(min=0) + virtual
 
@@ -265,17 +246,14 @@ def positions_solution(mask, virtual):
          lambda given, right: given[0][0] == right[0][0] + 1),
         (lambda m, p: (m.cumsum(1) - 1).clamp(min=0) + p - 1,
          "the text begins where the last virtual token is",
-         lambda given, right: given[0][0] == right[0][0] - 1),
-    ),
+         lambda given, right: given[0][0] == right[0][0] - 1)),
     praise="both rows begin at P, however much padding stands before",
     otherwise=lambda given, right: "the tokens of the two rows should have positions "
         f"{[row.tolist() for row in right]}; yours have {[row.tolist() for row in given]}",
-    again=(7, 9),
-    difficulty=2, importance=4, minutes=5,
+    again=(7, 9), difficulty=2, importance=4, minutes=5,
     hints=(
         "mask.cumsum(dim=1) counts the real tokens so far; the first of them has 1 there.",
-        "Positions 0 … P − 1 belong to the virtual tokens, so the first real token has P.",
-    ),
+        "Positions 0 … P − 1 belong to the virtual tokens, so the first real token has P."),
 )  # fmt: skip
 def positions(answer, T=4, virtual=5):
     """The positions of the tokens of one row, and of those of one that is padded, left."""
@@ -286,7 +264,6 @@ def positions(answer, T=4, virtual=5):
 
 
 # --- a clinic ----------------------------------------------------------------------------------
-
 WARD = Ward({
     "healthy": ("C", "nothing is wrong",
         "It begins to learn at the card, ends with the end of text, and asks as it trained."),
@@ -335,6 +312,5 @@ debug = WARD.exercise(
     difficulty=2, importance=5, minutes=6,
     hints=(
         "Three columns say what is learned, two say what the answer follows.",
-        "An adapter answers after the token that it was trained to answer after.",
-    ),
+        "An adapter answers after the token that it was trained to answer after."),
 )  # fmt: skip
