@@ -114,7 +114,7 @@ class Exercise:
     def judge(self, answer: Any) -> str:
         """The praise for a right answer. Raises `Wrong` with the diagnosis, or what stops it."""
         if callable(self.solution) and not callable(answer):
-            raise Wrong(f"hand over your function, not called; yours is a {type(answer).__name__}")
+            raise Wrong("hand over the function itself: name it, without calling it")
         for size in ((), self.again) if self.again else ((),):
             praise = self._judge(answer, size)
         return praise

@@ -186,7 +186,7 @@ class Answer:
     handed: tuple = ()
     error: BaseException | None = None
 
-    def __init__(self, function: Callable):
+    def __init__(self, function: Any):
         self.function = function
 
     def __call__(self, *args: Any) -> Any:

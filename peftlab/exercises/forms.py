@@ -97,7 +97,12 @@ def digits(given: float, right: float) -> tuple[str, str]:
 
 
 def unlike(given: Any, right: Any) -> str:
-    """How a tensor differs from the right one: in shape, or most of all in one place."""
+    """How a tensor differs from the right one, in shape, or most of all in one place.
+
+    Of several tensors it is the first that differs.
+    """
+    if isinstance(given, (tuple, list)):
+        given, right = next(p for p in zip(given, right, strict=True) if not same(*p))
     if given.shape != right.shape:
         return f"the shape should be {tuple(right.shape)}; yours is {tuple(given.shape)}"
     apart = (given.detach().double() - right.double()).abs().nan_to_num(math.inf)

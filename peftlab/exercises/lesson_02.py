@@ -42,7 +42,7 @@ def prepend(prompt, embedded, mask):
         (after(prepend, lambda x, mask, at: (x.flip(1), mask, at)),
          "the vectors are not [P; E], prompt rows first, in order",
          lambda given, right: not same(given[0], right[0])),
-        (after(prepend, lambda x, mask, at: (x, mask[:, P:], at)), "the mask still has"),
+        (after(prepend, lambda x, mask, at: (x, mask[:, P:], at)), "the mask grows with"),
         (after(prepend, lambda x, mask, at: (x, F.pad(mask[:, P:], (P, 0)), at)),
          "your mask hides the virtual tokens: attention would pass them by, and they would get no "
          "gradient. Their part of the mask is ones",
@@ -74,15 +74,8 @@ def put_in_front(answer, T=4, d=5):
     given = answer(prompt, embedded, mask)
     words = "return three tensors: the vectors, the mask, the positions"
     x, longer, positions = several(given, 3, words)
-    expect(
-        x.shape == (2, P + T, d),
-        f"the vectors should be {(2, P + T, d)}, batch first; yours are {tuple(x.shape)}. "
-        "Did you join along the sequence axis?",
-    )
-    expect(
-        longer.shape == real.shape,
-        f"the mask still has {longer.shape[-1]} columns and there are {P + T} vectors",
-    )
+    a_tensor(x, (2, P + T, d), "batch first, joined along the sequence, the vectors' shape")
+    a_tensor(longer, (2, P + T), "the mask grows with the vectors: its shape")
     return x, longer, (positions.expand_as(real) * real).long()
 
 
@@ -149,7 +142,7 @@ def initialise(answer, first=10, length=4, d=8):
     embedding.requires_grad_(False)
     before = embedding.weight.clone()
     prompt = a_tensor(answer(embedding, first, length))
-    wanted = before[first : first + length]
+    wanted, last = before[first : first + length], first + length - 1
     expect(
         prompt.shape == wanted.shape,
         f"the prompt should be {tuple(wanted.shape)}, one vector a token; yours is "
@@ -157,8 +150,7 @@ def initialise(answer, first=10, length=4, d=8):
     )
     expect(
         same(prompt, wanted),
-        f"these are not rows {first} to {first + length - 1} of the table: "
-        + _whose(prompt.detach().to(before), before),
+        f"these are not rows {first} to {last} of the table: {_whose(prompt.detach(), before)}",
     )
     expect(
         prompt.requires_grad and prompt.is_leaf,
@@ -175,6 +167,7 @@ def initialise(answer, first=10, length=4, d=8):
 
 
 def _whose(vectors, table):
+    vectors = vectors.to(table)
     rows = [*(table[None] == vectors[:, None]).all(dim=-1).int().argmax(dim=1).tolist()]
     if torch.equal(table[rows], vectors):
         return f"they begin with row {rows[0]} of it"

@@ -185,16 +185,17 @@ def fold(table, mlp, layers, kv_heads):
         (after(fold, lambda P_k, P_v: (P_v, P_k)), "you return the values where the keys belong: "
          "the first half of a row is the keys", lambda given, right: same(given[0], right[1])),
         (lambda table, mlp, layers, heads:
+         mlp(table).view(len(table), 2, layers, heads, -1).permute(1, 2, 3, 0, 4),
+         "the result still hangs on the MLP: it has a gradient, and cannot be stored without the "
+         "graph. Detach it", lambda given, right: given[2]),
+        (lambda table, mlp, layers, heads:
          mlp(table).detach().reshape(2, layers, heads, len(table), -1),
          "the shape is right, but you mixed the virtual tokens: one key has numbers of several "
          "rows. Give each row its axes first, then permute",
-         lambda given, right: given[0].shape == right[0].shape and not same(given[:2], right[:2])),
-        (lambda table, mlp, layers, heads:
-         mlp(table).view(len(table), 2, layers, heads, -1).permute(1, 2, 3, 0, 4),
-         "the result still hangs on the MLP: it has a gradient, and cannot be stored without the "
-         "graph. Detach it", lambda given, right: given[2])),
-    otherwise=lambda given, right: f"the keys should be {tuple(right[0].shape)}, that is (layers, "
-        f"kv_heads, P, head_dim); yours are {tuple(given[0].shape)}",
+         lambda given, right: same(*(torch.cat([*map(torch.flatten, made[:2])]).sort().values
+                                     for made in (given, right))))),
+    otherwise=lambda given, right: "keys and values are (layers, kv_heads, P, head_dim): "
+        f"{unlike(given[:2], right[:2])}",
     praise="keys and values of every layer, and the MLP is not needed any more",
     again=(7, 9, 5, 3, 5),
 )  # fmt: skip

@@ -139,8 +139,8 @@ def _scaled(levels):
          "the eighth level is on the wrong side: NF4 has eight above zero and seven below"),
         (lambda q: _scaled(_sides(q, 7, 8, top=1 - 1 / 32)),
          lambda given, right: "sixteen levels with a zero, but of another offset: the "
-             f"probabilities go from ½ to {NF4_OFFSET:.4f}. Your second level is {given[1]:.4f}; "
-             f"it should be {right[1]:.4f}", lambda given, right: len(given) == 16)),
+             f"probabilities go from ½ to {NF4_OFFSET:.4f}; {unlike(given, right)}",
+         lambda given, right: len(given) == 16)),
     praise="the table of NF4, within 1e-6 of the one that is used everywhere",
     otherwise=lambda given, right: f"16 levels are needed; yours are {len(given)}",
     right=normal_levels, difficulty=3, importance=4, minutes=8,
@@ -202,7 +202,7 @@ def _weights(blocks=8, size=64):
          lambda given, right: (given[0] <= right[0]).all())),
     praise="codes and scales as the package has them",
     otherwise=lambda given, right: f"{int((given[0] != right[0]).sum())} of {len(right[0])} codes "
-        f"are not those of the nearest level; scales: {unlike(given[1], right[1])}",
+        f"are not those of the nearest level: {unlike(given, right)}",
     right=lambda blocks=8, size=64: blockwise(_weights(blocks, size), size, table("nf4")),
     again=(7, 45), difficulty=2, importance=5, minutes=6,
     hints=(

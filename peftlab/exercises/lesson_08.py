@@ -90,6 +90,10 @@ def adapter_solution(y, W_down, b_down, W_up, b_up):
     return y + hidden @ W_up.T + b_up
 
 
+def _with_gelu(y, W_down, b_down, W_up, b_up):
+    return y + gelu(y @ W_down.T + b_down) @ W_up.T + b_up
+
+
 @exercise(
     "A sequential adapter", solution=adapter_solution, difficulty=1, importance=5, minutes=4,
     mistakes=(
@@ -97,8 +101,9 @@ def adapter_solution(y, W_down, b_down, W_up, b_up):
          "the bottleneck is right, but you forgot the way around it: y + f(y)"),
         (lambda y, D, b, U, c: y + (y @ D.T + b) @ U.T + c,
          "nothing bends: without σ the adapter is one matrix, LoRA's"),
-        (lambda y, D, b, U, c: y + gelu(y @ D.T + b) @ U.T + c,
-         "your σ is GELU, which Houlsby's code has: here it is ReLU"),
+        (_with_gelu,
+         "your σ is GELU, which Houlsby's code has: here it is ReLU",
+         lambda given, right: same(given, _with_gelu(*parts()), atol=0.02)),
         (lambda y, D, b, U, c: y + relu((y @ D.T + b) @ U.T + c),
          "the bend stands behind W_up; its place is in the middle"),
         (lambda y, D, b, U, c: y + relu(y @ D.T) @ U.T, "you left out the biases b_down and b_up"),
@@ -150,10 +155,7 @@ def start(answer, d=6, m=4):
     )
     (y + f - 1).square().mean().backward()
     if not U.grad.any() and not D.grad.any():
-        expect(
-            U.any(),
-            "both are zero, so no gradient ever comes: each factor's passes through the other",
-        )
+        expect(U.any(), "both are zero, so no gradient ever comes: each one's passes the other")
         raise Wrong(
             "with W_down at zero every unit sits where σ has no slope, and ReLU passes nothing back"
         )

@@ -103,10 +103,9 @@ def _lowest(scores, count):
 
 def _other_number(given, right):
     s = next(s for s in right if not same(given[s], right[s]))
-    return (
-        f"{(~right[s]).sum()} of {right[s].numel()} entries should go, the smallest; yours takes "
-        f"{(~given[s]).sum()}"
-    )
+    mine, wanted = (int((mask[s] == 0).sum()) for mask in (given, right))
+    taken = f"takes {mine}" if mine != wanted else "takes as many others"
+    return f"{wanted} of {right[s].numel()} entries should go, the smallest; yours {taken}"
 
 
 @exercise(
@@ -190,6 +189,8 @@ def two_four_solution(scores):
 
 def _kept_in_fours(given, right):
     counts = given.bool().reshape(-1, 4).sum(dim=1)
+    if (counts == 2).all():
+        return "each of your groups keeps 2 entries, and not always the largest"
     return f"your groups keep {counts.min()} to {counts.max()} entries; each must keep 2"
 
 

@@ -159,7 +159,7 @@ def _apart(r=2, d=6):
         (lambda *a: _fused(*a, cross=True),
          "q and v leak into each other: the rows of q must have zeros where v's columns are"),
         (lambda aq, bq, av, bv, a: (aq + av, torch.cat([bq, torch.zeros_like(bq), bv]), a),
-         "A has rank 2: the two As cannot be added, each B wants its own"),
+         "A has rank 2: two As cannot be added, each B wants its own"),
         (lambda aq, bq, av, bv, a: (torch.cat([aq, av]), torch.cat([bq, bv], 1), 2 * a),
          "B has three blocks of rows, q, k and v: 18, not 6")),
     praise="q, k and v change as they did, k not at all",
@@ -177,10 +177,7 @@ def fuse(answer, r=2, d=6):
     expect(several_of_them, "return A, B and alpha, in this order")
     A, B, alpha = a_tensor(made[0]), a_tensor(made[1]), a_number(made[2])
     expect(len(B) == 3 * d, f"B has three blocks of rows, q, k and v: {3 * d}, not {len(B)}")
-    expect(
-        len(A) == 2 * r,
-        f"A has rank {len(A)}: the two As cannot be added, each B wants its own",
-    )
+    expect(len(A) == 2 * r, f"A has rank {len(A)}: two As cannot be added, each B wants its own")
     a_tensor(A, (2 * r, d), "A is 2 r × d: its shape")
     a_tensor(B, (3 * d, 2 * r), "B is 3 d × 2 r: its shape")
     return alpha / (2 * r) * B @ A.to(B.dtype)
