@@ -120,3 +120,11 @@ def test_a_count_is_a_whole_number_however_it_is_written():
 
 def test_every_rewriting_has_a_name_of_its_own():
     assert len(RIGHT) + len(HOSTILE) == len(RIGHT.keys() | HOSTILE.keys())
+
+
+def test_a_loop_is_ended_where_ctrl_c_is_ignored_as_in_the_background(monkeypatch):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        test_a_loop_without_end_is_ended(monkeypatch)
+    finally:
+        signal.signal(signal.SIGINT, before)

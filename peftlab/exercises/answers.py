@@ -113,7 +113,7 @@ def watched() -> Iterator[list]:
     """Raise `TookTooLong` after `SECONDS`, and list each Ctrl-C. Signals reach the main thread."""
     pressed: list = []
     before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
+    if threading.current_thread() is not threading.main_thread() or before is None:
         yield pressed
         return
 
@@ -126,7 +126,7 @@ def watched() -> Iterator[list]:
 
     with ExitStack() as ends:
         ends.callback(signal.signal, signal.SIGINT, before)
-        signal.signal(signal.SIGINT, press)
+        signal.signal(signal.SIGINT, press if callable(before) else before)
         if hasattr(signal, "setitimer"):
             ends.callback(signal.signal, signal.SIGPROF, signal.signal(signal.SIGPROF, stop))
             ends.callback(signal.setitimer, signal.ITIMER_PROF, 0)
@@ -173,8 +173,8 @@ def _plain(made: Tensor) -> Tensor:
             made = Tensor.as_subclass(made, Tensor)
         if made.is_complex():
             raise Wrong("your tensor is complex: real numbers are asked for")
-        if made.is_meta or made.is_nested:
-            raise Wrong("your tensor has no numbers that can be read")
+        if made.is_meta or made.is_nested or made.numel() > 10**8:
+            raise Wrong("your tensor has no numbers, or more of them than can be read")
         if made.is_quantized:
             return made.dequantize()
         return made.to_dense().cpu() if made.layout != torch.strided else made.cpu()

@@ -433,33 +433,35 @@ def state(base) -> str:
     return repr((streams, levels, found, signal.getsignal(signal.SIGINT), base.fingerprint()))
 
 
-def one(key: str, name: str, right: bool, item: Exercise, base) -> dict | None:
-    """What is wrong about one trial; None if nothing is."""
+def one(name: str, right: bool, item: Exercise) -> tuple[str, str]:
+    """The verdict on one answer, and its words."""
     rewritings = RIGHT if callable(item.solution) else NAMES
     answer = (rewritings if right else HOSTILE)[name](item.solution)
-    before, bound = state(base), answers.SECONDS
+    bound = answers.SECONDS
     if name == "a loop without end":
         answers.SECONDS = LOOP
     try:
         verdict = item(answer)
-        status, words = verdict.status, verdict.message
+        return verdict.status, verdict.message
     except BaseException as error:
-        status, words = "raised", answers.describe(error)
+        return "raised", answers.describe(error)
     finally:
         answers.SECONDS = bound
-    wanted = "passed" if right else "wrong"
-    poisoned = state(base) != before or not item(item.solution).passed
-    if status == wanted and words and not poisoned:
-        return None
-    row = {"exercise": key, "answer": name, "right": right, "verdict": status, "words": words}
-    return row | {"poisoned": poisoned}
 
 
 def run(chosen: list[tuple[str, str, bool]]) -> list[dict]:
     """The trials of which something is wrong."""
-    items, base = every(), load("tiny-gpt")
-    rows = [one(key, name, right, items[key], base) for key, name, right in chosen]
-    return [row for row in rows if row]
+    items, base, faults = every(), load("tiny-gpt"), []
+    now = state(base)
+    for key, name, right in chosen:
+        verdict, words = one(name, right, items[key])
+        healthy = items[key](items[key].solution).passed
+        before, now = now, state(base)
+        poisoned = now != before or not healthy
+        if verdict != ("passed" if right else "wrong") or poisoned or not words:
+            row = {"exercise": key, "answer": name, "right": right, "verdict": verdict}
+            faults.append(row | {"words": words, "poisoned": poisoned})
+    return faults
 
 
 def main() -> None:
