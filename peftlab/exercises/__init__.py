@@ -13,17 +13,13 @@ from __future__ import annotations
 
 import html
 import inspect
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from numbers import Number
 from typing import Any
-
-import torch
 
 from peftlab.exercises import answers
 from peftlab.exercises.answers import Stopped, TookTooLong, Untouched, Wrong, outcome, usual
-from peftlab.exercises.forms import a_number, a_tensor, expect, same
+from peftlab.exercises.forms import expect, same
 
 MARKS = {"passed": "✓", "wrong": "✗", "open": "…"}
 

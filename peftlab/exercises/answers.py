@@ -101,7 +101,7 @@ def undisturbed() -> Iterator[None]:
 def usual() -> Iterator[None]:
     """The same draws and settings for every check, whatever the notebook has set; undisturbed."""
     with undisturbed(), torch.inference_mode(False):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed the GPUs as well
         torch.set_default_dtype(torch.float32)
         torch.set_grad_enabled(True)
         torch.set_default_device(None)

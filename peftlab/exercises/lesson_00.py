@@ -50,7 +50,6 @@ def _of_frozen(model):
     praise="{right:.2f}% of this little network trains",
 )  # fmt: skip
 def share_that_trains(answer):
-    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(30, 40), nn.Linear(40, 10, bias=False), nn.LayerNorm(10))
     model[0].requires_grad_(False)  # 1,240 numbers frozen, 400 and 20 train
     return a_number(answer(model))
@@ -107,7 +106,6 @@ def _wrong_first_at(change):
     otherwise=_miscounted, praise="every tensor is compared, bit for bit",
 )  # fmt: skip
 def same_model(answer):
-    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     with torch.no_grad():
         model[2].weight.copy_(torch.arange(8.0).view(2, 4))
