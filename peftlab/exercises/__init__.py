@@ -98,6 +98,9 @@ class Exercise:
             status, words = "wrong", f"your code stopped with {answers.describe(stopped.error)}"
             if isinstance(stopped.error, TookTooLong):
                 words = f"your code took longer than {answers.SECONDS:g} s: does its loop end?"
+        except Exception as error:  # in a comparison
+            status = "wrong"
+            words = f"what you return cannot be compared ({answers.describe(error)})"
         return Verdict(status, f"{self.title}: {words}")
 
     def wanted(self, *size) -> Any:

@@ -190,7 +190,9 @@ class Answer:
         self.function = function
 
     def __call__(self, *args: Any) -> Any:
-        self.handed = copy.deepcopy(args)
+        own = [isinstance(item, Tensor) and not item.is_leaf for item in args]  # of an earlier call
+        args = [item.detach() if made else item for item, made in zip(args, own, strict=True)]
+        self.handed = copy.deepcopy(tuple(args))
         with watched() as pressed, undisturbed():
             try:
                 made = settled(self.function(*self.handed))
