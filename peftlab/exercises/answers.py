@@ -44,7 +44,7 @@ class TookTooLong(BaseException):
     """Raised in an answer that does not end. No Exception: a loop may well contain those."""
 
 
-def describe(error: BaseException) -> str:
+def describe(error: Any) -> str:
     """An exception in one line, for a learner."""
     try:
         text = str(error).strip().splitlines()
