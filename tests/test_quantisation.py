@@ -44,6 +44,16 @@ def test_nf4_is_made_of_quantiles_of_the_normal():
     assert (table("nf4")[0], table("nf4")[-1]) == (-1, 1)
 
 
+def test_a_table_is_handed_out_as_a_copy():
+    before, weight = [table("nf4"), dynamic_table()], weights(6, 48)
+    wanted = quantise(weight, 24).dequantise()
+    table("nf4").mul_(0.5)
+    dynamic_table().zero_()
+    quantise(weight, 24).levels.zero_()
+    assert all(map(torch.equal, before, [table("nf4"), dynamic_table()]))
+    assert torch.equal(quantise(weight, 24).dequantise(), wanted)
+
+
 def test_the_naive_quantiles_are_infinite_and_divide_to_nothing():
     levels = normal_levels(offset=1.0)
     assert levels.isnan().any()

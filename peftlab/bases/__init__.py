@@ -489,6 +489,8 @@ def _device(device: str | torch.device) -> torch.device:
     """The device. Raises ValueError if this machine has none of that name."""
     try:
         torch.empty(0, device=device)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, AssertionError, TypeError) as error:
         here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         raise ValueError(f"device={str(device)!r}: allowed here is {', '.join(here)}") from error

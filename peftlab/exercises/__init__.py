@@ -5,33 +5,23 @@ A lesson's module defines its exercises with `@exercise` and its predict-first q
 passed, not attempted yet, or a diagnosis of the probable mistake. Nothing raises into the
 notebook, so Run All goes on.
 
-An exercise tries the answer, and compares what comes out with what comes out of its own solution
-and of its table of wrong answers, each with its diagnosis; the tests run all of them.
+An exercise tries the answer, which `answers` contains, and compares what comes out with what comes
+out of its own solution and of its table of wrong answers, each with its diagnosis.
 """
 
 from __future__ import annotations
 
 import html
 import inspect
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from numbers import Number
 from typing import Any
 
-import torch
+from peftlab.exercises import answers
+from peftlab.exercises.answers import Stopped, TookTooLong, Untouched, Wrong, outcome, usual
+from peftlab.exercises.forms import expect, same
 
 MARKS = {"passed": "✓", "wrong": "✗", "open": "…"}
-
-
-class Wrong(Exception):
-    """Raised inside a trial, with the diagnosis for the learner."""
-
-
-def expect(condition: Any, diagnosis: str) -> None:
-    """Say the diagnosis unless the condition holds."""
-    if not bool(condition):
-        raise Wrong(diagnosis)
 
 
 @dataclass(frozen=True)
@@ -47,41 +37,6 @@ class Verdict:
     @property
     def passed(self) -> bool:
         return self.status == "passed"
-
-
-def same(a: Any, b: Any, atol: float = 1e-6) -> bool:
-    """Whether two answers are equal: numbers up to rounding, and everything else exactly.
-
-    Tensors by shape and values, whatever their dtype; lists, tuples and dictionaries item by item;
-    exceptions by type. NaN equals NaN.
-    """
-    if isinstance(a, Exception) or isinstance(b, Exception):
-        return type(a) is type(b)
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(same(x, y, atol) for x, y in zip(a, b, strict=True))
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key], atol) for key in a)
-    if not all(isinstance(x, (torch.Tensor, Number)) for x in (a, b)):
-        return type(a) is type(b) and bool(a == b)
-    if all(isinstance(x, int) for x in (a, b)):
-        return a == b
-    if all(isinstance(x, Number) for x in (a, b)):
-        return math.isclose(a, b, abs_tol=atol) or (a != a and b != b)
-    a, b = (torch.as_tensor(x).detach().cpu().double() for x in (a, b))
-    return a.shape == b.shape and torch.allclose(a, b, atol=atol, equal_nan=True)
-
-
-def a_tensor(made: Any) -> torch.Tensor:
-    """What an answer returned, if it is a tensor; else the learner is told what it is."""
-    expect(isinstance(made, torch.Tensor), f"return a tensor; yours is {type(made).__name__}")
-    return made
-
-
-def a_number(made: Any) -> Number | torch.Tensor:
-    """What an answer returned, if it is a number or a tensor of one; else the learner is told."""
-    one = isinstance(made, torch.Tensor) and made.numel() == 1
-    expect(one or isinstance(made, Number), f"return a number; yours is {type(made).__name__}")
-    return made
 
 
 def after(function: Callable, change: Callable) -> Callable:
@@ -110,18 +65,19 @@ class Exercise:
     Diagnoses, `otherwise` and `praise` are words, with {given} and {right} where the two are to be
     quoted, or functions of (given, right) that return words. Without `praise` the trial says all
     that is wrong, and returns the praise. `right()` is computed in place of what the solution
-    gives, if there is an independent way to it. `atol` is the tolerance of `same`. Difficulty and
-    importance go from 1 to 5.
+    gives, if there is an independent way to it. Both are tried a second time with the sizes in
+    `again`. `atol` is the tolerance of `same`. Difficulty and importance go from 1 to 5.
     """
 
     name: str
     title: str
-    trial: Callable[[Any], Any]
+    trial: Callable[..., Any]
     solution: Any
     mistakes: tuple[tuple, ...] = ()
     praise: str | Callable | None = None
     otherwise: str | Callable = "the result is another, and none of the usual mistakes gives it"
-    right: Callable[[], Any] | None = None
+    right: Callable[..., Any] | None = None
+    again: tuple = ()
     atol: float = 1e-6
     difficulty: int = 2
     importance: int = 3
@@ -132,38 +88,64 @@ class Exercise:
         if answer is None or answer is ...:
             return Verdict("open", f"{self.title}: not attempted yet")
         try:
-            status, words = "passed", self.judge(answer)
+            with usual():
+                status, words = "passed", self.judge(answer)
         except Wrong as wrong:
             status, words = "wrong", str(wrong)
-        except NotImplementedError:
+        except Untouched:
             status, words = "open", "not attempted yet"
-        except Exception as error:  # the learner's code may fail in any way: say how, go on
-            status, words = "wrong", f"your code stopped with {describe(error)}"
+        except Stopped as stopped:
+            status, words = "wrong", f"your code stopped with {answers.describe(stopped.error)}"
+            if isinstance(stopped.error, TookTooLong):
+                words = f"your code took longer than {answers.SECONDS:g} s: does its loop end?"
+        except Exception as error:  # in a comparison
+            status = "wrong"
+            words = f"what you return cannot be compared ({answers.describe(error)})"
         return Verdict(status, f"{self.title}: {words}")
 
-    def wanted(self) -> Any:
+    def wanted(self, *size) -> Any:
         """What the trial of a right answer gives."""
-        return self.right() if self.right else self.trial(self.solution)
+        right = self.right(*size) if self.right else outcome(self.trial, self.solution, size)
+        if isinstance(right, Exception):
+            raise right
+        return right
 
     def judge(self, answer: Any) -> str:
         """The praise for a right answer. Raises `Wrong` with the diagnosis, or what stops it."""
-        given = _outcome(self.trial, answer)
+        if callable(self.solution) and not callable(answer):
+            raise Wrong("hand over the function itself: name it, without calling it")
+        for size in ((), self.again) if self.again else ((),):
+            praise = self._judge(answer, size)
+        return praise
+
+    def _judge(self, answer: Any, size: tuple) -> str:
+        given = outcome(self.trial, answer, size)
         stopped = isinstance(given, Exception)
-        if stopped and (self.praise is None or isinstance(given, (Wrong, NotImplementedError))):
+        if stopped and (self.praise is None or not isinstance(given, Stopped)):
             raise given
         if self.praise is None:
             return given or "correct"
-        right = self.wanted()
+        right = self.wanted(*size)
         if same(given, right, self.atol):
-            return fill(self.praise, given, right)
+            return fill(self.praise, right, right)
         for wrong, diagnosis, *recogniser in self.mistakes:
-            if recogniser and not stopped:
-                found = recogniser[0](given, right)
-            else:
-                found = same(given, _outcome(self.trial, wrong), self.atol)
-            if found:
-                raise Wrong(fill(diagnosis, given, right))
-        raise given if stopped else Wrong(fill(self.otherwise, given, right))
+            try:
+                if recogniser and not stopped:
+                    found = recogniser[0](given, right)
+                else:
+                    found = same(given, outcome(self.trial, wrong, size), self.atol)
+                words = fill(diagnosis, given, right) if found else None
+            except Exception:  # a result of another form than the row is about
+                continue
+            if words:
+                raise Wrong(words)
+        if stopped:
+            raise given
+        try:
+            words = fill(self.otherwise, given, right)
+        except Exception:
+            words = type(self).otherwise
+        raise Wrong(words)
 
     def __repr__(self) -> str:
         return f"Exercise: {self.title}"  # the solution stays folded
@@ -188,14 +170,6 @@ class Exercise:
         )
 
 
-def _outcome(trial: Callable, answer: Any) -> Any:
-    """What the trial of an answer gives, or the exception that stops it."""
-    try:
-        return trial(answer)
-    except Exception as error:
-        return error
-
-
 def fill(words: str | Callable, given: Any, right: Any) -> str:
     """Words with what was given and what is right in the places of {given} and {right}.
 
@@ -209,13 +183,11 @@ def fill(words: str | Callable, given: Any, right: Any) -> str:
         case = next((case for case in right if not same(given.get(case), right[case])), None)
     if case is not None:
         given, right = given.get(case), right[case]
-    return words.format(given=given, right=right, case=case)
-
-
-def describe(error: Exception) -> str:
-    """An exception in one line, for a learner."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+    said = words.format(given=given, right=right, case=case)
+    hidden = given is not right and said == words.format(given=right, right=right, case=case)
+    if hidden and "{given" in words and "{right" in words:
+        said += f" (to the last digit: {given!r} and {right!r})"
+    return said
 
 
 def exercise(title: str, solution: Any, **options) -> Callable[[Callable], Exercise]:
@@ -243,11 +215,13 @@ class Question:
     def __call__(self, answer: Any = None) -> Verdict:
         if answer is None or answer is ...:
             return Verdict("open", "Prediction: not made yet. Pick a letter, then run this again")
-        letter = str(answer).strip().lower()
+        word = answer if type(answer) is str else type(answer).__name__
+        letter = word.strip().lower()
         if letter not in self.choices:
             allowed = ", ".join(self.choices)
-            return Verdict("wrong", f"Prediction: {answer!r} is none of {allowed}")
-        right, found = self.compute()
+            return Verdict("wrong", f"Prediction: {word!r} is none of {allowed}")
+        with usual():
+            right, found = self.compute()
         if letter == right:
             return Verdict("passed", f"Prediction: {letter} is right. {found}")
         return Verdict("wrong", f"Prediction: not {letter}. {self.choices[letter][1]} {found}")

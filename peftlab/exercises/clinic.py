@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from peftlab.exercises import Exercise, expect
+from peftlab.exercises import Exercise, Untouched, expect
 
 
 @dataclass(frozen=True)
@@ -101,20 +101,26 @@ class Ward:
             isinstance(answer, dict), f'answer with a dict, such as {{"{first}": "{fault}", ...}}'
         )
         if all(answer.get(letter) in (None, ...) for letter in right):
-            raise NotImplementedError
+            raise Untouched
+        named, faults = {}, {_folded(fault): fault for fault in self.table}
         for letter in right:
             given = answer.get(letter)
             expect(given not in (None, ...), f"{self.where}{letter} has no {self.word} yet")
+            named[letter] = faults.get(_folded(given))
             expect(
-                given in self.table,
+                named[letter],
                 f"{given!r} is none of the {self._all} {self.what}s, which are {known}",
             )
-        given = {letter: answer[letter] for letter in right}
         expect(
-            len(set(given.values())) == len(given),
+            len(set(named.values())) == len(named),
             f"you named one {self.what} twice: each of the {self._all} occurs once",
         )
-        return given
+        return named
+
+
+def _folded(name: Any) -> str:
+    """A fault's name in small letters and one spelling."""
+    return str(name).strip().lower().replace("optimizer", "optimiser")
 
 
 def gradient(tensors) -> float:

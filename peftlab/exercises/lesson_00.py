@@ -9,14 +9,14 @@ from peftlab.accounting import percent
 from peftlab.bases import load
 from peftlab.bases.data import data_path
 from peftlab.exercises import exercise, expect, question
+from peftlab.exercises.forms import a_count, a_number
 from peftlab.methods import LoRA
 from peftlab.tasks import load as load_task
 from peftlab.training import train
 from peftlab.tuned import attach
 
+
 # --- 1 · the trainable share -------------------------------------------------------------------
-
-
 def trainable_percent(model):
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return 100 * trained / sum(p.numel() for p in model.parameters())
@@ -37,8 +37,7 @@ def _of_frozen(model):
     difficulty=1, importance=4, minutes=3,
     hints=(
         "`model.parameters()` gives tensors; `p.numel()` is how many numbers one holds.",
-        "A parameter trains if `p.requires_grad` is true.",
-    ),
+        "A parameter trains if `p.requires_grad` is true."),
     mistakes=(
         (lambda model: trainable_percent(model) / 100,
          "{given:.3f} is a fraction; for a percentage, multiply by 100"),
@@ -46,23 +45,17 @@ def _of_frozen(model):
          "{given:.1f}% is the share of the tensors, large and small alike. Count their numbers"),
         (_of_frozen, "you divided by the frozen ones; divide by all"),
         (lambda model: 100 - trainable_percent(model),
-         "{given:.1f}% is the frozen share; take the other one"),
-    ),
+         "{given:.1f}% is the frozen share; take the other one")),
     otherwise="420 of 1,660 numbers train, {right:.2f}%; yours says {given:.2f}%",
     praise="{right:.2f}% of this little network trains",
 )  # fmt: skip
 def share_that_trains(answer):
-    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(30, 40), nn.Linear(40, 10, bias=False), nn.LayerNorm(10))
     model[0].requires_grad_(False)  # 1,240 numbers frozen, 400 and 20 train
-    given = answer(model)
-    expect(isinstance(given, (int, float)), f"return one number; yours is {given!r}")
-    return given
+    return a_number(answer(model))
 
 
 # --- 2 · bit for bit ---------------------------------------------------------------------------
-
-
 def changed_tensors(before, model):
     return [name for name, now in model.state_dict().items() if not torch.equal(now, before[name])]
 
@@ -86,17 +79,21 @@ def _the_unchanged(before, model):
     return [name for name in before if name not in changed]
 
 
+def _miscounted(given, right):
+    change = next(i for i in range(4) if given[i] != right[i])
+    so_far = "nothing has changed yet" if change == 0 else f"{', '.join(right[change])} changed"
+    return f"{so_far}, and you name {', '.join(given[change]) or 'nothing'}"
+
+
 def _wrong_first_at(change):
     return lambda given, right: given[:change] == right[:change] and given[change] != right[change]
 
 
 @exercise(
-    "Is it still the same model?", solution=changed_tensors,
-    difficulty=2, importance=5, minutes=5,
+    "Is it still the same model?", solution=changed_tensors, difficulty=2, importance=5, minutes=5,
     hints=(
         "`model.state_dict()` names every tensor of a model, buffers included.",
-        "`torch.equal(a, b)` is true only if every single number is the same.",
-    ),
+        "`torch.equal(a, b)` is true only if every single number is the same."),
     mistakes=(
         (_the_unchanged, "nothing has changed yet and you name every tensor: these are the "
          "unchanged ones"),
@@ -105,46 +102,39 @@ def _wrong_first_at(change):
         (_close_enough, "one weight changed by a millionth of itself, and you missed it: close is "
          "not the same", _wrong_first_at(2)),
         (_parameters_only, "a running mean changed, and you missed it. It is a buffer: no "
-         "parameter, but part of what the model computes", _wrong_first_at(3)),
-    ),
-    otherwise="nothing has changed yet, and you name {given[0]}",
-    praise="every tensor is compared, bit for bit",
+         "parameter, but part of what the model computes", _wrong_first_at(3))),
+    otherwise=_miscounted, praise="every tensor is compared, bit for bit",
 )  # fmt: skip
 def same_model(answer):
-    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     with torch.no_grad():
         model[2].weight.copy_(torch.arange(8.0).view(2, 4))
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         named = [answer(before, model)]
-        expect(
-            isinstance(named[0], list),
-            f"return a list of names; yours is a {type(named[0]).__name__}",
-        )
         model[2].weight.copy_(before["2.weight"].flip(0))
         named.append(answer(before, model))
         model[0].weight[0, 0] *= 1 + 1e-6
         named.append(answer(before, model))
         model[1].running_mean += 0.5
         named.append(answer(before, model))
-    return named
+    for names in named:
+        words = f"return a list of names; yours is a {type(names).__name__}"
+        expect(isinstance(names, (list, tuple, set)), words)
+        expect(all(isinstance(name, str) for name in names), "your list has more than names in it")
+    return [sorted(names) for names in named]
 
 
 # --- 3 · the shape of attention ----------------------------------------------------------------
-
-
 def attention_shape(batch, heads, seq, virtual):
     return batch, heads, virtual + seq, virtual + seq
 
 
 @exercise(
-    "Read the shape of attention", solution=attention_shape,
-    difficulty=1, importance=3, minutes=3,
+    "Read the shape of attention", solution=attention_shape, difficulty=1, importance=3, minutes=3,
     hints=(
         "One attention map has a row for each token that looks and a column for each token that "
         "is looked at.",
-        "Each head of each text in the batch has a map of its own.",
-    ),
+        "Each head of each text in the batch has a map of its own."),
     mistakes=(
         (lambda b, h, t, p: (b, h, t, t), "you left out the virtual tokens"),
         (lambda b, h, t, p: (b, h, t, p + t), "you count the virtual tokens only as columns. In "
@@ -152,18 +142,19 @@ def attention_shape(batch, heads, seq, virtual):
          "wrote)"),
         (lambda b, h, t, p: (b, p + t, p + t), "there is one map a head; say how many heads"),
         (lambda b, h, t, p: (b, p + t, p + t, h),
-         "right numbers, other order: the heads come second"),
-    ),
-    otherwise="{given} for {right}: one row and one column a token",
+         "right numbers, other order: the heads come second")),
+    otherwise="{given} for {right}: one row and one column a token", again=(3, 5, 7, 9),
     praise="{right}: every token, real or virtual, has a row and a column",
 )  # fmt: skip
-def shape_of_attention(answer):
-    return tuple(answer(2, 4, 5, 3))  # texts, heads, tokens, virtual tokens
+def shape_of_attention(answer, texts=2, heads=4, tokens=5, virtual=3):
+    given = answer(texts, heads, tokens, virtual)
+    given = given.tolist() if isinstance(given, torch.Tensor) else given
+    words = f"a shape has four numbers, batch and heads first; yours is {given!r}"
+    expect(isinstance(given, (tuple, list)), words)
+    return tuple(a_count(size, "a size") for size in given)
 
 
 # --- predict first -----------------------------------------------------------------------------
-
-
 @question(
     "LoRA with rank 8 on the query and value projections trains "
     f"{percent(LoRA(r=8), 'llama-3-8b'):.2f}% of Llama-3-8B and {percent(LoRA(r=8), 'gpt2'):.2f}% "
@@ -174,8 +165,7 @@ def shape_of_attention(answer):
         "b": ("more than twice as large a share", "A narrow base has few numbers of its own, and "
               "the adapter stands out among them."),
         "c": ("less than half of it, since the model is small", "Both shrink, but the base shrinks "
-              "faster: its matrices have the width squared."),
-    },
+              "faster: its matrices have the width squared.")},
 )  # fmt: skip
 def predict_share():
     shares = {name: percent(LoRA(r=8), name) for name in ("llama-3-8b", "gpt2", "tiny-gpt")}
@@ -193,8 +183,7 @@ def predict_share():
         "b": ("worse while the adapter is on, and exactly as before once it is off", "Freezing "
               "protects the base, not the sum of base and adapter."),
         "c": ("worse, and it stays worse after the adapter is off", "Detaching gives the base back "
-              "bit for bit: nothing in it was ever written to."),
-    },
+              "bit for bit: nothing in it was ever written to.")},
 )  # fmt: skip
 def predict_forgetting():
     base, task = load("tiny-gpt"), load_task("sentiment")

@@ -8,15 +8,15 @@ import torch
 from torch import nn
 
 from peftlab.accounting import training_bytes
-from peftlab.exercises import exercise, expect, question, same
+from peftlab.exercises import exercise, expect, question
 from peftlab.exercises.clinic import Ward
+from peftlab.exercises.forms import a_count, same, several, unlike
 from peftlab.memory import Live, predict
 from peftlab.methods import FullFineTuning, PromptTuning
 from peftlab.panels.memory import memory_view
 
+
 # --- predict first -----------------------------------------------------------------------------
-
-
 @question(
     "Every parameter of Llama-3-8B trains, in float32 and with Adam. Activations apart, how many "
     "bytes does training hold?",
@@ -42,8 +42,7 @@ def how_many_bytes():
         "b": ("about a tenth", "The gradient enters below the first block and crosses all twelve."),
         "c": ("about half", "A frozen linear layer keeps no input; everything else is kept."),
         "d": ("about nine tenths", "Every layer is crossed, and there are 20 more tokens in a "
-              "row."),
-    },
+              "row.")},
 )  # fmt: skip
 def what_a_prompt_keeps():
     full, prompt = (_in_blocks(m) for m in (FullFineTuning(), PromptTuning(20)))
@@ -80,8 +79,6 @@ def how_many_times():
 
 
 # --- bytes a parameter -------------------------------------------------------------------------
-
-
 def adam_bytes_solution(total, trained):
     weights = 4 * total
     gradients = 4 * trained
@@ -101,24 +98,20 @@ def adam_bytes_solution(total, trained):
         (lambda total, trained: 4 * total + 4 * trained,
          "your optimiser has no memory of its own: Adam has"),
         (lambda total, trained: 4 * total + 16 * trained,
-         "you counted the trained weights twice: they are among the total"),
-    ),
+         "you counted the trained weights twice: they are among the total")),
     otherwise="of {case[0]:,} with {case[1]:,} trained: {right:,} bytes, yours {given:,}",
     praise="4 bytes each, and 12 more for each that trains: 16 if all do",
     difficulty=1, importance=5, minutes=3,
     hints=(
         "Every weight of the model takes 4 bytes, whether it trains or not.",
-        "A weight that trains has three more numbers: its gradient, and Adam's two moments.",
-    ),
+        "A weight that trains has three more numbers: its gradient, and Adam's two moments."),
 )  # fmt: skip
 def adam_bytes(answer):
     cases = (1000, 1000), (1000, 10), (124_439_808, 294_912)
-    return {case: answer(*case) for case in cases}
+    return {case: a_count(answer(*case)) for case in cases}
 
 
 # --- a step of Adam ----------------------------------------------------------------------------
-
-
 def adam_step_solution(w, g, m, v, t, lr):
     m = 0.9 * m + 0.1 * g
     v = 0.999 * v + 0.001 * g * g
@@ -132,20 +125,26 @@ def _rootless(w, g, m, v, t, lr):
     return w - lr * m / (1 - 0.9**t) / (v / (1 - 0.999**t) + 1e-8), m, v
 
 
+def _inside(w, g, m, v, t, lr):
+    _, m, v = adam_step_solution(w, g, m, v, t, lr)
+    return w - lr * m / (1 - 0.9**t) / (v / (1 - 0.999**t) + 1e-8).sqrt(), m, v
+
+
 def _unsquared(w, g, m, v, t, lr):
     m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g.abs()
     return w - lr * m / (1 - 0.9**t) / ((v / (1 - 0.999**t)).sqrt() + 1e-8), m, v
 
 
-def _drawn():
-    """A weight and three gradients."""
+def _drawn(n=5, size=1.0):
+    """A weight and three gradients, which are of this size."""
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(4, 5, generator=generator, dtype=torch.float64).unbind()
+    w, *gradients = torch.randn(4, n, generator=generator, dtype=torch.float64)
+    return w, *(size * gradient for gradient in gradients)
 
 
-def _torch_adam():
+def _torch_adam(*size):
     """w, m and v after three steps of torch's own."""
-    w, *gradients = _drawn()
+    w, *gradients = _drawn(*size)
     w = nn.Parameter(w)
     optimizer = torch.optim.Adam([w], lr=0.1)
     for g in gradients:
@@ -157,8 +156,8 @@ def _torch_adam():
 def _other_step(given, right):
     for name, a, b in zip(("m", "v"), given[1:], right[1:], strict=True):
         if not same(a, b):
-            return f"after three steps {name} is {b[0]:.4f} …, yours {a[0]:.4f} …"
-    return f"m and v are right; w is {right[0][0]:.4f} … after three steps, not {given[0][0]:.4f}"
+            return f"after three steps {name} is another: {unlike(a, b)}"
+    return f"m and v are right, w is another after three steps: {unlike(given[0], right[0])}"
 
 
 @exercise(
@@ -170,35 +169,30 @@ def _other_step(given, right):
         (_rootless, "divide by the root of the mean square, not by the mean square"),
         (lambda w, g, m, v, t, lr: adam_step_solution(w, g, m, v, t, -lr),
          "your step goes uphill: subtract it"),
+        (_inside, "your 1e-8 stands inside the root: there it outweighs a small gradient"),
         (_unsquared, "v is the mean of the gradient's squares, and you took its size"),
         (lambda w, g, m, v, t, lr: (adam_step_solution(w, g, m, v, t, lr)[0], m, v),
          "return the new m and v: yours never change, so every step is the first"),
         (lambda w, g, m, v, t, lr: (w - lr * g, *adam_step_solution(w, g, m, v, t, lr)[1:]),
-         "that is gradient descent: the step is the corrected m over the root of v"),
-    ),
-    otherwise=_other_step,
-    praise="three steps, and torch.optim.Adam is at the same place",
-    right=_torch_adam,
-    difficulty=3, importance=4, minutes=8,
+         "that is gradient descent: the step is the corrected m over the root of v")),
+    otherwise=_other_step, praise="three steps, and torch.optim.Adam is at the same place",
+    right=_torch_adam, again=(7, 1e-5), difficulty=3, importance=4, minutes=8,
     hints=(
         "m is a running mean of the gradients, with 0.9 of the old one; v of their squares, 0.999.",
         "After one step m is a tenth of the gradient. Divide by 1 − 0.9^t to make up for the start "
         "at zero, and v by 1 − 0.999^t.",
-        "The step is lr · mean / (√square + 1e-8).",
-    ),
+        "The step is lr · mean / (√square + 1e-8)."),
 )  # fmt: skip
-def adam_step(answer):
+def adam_step(answer, *size):
     """w, m and v after three steps on three gradients."""
-    w, *gradients = _drawn()
+    w, *gradients = _drawn(*size)
     m, v = torch.zeros_like(w), torch.zeros_like(w)
     for t, g in enumerate(gradients, 1):
-        w, m, v = answer(w, g, m, v, t, 0.1)
+        w, m, v = several(answer(w, g, m, v, t, 0.1), 3, "return three tensors: w, m and v")
     return w, m, v
 
 
 # --- what a linear layer keeps -----------------------------------------------------------------
-
-
 def linear_keeps_solution(x_has_gradient, W_trains):
     kept = set()
     if W_trains:  # dL/dW = gᵀ x
@@ -237,26 +231,23 @@ def _autograd_keeps(x_has_gradient: bool, W_trains: bool) -> set[str]:
          "asked for, only one of the two tensors is kept",
          lambda given, right: given[True, False] == {"x", "W"}),
         (lambda x, W: {"x"} if W else set(), "what reaches x is g W: W is kept where x has a "
-         "gradient", lambda given, right: "W" not in given[True, False]),
-    ),
+         "gradient", lambda given, right: "W" not in given[True, False])),
     otherwise="for x_has_gradient, W_trains = {case} it is {right}, yours {given}",
     praise="checked against autograd in all four cases: a frozen W does not need its input",
     right=lambda: linear_keeps.trial(_autograd_keeps),
     difficulty=2, importance=5, minutes=5,
     hints=(
         "y = x Wᵀ, and g is the gradient of y. Then dL/dW = gᵀ x and dL/dx = g W.",
-        "Which of the two derivatives is asked for, and what stands in it beside g?",
-    ),
+        "Which of the two derivatives is asked for, and what stands in it beside g?"),
 )  # fmt: skip
 def linear_keeps(answer):
     kept = {(x, W): answer(x, W) for x in (False, True) for W in (False, True)}
-    expect(all(isinstance(names, set) for names in kept.values()), 'return a set, such as {"x"}')
-    return kept
+    for names in kept.values():
+        expect(isinstance(names, (set, list, tuple)), 'return a set, such as {"x"}')
+    return {case: set(names) for case, names in kept.items()}
 
 
 # --- what a block keeps ------------------------------------------------------------------------
-
-
 def block_numbers_solution(d, heads, trains):
     norms = 2 * (d + 2)  # x, its mean and its deviation
     attention = 3 * d + heads + d  # q, k, v; one number a head; the output
@@ -292,8 +283,7 @@ def _numbers_kept(d: int, heads: int, trains: bool) -> int:
         (lambda d, h, trains: block_numbers_solution(d, h, trains) - h,
          "attention keeps one number a head: the logarithm of its softmax's sum"),
         (lambda d, h, trains: block_numbers_solution(d, h, trains) + d,
-         "you have d too many: attention's output is its c_proj's input, counted twice"),
-    ),
+         "you have d too many: attention's output is its c_proj's input, counted twice")),
     otherwise="for d = {case[0]}, {case[1]} heads: {right[0]} if it trains and {right[1]} if not; "
               "{given}",
     praise="16 d + 4 + heads numbers a token if it trains, 10 d + 4 + heads if it is frozen",
@@ -304,15 +294,14 @@ def _numbers_kept(d: int, heads: int, trains: bool) -> int:
         "A linear layer keeps its input if it trains.",
         "A norm keeps its input and two numbers, GELU its input, which is four times as wide. "
         "Attention keeps q, k, v, its output, and one number a head.",
-        "The output of attention is the input of its c_proj: one tensor.",
-    ),
+        "The output of attention is the input of its c_proj: one tensor."),
 )  # fmt: skip
 def block_numbers(answer):
-    return {case: (answer(*case, True), answer(*case, False)) for case in ((24, 3), (768, 12))}
+    cases = (24, 3), (768, 12)
+    return {c: tuple(a_count(answer(*c, trains)) for trains in (True, False)) for c in cases}
 
 
 # --- four leaks --------------------------------------------------------------------------------
-
 LEAKS = Ward({
     "losses": ("D", "every step's loss is put into a list with its graph",
         "It ends every step with more than the step before, by the same amount each time: "
@@ -369,11 +358,9 @@ def clinic() -> pd.DataFrame:
 
 
 find_the_leak = LEAKS.exercise(
-    "find_the_leak", "Find the leak",
-    confused=("AD", "BC", "CD"), unknown="too large",
+    "find_the_leak", "Find the leak", confused=("AD", "BC", "CD"), unknown="too large",
     difficulty=3, importance=5, minutes=8,
     hints=(
         "Compare the first steps with the sound training, then the later ones.",
-        "Does it grow from step to step, or is it larger once and stays so? At which moment?",
-    ),
+        "Does it grow from step to step, or is it larger once and stays so? At which moment?"),
 )  # fmt: skip

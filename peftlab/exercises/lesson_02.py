@@ -9,14 +9,14 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from peftlab.accounting import count
 from peftlab.bases.shapes import Shape
-from peftlab.exercises import a_tensor, after, exercise, expect, question, same
+from peftlab.exercises import after, exercise, expect, question
 from peftlab.exercises.clinic import Ward, course
+from peftlab.exercises.forms import a_count, a_tensor, digits, same, several
 from peftlab.methods import PromptTuning
 from peftlab.training import target_loss
 from peftlab.tuned import attach
 
 # --- 1 · in front ------------------------------------------------------------------------------
-
 P = 3  # virtual tokens
 
 
@@ -29,14 +29,12 @@ def prepend(prompt, embedded, mask):
 
 
 @exercise(
-    "Put the prompt in front", solution=prepend,
-    difficulty=3, importance=5, minutes=10,
+    "Put the prompt in front", solution=prepend, difficulty=3, importance=5, minutes=10,
     hints=(
         "Three things get longer by P along the sequence: the vectors, the mask, the positions.",
         "The virtual tokens are there for everybody: their part of the mask is ones.",
         "The position of a token is the number of unmasked tokens before it. On the longer mask, "
-        "that is a cumulative sum less one; clamp it, so that padding does not get −1.",
-    ),
+        "that is a cumulative sum less one; clamp it, so that padding does not get −1."),
     mistakes=(
         (after(prepend, lambda x, mask, at: (x.roll(-P, 1), mask.roll(-P, 1), at)), "you put the "
          "prompt behind the input. A causal model reads from left to right: no real token would "
@@ -44,7 +42,7 @@ def prepend(prompt, embedded, mask):
         (after(prepend, lambda x, mask, at: (x.flip(1), mask, at)),
          "the vectors are not [P; E], prompt rows first, in order",
          lambda given, right: not same(given[0], right[0])),
-        (after(prepend, lambda x, mask, at: (x, mask[:, P:], at)), "the mask still has"),
+        (after(prepend, lambda x, mask, at: (x, mask[:, P:], at)), "the mask grows with"),
         (after(prepend, lambda x, mask, at: (x, F.pad(mask[:, P:], (P, 0)), at)),
          "your mask hides the virtual tokens: attention would pass them by, and they would get no "
          "gradient. Their part of the mask is ones",
@@ -60,37 +58,28 @@ def prepend(prompt, embedded, mask):
          "right for the row without padding, but in the padded row you counted through the "
          "padding. A position counts the unmasked tokens before it",
          lambda given, right: same(given[2][0], right[2][0])),
-    ),
+        (after(prepend, lambda x, mask, at: (x, mask, at + 1)),
+         "your positions begin at 1: the first is 0, so take one off the cumulative sum",
+         lambda given, right: given[2][0, 0] == 1)),
     otherwise="the positions are {given[2]}; those of what is not padding are {right[2]}",
-    praise="vectors, mask and positions are right, with padding on the left as well",
+    praise="vectors, mask and positions are right, with padding on the left as well", again=(7, 9),
 )  # fmt: skip
-def put_in_front(answer):
+def put_in_front(answer, T=4, d=5):
     """Vectors, mask, and positions: those of padding, which may have any, are set to 0."""
     generator = torch.Generator().manual_seed(0)
-    prompt, embedded = (torch.randn(*s, generator=generator) for s in ((P, 5), (2, 4, 5)))
-    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])  # the second row is padded on the left
+    prompt, embedded = (torch.randn(*s, generator=generator) for s in ((P, d), (2, T, d)))
+    mask = torch.ones(2, T, dtype=torch.long)
+    mask[1, : T // 2] = 0  # padded on the left
     real = F.pad(mask, (P, 0), value=1)
     given = answer(prompt, embedded, mask)
-    expect(
-        isinstance(given, tuple) and len(given) == 3,
-        "return three tensors: the vectors, the mask, the positions",
-    )
-    x, longer, positions = given
-    expect(
-        x.shape == (2, P + 4, 5),
-        f"the vectors should be {(2, P + 4, 5)}, batch first; yours are {tuple(x.shape)}. "
-        "Did you join along the sequence axis?",
-    )
-    expect(
-        longer.shape == real.shape,
-        f"the mask still has {longer.shape[-1]} columns and there are {P + 4} vectors",
-    )
-    return x, longer, positions.expand_as(real) * real
+    words = "return three tensors: the vectors, the mask, the positions"
+    x, longer, positions = several(given, 3, words)
+    a_tensor(x, (2, P + T, d), "batch first, joined along the sequence, the vectors' shape")
+    a_tensor(longer, (2, P + T), "the mask grows with the vectors: its shape")
+    return x, longer, (positions.expand_as(real) * real).long()
 
 
 # --- 2 · count ---------------------------------------------------------------------------------
-
-
 def affordable(budget, d_model, context):
     return min(budget // d_model, context - 1)
 
@@ -103,12 +92,10 @@ BUDGETS = {
 
 
 @exercise(
-    "How long a prompt can you afford?", solution=affordable,
-    difficulty=2, importance=3, minutes=5,
+    "How long a prompt can you afford?", solution=affordable, difficulty=2, importance=3, minutes=5,
     hints=(
         "Turn the closed form around: P · d_model numbers train.",
-        "Two limits hold: the budget, and the context, where at least one real token must fit.",
-    ),
+        "Two limits hold: the budget, and the context, where at least one real token must fit."),
     mistakes=(
         (lambda budget, d, context: affordable(budget // 24, d, context),
          "{given} tokens {case} is too short. Did you pay for every layer? Prompt tuning adds "
@@ -120,80 +107,75 @@ BUDGETS = {
          "{given} tokens {case} is longer than the context of 1024"),
         (lambda budget, d, context: affordable(budget + d - 1, d, context),
          "{given} tokens {case} are 300,288 numbers: over the budget"),
-        (lambda budget, d, context: budget / d, "a prompt has a whole number of tokens"),
-    ),
-    otherwise="{given} tokens {case}; {right} fit",
-    praise="the budget and the context both hold",
+        (lambda budget, d, context: budget / d, "how many tokens a prompt has is a whole number")),
+    otherwise="{given} tokens {case}; {right} fit", praise="the budget and the context both hold",
 )  # fmt: skip
 def prompt_for_a_budget(answer):
-    made = {case: answer(*sizes) for case, sizes in BUDGETS.items()}
-    for given in made.values():
-        expect(
-            isinstance(given, int) and not isinstance(given, bool),
-            f"a prompt has a whole number of tokens; yours is {given!r}",
-        )
-    return made
+    what = "how many tokens a prompt has"
+    return {case: a_count(answer(*sizes), what) for case, sizes in BUDGETS.items()}
 
 
 # --- 3 · start from the vocabulary -------------------------------------------------------------
-
-
 def start_from_vocabulary(embedding, first, length):
     return nn.Parameter(embedding.weight[first : first + length].detach().clone())
 
 
 @exercise(
     "Start from the vocabulary", solution=start_from_vocabulary,
-    difficulty=2, importance=4, minutes=5,
+    difficulty=2, importance=4, minutes=5, again=(7, 5, 9),
     hints=(
         "Row i of `embedding.weight` is the vector of token i.",
         "A slice of a tensor is a window onto the same numbers: whoever trains the slice, trains "
         "the table.",
-        "`nn.Parameter` says that a tensor is to be trained. It does not copy it.",
-    ),
+        "`nn.Parameter` says that a tensor is to be trained. It does not copy it."),
     mistakes=(
         (lambda embedding, i, n: nn.Parameter(embedding.weight[i : i + n]), "shares its storage"),
         (lambda embedding, i, n: nn.Parameter(torch.randn(n, embedding.embedding_dim)), "noise"),
+        (lambda embedding, i, n: start_from_vocabulary(embedding, i + 1, n), "begin with row"),
         (lambda embedding, i, n: nn.Parameter(torch.arange(i, i + n).float()),
          "the ids themselves"),
-        (lambda embedding, i, n: embedding.weight[i : i + n].clone(), "would not train"),
-    ),
+        (lambda embedding, i, n: embedding.weight[i : i + n].clone(), "would not train")),
 )  # fmt: skip
-def initialise(answer):
-    torch.manual_seed(0)
-    embedding = nn.Embedding(50, 8)
+def initialise(answer, first=10, length=4, d=8):
+    embedding = nn.Embedding(50, d)
     nn.init.normal_(embedding.weight, std=0.02)
     embedding.requires_grad_(False)
     before = embedding.weight.clone()
-    prompt = a_tensor(answer(embedding, 10, 4))
-    wanted = before[10:14]
+    prompt = a_tensor(answer(embedding, first, length))
+    wanted, last = before[first : first + length], first + length - 1
     expect(
         prompt.shape == wanted.shape,
         f"the prompt should be {tuple(wanted.shape)}, one vector a token; yours is "
-        f"{tuple(prompt.shape)}. Did you take the ids themselves instead of their vectors?",
+        f"{tuple(prompt.shape)}" + ": these are the ids themselves?" * (prompt.ndim == 1),
     )
     expect(
-        torch.equal(prompt.detach(), wanted),
-        "these are not rows 10 to 13 of the table. Your vectors have a mean norm of "
-        f"{prompt.norm(dim=1).mean():.2f}, the table's {before.norm(dim=1).mean():.2f}: noise?",
+        same(prompt, wanted),
+        f"these are not rows {first} to {last} of the table: {_whose(prompt.detach(), before)}",
     )
     expect(
-        isinstance(prompt, nn.Parameter) and prompt.requires_grad,
+        prompt.requires_grad and prompt.is_leaf,
         "the numbers are right, but they would not train: the table is frozen and so is your "
         "copy of it. Make it an nn.Parameter",
     )
-    with torch.no_grad():
-        prompt += 1.0
+    handed = getattr(answer, "handed", [embedding])[0]
     expect(
-        torch.equal(embedding.weight, before),
+        prompt.untyped_storage().data_ptr() != handed.weight.untyped_storage().data_ptr(),
         "your prompt shares its storage with the table: one step of training would change the "
         "frozen model's own tokens. Copy the slice",
     )
     return "the vocabulary's vectors, trainable, and the table left alone"
 
 
-# --- 4 · debug the broken adapter --------------------------------------------------------------
+def _whose(vectors, table):
+    vectors = vectors.to(table)
+    rows = [*(table[None] == vectors[:, None]).all(dim=-1).int().argmax(dim=1).tolist()]
+    if torch.equal(table[rows], vectors):
+        return f"they begin with row {rows[0]} of it"
+    mine, wanted = digits(*(rows.norm(dim=1).mean().item() for rows in (vectors, table)))
+    return f"they have a mean norm of {mine}, the table's rows {wanted}. Is it noise?"
 
+
+# --- 4 · debug the broken adapter --------------------------------------------------------------
 CLINIC = Ward({
     "optimiser": (
         "C", "the optimiser was never given the prompt",
@@ -251,20 +233,16 @@ def _examine(fault, base, task, steps, lr, seed):
 
 
 diagnose = CLINIC.exercise(
-    "diagnose", "Debug the broken adapter",
-    confused=("AC", "BD"), unknown="too few virtual tokens",
+    "diagnose", "Debug the broken adapter", confused=("AC", "BD"), unknown="too few virtual tokens",
     difficulty=3, importance=5, minutes=10,
     hints=(
         "Look at the gradient first. None, exactly zero and an ordinary number have three "
         "different causes.",
-        "Two patients have an ordinary gradient. Ask whether their prompts moved, and how far.",
-    ),
+        "Two patients have an ordinary gradient. Ask whether their prompts moved, and how far."),
 )  # fmt: skip
 
 
 # --- predict first -----------------------------------------------------------------------------
-
-
 def _small(layers: int = 2) -> GPT2LMHeadModel:
     torch.manual_seed(0)
     config = GPT2Config(
@@ -283,8 +261,7 @@ def _small(layers: int = 2) -> GPT2LMHeadModel:
         "c": ("26,214,400", "You counted a key and a value in every layer: that is prefix tuning "
               "with full heads."),
         "d": ("1,000,000,000", "More layers make the base larger, not the prompt: its size depends "
-              "on d_model alone."),
-    },
+              "on d_model alone.")},
 )  # fmt: skip
 def predict_count():
     shape = Shape.named("llama-3-70b")
@@ -308,8 +285,7 @@ def predict_count():
         "b": ("it changes", "There is one more token to attend to, and every position has moved by "
               "one."),
         "c": ("it changes only if the token is trained", "Training changes the vector. The place "
-              "that the vector takes is there before."),
-    },
+              "that the vector takes is there before.")},
 )  # fmt: skip
 def predict_zero_prompt():
     model = _small()
@@ -340,8 +316,7 @@ def predict_zero_prompt():
               "real token."),
         "b": ("about 50%", "There are 60 tokens to compute instead of 40."),
         "c": ("none: the prompt can be merged into the weights after training",
-              "There is no ΔW to merge. The virtual tokens are there in every call."),
-    },
+              "There is no ΔW to merge. The virtual tokens are there in every call.")},
 )  # fmt: skip
 def predict_work():
     model = _small()

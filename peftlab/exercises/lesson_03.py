@@ -7,15 +7,15 @@ from torch.nn import functional as F
 
 from peftlab.accounting import count, stored
 from peftlab.bases.shapes import Shape
-from peftlab.exercises import a_tensor, after, exercise, expect, question, same
+from peftlab.exercises import after, exercise, expect, question
 from peftlab.exercises.clinic import Ward, course
+from peftlab.exercises.forms import a_count, a_tensor, same, unlike
 from peftlab.methods import PTuning
 from peftlab.methods.prompt_networks import PromptEncoder
 from peftlab.tuned import attach
 
+
 # --- 1 · write the encoder -----------------------------------------------------------------------
-
-
 def encode(table, lstm, first, second):
     outputs, _ = lstm(table[None])  # 1 P 2h: the virtual tokens are one sequence
     return second(torch.relu(first(outputs[0])))  # P d
@@ -27,16 +27,14 @@ def _last_state(table, lstm, first, second):
 
 
 @exercise(
-    "Write the encoder", solution=encode,
-    difficulty=2, importance=5, minutes=10,
+    "Write the encoder", solution=encode, difficulty=2, importance=5, minutes=10,
     hints=(
         "The virtual tokens are one sequence: a batch of one, P long. `table[None]` has that "
         "shape.",
         "`lstm(x)` returns two things. The first holds an output for every place, both directions "
         "side by side.",
         "Between the two linear layers there is a ReLU, and nothing behind the second: a prompt "
-        "needs negative numbers too.",
-    ),
+        "needs negative numbers too."),
     mistakes=(
         (lambda table, lstm, first, second: second(first(lstm(table[None])[0][0])),
          "there is no ReLU between the linear layers: the MLP is linear"),
@@ -48,30 +46,22 @@ def _last_state(table, lstm, first, second):
          "has an output for each place"),
         (lambda table, lstm, first, second: second(torch.relu(first(table))),
          "another LSTM makes the same prompt: the table did not go through the LSTM",
-         lambda given, right: given[1]),
-    ),
-    otherwise="the right shape and other numbers; the order is LSTM, linear, ReLU, linear",
-    praise="table, LSTM, linear, ReLU, linear: P = g(E)",
+         lambda given, right: given[1])),
+    otherwise=lambda given, right: f"{unlike(given[0], right[0])}. Is the order LSTM, linear, "
+        "ReLU, linear?",
+    again=(7, 10), praise="table, LSTM, linear, ReLU, linear: P = g(E)",
 )  # fmt: skip
-def write_the_encoder(answer):
+def write_the_encoder(answer, P=5, d=6):
     """The prompt, and whether another LSTM makes the same."""
-    torch.manual_seed(0)
-    P, d = 4, 6
     table = torch.randn(P, d)
     lstm, other = (nn.LSTM(d, d // 2, 2, bidirectional=True, batch_first=True) for _ in range(2))
     first, second = nn.Linear(d, d), nn.Linear(d, d)
-    given = a_tensor(answer(table, lstm, first, second))
-    expect(
-        given.shape == (P, d),
-        f"a prompt of {P} virtual tokens is {(P, d)}; yours is {tuple(given.shape)}. "
-        "Did you leave the batch of one on?",
-    )
-    return given, torch.equal(given, answer(table, other, first, second))
+    words = f"{P} virtual tokens, and no batch of one any more: the shape"
+    given = a_tensor(answer(table, lstm, first, second), (P, d), words)
+    return given, same(given, a_tensor(answer(table, other, first, second)))
 
 
 # --- 2 · place the prompt ------------------------------------------------------------------------
-
-
 def place(prompt, embedded, masks):
     half = len(prompt) // 2
     rows = [
@@ -82,14 +72,12 @@ def place(prompt, embedded, masks):
 
 
 @exercise(
-    "Place the prompt", solution=place,
-    difficulty=3, importance=4, minutes=10,
+    "Place the prompt", solution=place, difficulty=3, importance=4, minutes=10,
     hints=(
         "Names have different lengths, so the mask stands elsewhere in each row: do one row at a "
         "time.",
         "A row is four pieces in order: half of the prompt, the text up to the mask, the other "
-        "half, the mask and the rest.",
-    ),
+        "half, the mask and the rest."),
     mistakes=(
         (lambda prompt, x, masks: torch.cat([prompt.expand(len(x), -1, -1), x], dim=1),
          "the virtual tokens are all in front: the second half belongs to the mask"),
@@ -101,25 +89,18 @@ def place(prompt, embedded, masks):
         (lambda prompt, x, masks: place(prompt, x, masks - len(prompt) // 2), "the first half has "
          "moved the mask along, and you counted its place from the start of the longer row"),
         (lambda prompt, x, masks: place(prompt[: len(prompt) // 2].repeat(2, 1), x, masks),
-         "you put the same half twice: rows 0 and 1 in front, rows 2 and 3 later"),
-    ),
-    otherwise="the vectors are there, in another order than asked for",
-    praise="two rows, two places, four virtual tokens each",
+         "you put the same half twice: the first half belongs in front, the other later")),
+    otherwise=unlike,
+    praise="two rows, two places, each with all virtual tokens", again=(8, 9, (7, 3)),
 )  # fmt: skip
-def place_the_prompt(answer):
+def place_the_prompt(answer, P=4, T=6, masks=(2, 4)):
     generator = torch.Generator().manual_seed(0)
-    prompt, embedded = (torch.randn(*s, generator=generator) for s in ((4, 3), (2, 6, 3)))
-    given = a_tensor(answer(prompt, embedded, torch.tensor([2, 4])))
-    expect(
-        given.shape == (2, 10, 3),
-        f"each row of 6 gets 4 more vectors, so (2, 10, 3); yours is {tuple(given.shape)}",
-    )
-    return given
+    prompt, embedded = (torch.randn(*s, generator=generator) for s in ((P, 3), (2, T, 3)))
+    given = answer(prompt, embedded, torch.tensor(masks))
+    return a_tensor(given, (2, P + T, 3), f"each row of {T} gets {P} more vectors: the shape")
 
 
 # --- 3 · count -----------------------------------------------------------------------------------
-
-
 def trained(P, d):
     h = d // 2
     layer = 2 * (4 * h * (d + h) + 8 * h)  # two directions; the second layer reads 2 h = d as well
@@ -132,15 +113,13 @@ PROMPTS = {f"{P} virtual tokens on {base}": (base, P) for base, P in (
 
 
 @exercise(
-    "Count what trains", solution=trained,
-    difficulty=4, importance=3, minutes=10,
+    "Count what trains", solution=trained, difficulty=4, importance=3, minutes=10,
     hints=(
         "One direction of one LSTM layer with input i and hidden h: four gates, each with a matrix "
         "for the input (h · i), one for the state (h · h), and in PyTorch two biases (2 h).",
         "Here h = d / 2. The second layer reads both directions of the first, so its input is "
         "2 h = d.",
-        "Do not forget the table, nor the MLP: d → d → d, with biases.",
-    ),
+        "Do not forget the table, nor the MLP: d → d → d, with biases."),
     mistakes=(
         (lambda P, d: P * d,
          "{case}: yours is {given:,}. That is what is stored. More than that trains"),
@@ -151,19 +130,17 @@ PROMPTS = {f"{P} virtual tokens on {base}": (base, P) for base, P in (
          "{case}: yours is {given:,}. PyTorch's LSTM has two biases for every gate"),
         (lambda P, d: P * d + 43 * d * d + 34 * d, "{case}: yours is {given:,}. That is far too "
          "many: is your hidden size d / 2 in each direction?",
-         lambda given, right: any(given[case] >= 2 * right[case] for case in right)),
-    ),
+         lambda given, right: any(given[case] >= 2 * right[case] for case in right))),
     otherwise="{case}: yours is {given:,}, {right:,} train",
     praise="P · d + 14 d² + 18 d, and so says the package",
     right=lambda: {case: count(PTuning(P), base) for case, (base, P) in PROMPTS.items()},
 )  # fmt: skip
 def count_what_trains(answer):
-    return {case: answer(P, Shape.named(base).d_model) for case, (base, P) in PROMPTS.items()}
+    sizes = {case: (P, Shape.named(base).d_model) for case, (base, P) in PROMPTS.items()}
+    return {case: a_count(answer(*size)) for case, size in sizes.items()}
 
 
 # --- 4 · throw it away ---------------------------------------------------------------------------
-
-
 def fold(encoder):
     encoder.eval()
     with torch.no_grad():
@@ -171,13 +148,11 @@ def fold(encoder):
 
 
 @exercise(
-    "Throw it away", solution=fold,
-    difficulty=2, importance=5, minutes=5,
+    "Throw it away", solution=fold, difficulty=2, importance=5, minutes=5,
     hints=(
         "`encoder()` returns a dictionary with the prompt that it makes now.",
         "This encoder has dropout. In which mode should it make its last prompt?",
-        "What is stored needs no gradient, and no network.",
-    ),
+        "What is stored needs no gradient, and no network."),
     mistakes=(
         (lambda encoder: {"prompt": encoder.table.detach().clone()}, "you stored the table E. It "
          "is what goes into the network; the model reads what comes out"),
@@ -187,14 +162,13 @@ def fold(encoder):
         (lambda encoder: {"prompt": encoder.eval()()["prompt"]},
          "the right numbers, but the tensor still hangs on the graph"),
         (lambda encoder: fold(encoder) | encoder.state_dict(), "the network is in it"),
-        (lambda encoder: encoder()["prompt"], "return a dictionary"),
-    ),
-    praise="40 numbers, no network, no gradient",
+        (lambda encoder: encoder()["prompt"], "return a dictionary")),
+    praise="the prompt's numbers, no network, no gradient",
+    otherwise=lambda given, right: unlike(given[0], right[0]), again=(7, 9),
 )  # fmt: skip
-def throw_it_away(answer):
+def throw_it_away(answer, P=5, d=8):
     """The prompt that is stored, and whether it hangs on the graph."""
-    torch.manual_seed(0)
-    encoder = PromptEncoder(torch.randn(5, 8), "mlp", "lama", 8, 1)
+    encoder = PromptEncoder(torch.randn(P, d), "mlp", "lama", d, 1)
     encoder.mlp.insert(2, nn.Dropout(0.5))
     encoder.train()
     given = answer(encoder)
@@ -202,16 +176,16 @@ def throw_it_away(answer):
         isinstance(given, dict) and "prompt" in given,
         'return a dictionary with the tensor under "prompt"',
     )
-    numbers = sum(tensor.numel() for tensor in given.values())
+    numbers = sum(a_tensor(tensor).numel() for tensor in given.values())
     expect(
-        numbers == 40,
-        f"you store {numbers:,} numbers and 5 · 8 = 40 are needed: the network is in it",
+        numbers == P * d,
+        f"you store {numbers:,} numbers and {P} · {d} = {P * d} are needed: the network is in it",
     )
-    return given["prompt"].detach(), given["prompt"].requires_grad
+    prompt = a_tensor(given["prompt"])
+    return prompt.detach(), prompt.requires_grad
 
 
 # --- 5 · debug the broken adapter ----------------------------------------------------------------
-
 CLINIC = Ward({
     "outside": ("B", "the encoder was run once, before the loop, and its output kept",
         "It has no gradient anywhere, in the table or the network: the path from the loss ends at "
@@ -269,14 +243,11 @@ diagnose = CLINIC.exercise(
     difficulty=3, importance=5, minutes=10,
     hints=(
         "Ask first whether there is a gradient, in the table and in the network.",
-        "A gradient that nobody uses moves nothing. Compare the two columns that moved.",
-    ),
+        "A gradient that nobody uses moves nothing. Compare the two columns that moved."),
 )  # fmt: skip
 
 
 # --- predict first -------------------------------------------------------------------------------
-
-
 def _encoder(kind: str) -> PromptEncoder:
     torch.manual_seed(0)
     return PromptEncoder(torch.randn(6, 16), kind, "lama", 8 if kind == "lstm" else 16, 2)
@@ -290,8 +261,7 @@ def _encoder(kind: str) -> PromptEncoder:
               "through the same weights, and they moved."),
         "b": ("all of them", "They share the network's weights, and those moved."),
         "c": ("row 1 and its neighbours", "An MLP knows no neighbours; what they share is the "
-              "weights, and all rows share them."),
-    },
+              "weights, and all rows share them.")},
 )  # fmt: skip
 def predict_rows():
     encoder = _encoder("mlp")
@@ -319,8 +289,7 @@ def predict_rows():
               "its output is always the same."),
         "c": ("27,174,144 train, 15,360 are stored", "The encoder is thrown away."),
         "d": ("15,360 train, 27,174,144 are stored", "Turn it round: what is large here is what "
-              "trains."),
-    },
+              "trains.")},
 )  # fmt: skip
 def predict_count():
     method = PTuning(20, sizes="peft")
@@ -340,8 +309,7 @@ def predict_count():
               "makes is the same for every token, so once is enough."),
         "b": ("once", "What it makes is the same for every token and every text."),
         "c": ("once for every layer and token", "The prompt enters at the input. No layer above "
-              "asks for it again."),
-    },
+              "asks for it again.")},
 )  # fmt: skip
 def predict_runs():
     from peftlab.bases import load

@@ -19,15 +19,15 @@ from transformers.masking_utils import eager_mask
 from peftlab.accounting import count
 from peftlab.attention import cache_name
 from peftlab.bases.shapes import Shape
-from peftlab.exercises import after, exercise, expect, question, same
+from peftlab.exercises import after, exercise, expect, question
 from peftlab.exercises.clinic import Ward, course, distance
+from peftlab.exercises.forms import a_count, a_tensor, same, several, unlike
 from peftlab.methods import DeepPromptTuning, PrefixTuning
 from peftlab.methods.prompt_starts import initial_prefix
 from peftlab.training import target_loss
 
+
 # --- 1 · attention with a prefix ---------------------------------------------------------------
-
-
 def attend_with_prefix(query, key, value, mask, P_k, P_v):
     key = torch.cat([P_k.expand(len(key), -1, -1, -1), key], dim=2)
     value = torch.cat([P_v.expand(len(value), -1, -1, -1), value], dim=2)
@@ -49,16 +49,21 @@ def _wrong_side(query, key, value, mask, P_k, P_v):
     return attend_with_prefix(query, key, value, mask, P_k[:, :0], P_v[:, :0])
 
 
+def _prefix_behind(query, key, value, mask, P_k, P_v):
+    key = torch.cat([key, P_k.expand(len(key), -1, -1, -1)], dim=2)
+    value = torch.cat([value, P_v.expand(len(value), -1, -1, -1)], dim=2)
+    mask = F.pad(mask, (P_k.shape[1], 0))
+    return attend_with_prefix(query, key, value, mask, P_k[:, :0], P_v[:, :0])
+
+
 @exercise(
-    "Attend with a prefix", solution=attend_with_prefix,
-    difficulty=3, importance=5, minutes=12,
+    "Attend with a prefix", solution=attend_with_prefix, difficulty=3, importance=5, minutes=12,
     hints=(
         "Keys and values get P rows more, along the axis of the sequence (dim 2). Queries do not.",
         "`P_k.expand(batch, -1, -1, -1)` gives each row of the batch the same prefix.",
         "The mask is added to the scores, so it needs P columns more, on the left, of zeros: "
         "`F.pad(mask, (P, 0))`.",
-        "One softmax over all P + T scores. Two of them would give the prefix a weight of 1.",
-    ),
+        "One softmax over all P + T scores. Two of them would give the prefix a weight of 1."),
     mistakes=(
         (_two_softmaxes, "you took two softmaxes and added the results: prefix and text must "
          "share one softmax, so that what the prefix takes, the text loses"),
@@ -72,42 +77,43 @@ def _wrong_side(query, key, value, mask, P_k, P_v):
          "negative number hides it"),
         (_wrong_side, "you lengthened the mask on the right. The prefix's columns are the first "
          "ones, so the causal triangle must move to the right: pad on the left"),
-    ),
-    otherwise="the shape is right and the numbers are not",
-    praise="one softmax over prefix and text, and the causal mask holds",
-    atol=1e-5,
+        (_prefix_behind, "your keys are [K; P_k] and the mask is padded on the left: prefix and "
+         "mask must grow at the same end"),
+        (lambda q, k, v, mask, P_k, P_v: attend_with_prefix(q, k, v, 0 * mask, P_k, P_v),
+         "the mask is not added to the scores: every token sees the future"),
+        (lambda q, k, v, mask, P_k, P_v: attend_with_prefix(q, k, v, mask, P_v, P_k),
+         "P_k and P_v stand in each other's place"),
+        (lambda q, k, v, mask, P_k, P_v: attend_with_prefix(
+            q * math.sqrt(q.shape[-1] / (k.shape[2] + P_k.shape[1])), k, v, mask, P_k, P_v),
+         "you divide by the square root of the number of keys: head_dim is query.shape[-1]")),
+    otherwise=unlike, again=(3, 7, 5, 9),
+    praise="one softmax over prefix and text, and the causal mask holds", atol=1e-5,
 )  # fmt: skip
-def attend(answer):
-    draw = torch.Generator().manual_seed(0)
-    batch, heads, T, P, d = 2, 3, 4, 2, 8
+def attend(answer, heads=3, T=4, P=2, d=8):
+    draw, batch = torch.Generator().manual_seed(0), 2
     query, key, value = (torch.randn(batch, heads, T, d, generator=draw) for _ in range(3))
     P_k, P_v = (torch.randn(heads, P, d, generator=draw) for _ in range(2))
     blocked = torch.ones(T, T).triu(1).bool()
     mask = torch.zeros(batch, 1, T, T).masked_fill(blocked, torch.finfo(torch.float32).min)
-    given = answer(query, key, value, mask, P_k, P_v)
-    expect(isinstance(given, torch.Tensor), "return one tensor, (batch, heads, T, head_dim)")
+    given = a_tensor(answer(query, key, value, mask, P_k, P_v))
     expect(
         given.ndim != 4 or given.shape[2] != T + P,
         f"{T + P} rows of output for {T} tokens: you gave the prefix queries as well. It is read; "
         "it asks nothing",
     )
-    expect(
-        given.shape == query.shape,
-        f"the output should be {tuple(query.shape)}, as the queries; yours is {tuple(given.shape)}",
-    )
-    return given
+    return a_tensor(given, tuple(query.shape), "the output is as the queries: its shape")
 
 
 # --- 2 · the mask ------------------------------------------------------------------------------
-
-MASK, P = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]]), 3  # the second row: padding on the left
-
-
 def may_see(mask, P):
     batch, T = mask.shape
     text = torch.ones(T, T, dtype=torch.bool).tril() & mask[:, None, None, :].bool()
     prefix = torch.ones(batch, 1, T, P, dtype=torch.bool)
     return torch.cat([prefix, text], dim=-1)
+
+
+def _prefix(seen):
+    return seen[..., : seen.shape[-1] - seen.shape[-2]]
 
 
 def _plain_triangle(mask, P):
@@ -116,46 +122,45 @@ def _plain_triangle(mask, P):
 
 
 @exercise(
-    "Let the mask see the prefix", solution=may_see,
-    difficulty=3, importance=5, minutes=10,
+    "Let the mask see the prefix", solution=may_see, difficulty=3, importance=5, minutes=10,
     hints=(
         "The result has a row for each of the T queries and a column for each of the P + T keys.",
         "The left block, T × P, is True throughout: every query sees the whole prefix.",
-        "The right block is the usual one: not the future (`tril`), and no padding.",
-    ),
+        "The right block is the usual one: not the future (`tril`), and no padding."),
     mistakes=(
         (_plain_triangle, "your triangle begins at the first column: the first query sees one "
          "virtual key, and the last tokens are seen by nobody. The triangle belongs to the text's "
          "columns"),
+        (lambda mask, P: torch.zeros(may_see(mask, P).shape).masked_fill(
+            ~may_see(mask, P), -math.inf), "your mask is one to be added to scores, 0 and −∞: here "
+         "it says True where a query may see", lambda given, right: given.min() < 0),
         (lambda mask, P: F.pad(may_see(mask, 0), (P, 0)), "your mask hides the prefix: it would "
-         "never be read, and never train", lambda given, right: not given[..., :P].any()),
+         "never be read, and never train", lambda given, right: not _prefix(given).any()),
         (after(may_see, lambda seen: seen & (torch.arange(seen.shape[-1]) > 0)),
          "some queries do not see all of the prefix",
-         lambda given, right: not given[..., :P].all()),
-        (lambda mask, P: F.pad(mask[:, None, None].expand(-1, 1, 4, -1), (P, 0), value=1),
+         lambda given, right: not _prefix(given).all()),
+        (lambda mask, P: may_see(mask, P) | F.pad(mask[:, None, None], (P, 0), value=1).bool(),
          "a token sees the future: the text's columns need the causal triangle",
-         lambda given, right: given[0, 0, :, P:].triu(1).any()),
+         lambda given, right: given[0, 0, :, -len(right[0, 0]) :].triu(1).any()),
         (lambda mask, P: may_see(torch.ones_like(mask), P), "the second row is padded, and its "
-         "padding is seen", lambda given, right: given[1, 0, :, P : P + 2].any()),
-        (lambda mask, P: may_see(mask, 0), "there are 7 keys"),
-    ),
+         "padding is seen", lambda given, right: (given & ~right)[1].any()),
+        (lambda mask, P: may_see(mask, 0), "there are 7 keys")),
     otherwise="the text's columns have changed",
-    praise="every query sees the prefix, nobody sees padding or the future",
+    praise="every query sees the prefix, nobody sees padding or the future", again=(5, 7),
 )  # fmt: skip
-def mask_for(answer):
-    given, (batch, T) = answer(MASK.clone(), P), MASK.shape
-    expect(isinstance(given, torch.Tensor), "return one tensor of True and False")
+def mask_for(answer, P=3, T=4):
+    mask, batch = torch.ones(2, T, dtype=torch.long), 2
+    mask[1, : T // 2] = 0  # padded on the left
+    given = a_tensor(answer(mask, P))
     expect(
         given.ndim == 4 and given.shape[-1] == P + T,
         f"there are {P + T} keys, {P} of them virtual, and your mask has {given.shape[-1]} columns "
         f"in a shape of {tuple(given.shape)}; wanted is {(batch, 1, T, P + T)}",
     )
-    return given.bool().expand(batch, 1, T, P + T)
+    return (given if (given < 0).any() else given.bool()).expand(batch, 1, T, P + T)
 
 
 # --- 3 · fold the MLP away ---------------------------------------------------------------------
-
-
 def fold(table, mlp, layers, kv_heads):
     with torch.no_grad():
         made = mlp(table).view(len(table), 2, layers, kv_heads, -1)
@@ -164,57 +169,48 @@ def fold(table, mlp, layers, kv_heads):
 
 
 @exercise(
-    "Fold the MLP away", solution=fold,
-    difficulty=4, importance=3, minutes=10,
+    "Fold the MLP away", solution=fold, difficulty=4, importance=3, minutes=10,
     hints=(
         "Run the MLP once: `mlp(table)` is (P, 2 · layers · kv_heads · head_dim).",
         "A virtual token's row holds first all its keys, then all its values, layer by layer, head "
         "by head: `.view(P, 2, layers, kv_heads, -1)`.",
         "Now the axes stand in the wrong order. `permute` moves them; `view` alone would mix the "
-        "numbers of different virtual tokens.",
-    ),
+        "numbers of different virtual tokens."),
     mistakes=(
         (lambda table, *_: (table, table), "that is the table itself: its rows go through the MLP "
-         "before anything reads them", lambda given, right: given[0].shape == (5, 6)),
+         "before anything reads them", lambda given, right: given[0].ndim == 2),
         (after(fold, lambda P_k, P_v: (P_k.transpose(1, 2), P_v.transpose(1, 2))), "the axes of "
          "heads and virtual tokens are exchanged; wanted is (layers, kv_heads, P, head_dim)",
          lambda given, right: given[0].shape == right[0].transpose(1, 2).shape),
         (after(fold, lambda P_k, P_v: (P_v, P_k)), "you return the values where the keys belong: "
          "the first half of a row is the keys", lambda given, right: same(given[0], right[1])),
         (lambda table, mlp, layers, heads:
-         mlp(table).detach().reshape(2, layers, heads, len(table), -1),
-         "the shape is right, but you mixed the virtual tokens: one key has numbers of several "
-         "rows. Give each row its axes first, then permute",
-         lambda given, right: given[0].shape == right[0].shape and not same(given[:2], right[:2])),
-        (lambda table, mlp, layers, heads:
          mlp(table).view(len(table), 2, layers, heads, -1).permute(1, 2, 3, 0, 4),
          "the result still hangs on the MLP: it has a gradient, and cannot be stored without the "
          "graph. Detach it", lambda given, right: given[2]),
-    ),
-    otherwise=lambda given, right: f"the keys should be {tuple(right[0].shape)}, that is (layers, "
-        f"kv_heads, P, head_dim); yours are {tuple(given[0].shape)}",
+        (lambda table, mlp, layers, heads:
+         mlp(table).detach().reshape(2, layers, heads, len(table), -1),
+         "the shape is right, but you mixed the virtual tokens: one key has numbers of several "
+         "rows. Give each row its axes first, then permute",
+         lambda given, right: same(*(torch.cat([*map(torch.flatten, made[:2])]).sort().values
+                                     for made in (given, right))))),
+    otherwise=lambda given, right: "keys and values are (layers, kv_heads, P, head_dim): "
+        f"{unlike(given[:2], right[:2])}",
     praise="keys and values of every layer, and the MLP is not needed any more",
+    again=(7, 9, 5, 3, 5),
 )  # fmt: skip
-def fold_the_mlp(answer):
+def fold_the_mlp(answer, P=5, d=6, layers=3, kv_heads=2, head_dim=4):
     """Keys, values, and whether they hang on the MLP."""
-    P, d, m, layers, kv_heads, head_dim = 5, 6, 7, 3, 2, 4
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        table = nn.Parameter(torch.randn(P, d))
-        out = 2 * layers * kv_heads * head_dim
-        mlp = nn.Sequential(nn.Linear(d, m), nn.Tanh(), nn.Linear(m, out))
+    m, out = 7, 2 * layers * kv_heads * head_dim
+    table = nn.Parameter(torch.randn(P, d))
+    mlp = nn.Sequential(nn.Linear(d, m), nn.Tanh(), nn.Linear(m, out))
     given = answer(table, mlp, layers, kv_heads)
-    expect(
-        isinstance(given, (tuple, list, torch.Tensor)) and len(given) == 2,
-        "return two tensors: keys, values",
-    )
-    P_k, P_v = given
+    given = [*given] if isinstance(given, torch.Tensor) and given.ndim else given
+    P_k, P_v = several(given, 2, "return two tensors: keys, values")
     return P_k, P_v, P_k.requires_grad or P_v.requires_grad
 
 
 # --- 4 · count ---------------------------------------------------------------------------------
-
-
 def numbers_in(P, layers, decoder_layers, d_model, kv_heads, head_dim):
     return 2 * P * (layers + 2 * decoder_layers) * kv_heads * head_dim
 
@@ -227,14 +223,12 @@ PREFIXES = {
 
 
 @exercise(
-    "How many numbers are in a prefix?", solution=numbers_in,
-    difficulty=2, importance=4, minutes=5,
+    "How many numbers are in a prefix?", solution=numbers_in, difficulty=2, importance=4, minutes=5,
     hints=(
         "A virtual token has one key and one value in each attention.",
         "A key is as wide as the keys of the text: kv_heads · head_dim. With grouped heads that is "
         "less than d_model.",
-        "A decoder layer of T5 has two attentions: to itself and to the encoder.",
-    ),
+        "A decoder layer of T5 has two attentions: to itself and to the encoder."),
     mistakes=(
         (lambda *sizes: numbers_in(*sizes) // 2,
          "{case} {given:,}, is half of what it should be: there is a key and a value"),
@@ -246,8 +240,7 @@ PREFIXES = {
         (lambda P, layers, decoder_layers, d_model, kv_heads, head_dim:
          2 * P * (layers + decoder_layers) * kv_heads * head_dim,
          "{case} {given:,}, forgets that a decoder layer of T5 has two attentions"),
-        (lambda *sizes: float(numbers_in(*sizes)) + 0.5, "whole number"),
-    ),
+        (lambda *sizes: float(numbers_in(*sizes)) + 0.5, "whole number")),
     otherwise="{case} {given:,}, is not {right:,}",
     praise="GPT-2, grouped heads and two stacks are right",
     right=lambda: {case: count(PrefixTuning(P), shape) for case, (P, shape) in PREFIXES.items()},
@@ -256,16 +249,11 @@ def count_the_prefix(answer):
     made = {}
     for case, (P, shape) in PREFIXES.items():
         sizes = shape.layers, shape.decoder_layers, shape.d_model, shape.kv_heads, shape.head_dim
-        made[case] = given = answer(P, *sizes)
-        expect(
-            isinstance(given, int) and not isinstance(given, bool),
-            f"a prefix has a whole number of parameters; yours is {given!r}",
-        )
+        made[case] = a_count(answer(P, *sizes), "how many parameters a prefix has")
     return made
 
 
 # --- 5 · debug the broken adapter --------------------------------------------------------------
-
 CLINIC = Ward({
     "mask": ("C", "the mask is −∞ over the prefix's columns",
         "Its prefix has a gradient of zero, keys and values alike: nothing that reads the text "
@@ -339,19 +327,15 @@ def _examine(fault, base, task, steps, seed) -> list[dict]:
 
 
 diagnose = CLINIC.exercise(
-    "diagnose", "Debug the broken adapter",
-    confused=("AC", "BD"), unknown="too short a prefix",
+    "diagnose", "Debug the broken adapter", confused=("AC", "BD"), unknown="too short a prefix",
     difficulty=3, importance=5, minutes=10,
     hints=(
         "Look at the two gradients first. Zero in both and zero in one have different causes.",
-        "Two patients have both gradients. Ask whether they moved, and how far.",
-    ),
+        "Two patients have both gradients. Ask whether they moved, and how far."),
 )  # fmt: skip
 
 
 # --- predict first -----------------------------------------------------------------------------
-
-
 def _small(layers: int = 2) -> GPT2LMHeadModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -373,8 +357,7 @@ def _small(layers: int = 2) -> GPT2LMHeadModel:
               "A key of zeros has a score of 0, and the softmax gives a score of 0 a weight."),
         "c": ("nothing: a zero key has the lowest score of all, so the softmax leaves it out",
               "Zero is not the lowest score: scores are negative as often as not, and no score but "
-              "−∞ is left out by a softmax."),
-    },
+              "−∞ is left out by a softmax.")},
 )  # fmt: skip
 def predict_zero_prefix():
     model, ids = _small(), torch.arange(10)[None]
@@ -408,8 +391,7 @@ def predict_zero_prefix():
               "text."),
         "c": ("no, but those of a soft prompt in front of the text would: it goes through the "
               "layers", "It does go through the layers, but in a causal model it stands in front "
-              "and sees only what is further to the left. In an encoder you would be right."),
-    },
+              "and sees only what is further to the left. In an encoder you would be right.")},
 )  # fmt: skip
 def predict_who_reads():
     draw = torch.Generator().manual_seed(0)
@@ -451,8 +433,7 @@ def predict_who_reads():
         "b": ("they are equal: both stand in every layer", "The layers are the same, the widths "
               "are not: 2 · 1,024 against 4,096."),
         "c": ("the vectors at the input of each layer, twice as many",
-              "2 · d_kv is 2,048, half of d_model."),
-    },
+              "2 · d_kv is 2,048, half of d_model.")},
 )  # fmt: skip
 def predict_larger():
     shape = Shape.named("llama-3-8b")

@@ -9,15 +9,15 @@ from peftlab import attention
 from peftlab.accounting import count
 from peftlab.bases import Base
 from peftlab.bases.shapes import Shape
-from peftlab.exercises import a_tensor, exercise, expect, question
+from peftlab.exercises import exercise, expect, question
 from peftlab.exercises.clinic import Ward, course
+from peftlab.exercises.forms import a_count, a_tensor, unlike
 from peftlab.methods import PrefixTuning, PTuningV2
 from peftlab.methods.heads import Classification
 from peftlab.tuned import attach
 
+
 # --- 1 · the attention of P-tuning v2 ----------------------------------------------------------
-
-
 def attend_with_prefix(q, K, V, P_k, P_v, mask):
     batch, count = len(q), P_k.shape[1]
     K = torch.cat([P_k.expand(batch, -1, -1, -1), K], dim=2)
@@ -35,6 +35,24 @@ def _mask_behind(q, K, V, P_k, P_v, mask):
     return attend_with_prefix(q, K, V, P_k[:, :0], P_v[:, :0], mask)
 
 
+def _weighed(hide):
+    """The attention with another way to hide: `hide(scores, mask)` gives the weights."""
+
+    def wrong(q, K, V, P_k, P_v, mask):
+        K, V = (torch.cat([p.expand(len(q), -1, -1, -1), x], 2) for p, x in ((P_k, K), (P_v, V)))
+        mask = F.pad(mask, (P_k.shape[1], 0), value=1)[:, None, None]
+        return hide(q @ K.transpose(2, 3) / q.shape[-1] ** 0.5, mask) @ V
+
+    return wrong
+
+
+_added = _weighed(lambda scores, mask: (scores + mask).softmax(-1))
+_after_softmax = _weighed(lambda scores, mask: scores.softmax(-1) * mask)
+_causal = _weighed(lambda scores, mask: scores.masked_fill(
+    (mask == 0) | torch.ones(scores.shape[2:]).triu(scores.shape[3] - scores.shape[2] + 1).bool(),
+    float("-inf")).softmax(-1))  # fmt: skip
+
+
 @exercise(
     "Write the attention of P-tuning v2", solution=attend_with_prefix,
     difficulty=3, importance=5, minutes=10,
@@ -42,8 +60,7 @@ def _mask_behind(q, K, V, P_k, P_v, mask):
         "Keys and values get P rows in front. The queries stay as they are.",
         "`P_k.expand(batch, -1, -1, -1)` gives every text of the batch the same prefix.",
         "The mask gets P columns as well, on the same side, and they are ones: every query may "
-        "see the prefix.",
-    ),
+        "see the prefix."),
     mistakes=(
         (lambda q, K, V, P_k, *others: attend_with_prefix(
             torch.cat([P_k.expand(len(q), -1, -1, -1), q], dim=2), K, V, P_k, *others),
@@ -58,33 +75,29 @@ def _mask_behind(q, K, V, P_k, P_v, mask):
          "P_k and P_v stand in each other's place"),
         (lambda *tensors: attend_with_prefix(*tensors[:-1], torch.ones_like(tensors[-1])),
          "right for the text without padding; the other one looks at its padding"),
-    ),
-    otherwise="these are not the weighted sums over [P_v; V]",
-    praise="keys, values and mask grow together, and the queries stay",
-    atol=1e-5,
+        (_causal, "no token sees a later one: this encoder reads in both directions, and only "
+         "padding is hidden"),
+        (_added, "you added a mask of 0 and 1 to the scores: what is hidden needs a score of −∞"),
+        (_after_softmax, "you hide after the softmax: the weights that are left do not sum to 1")),
+    otherwise=unlike, again=(3, 7, 5, 9),
+    praise="keys, values and mask grow together, and the queries stay", atol=1e-5,
 )  # fmt: skip
-def write_the_attention(answer):
-    generator = torch.Generator().manual_seed(0)
-    batch, heads, T, P, head_dim = 2, 2, 4, 3, 8
+def write_the_attention(answer, heads=2, T=4, P=3, head_dim=8):
+    generator, batch = torch.Generator().manual_seed(0), 2
     q, K, V = (torch.randn(batch, heads, T, head_dim, generator=generator) for _ in range(3))
     P_k, P_v = (torch.randn(heads, P, head_dim, generator=generator) for _ in range(2))
-    given = a_tensor(answer(q, K, V, P_k, P_v, torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])))
+    mask = torch.ones(batch, T, dtype=torch.long)
+    mask[1, -(T // 2) :] = 0  # padded on the right
+    given = a_tensor(answer(q, K, V, P_k, P_v, mask))
     expect(
         given.ndim != 4 or given.shape[2] <= T,
         f"{given.shape[2] if given.ndim == 4 else 0} rows for {T} tokens: you have more output "
         "rows than queries. A source puts a prefix on the queries as well; nobody reads those rows",
     )
-    wanted = (batch, heads, T, head_dim)
-    expect(
-        given.shape == wanted,
-        f"your output is {tuple(given.shape)}; one row for each query is {wanted}",
-    )
-    return given
+    return a_tensor(given, (batch, heads, T, head_dim), "one row for each query: the shape")
 
 
 # --- 2 · count ---------------------------------------------------------------------------------
-
-
 def numbers_trained(P, depth, d_kv, d_model, classes):
     return 2 * P * d_kv * depth + (d_model + 1) * classes
 
@@ -107,8 +120,7 @@ def _count(name, P, depth, classes):
     hints=(
         "A virtual token is one key and one value in each of `depth` layers.",
         "Keys and values are d_kv wide, which is d_model only without grouped heads.",
-        "A linear head has d_model weights and one bias for each class.",
-    ),
+        "A linear head has d_model weights and one bias for each class."),
     mistakes=(
         (lambda P, depth, d_kv, d_model, classes: P * d_kv * depth + (d_model + 1) * classes,
          "{case}: a virtual token is two vectors in each layer, a key and a value"),
@@ -120,8 +132,7 @@ def _count(name, P, depth, classes):
          "{case}: a linear head has a bias for each class"),
         (lambda P, depth, d_kv, d_model, classes:
          P * d_model + numbers_trained(P, depth, d_kv, d_model, classes),
-         "{case}: you counted tokens at the input: the paper's method puts nothing at the input"),
-    ),
+         "{case}: you counted tokens at the input: the paper's method puts nothing at the input")),
     otherwise="{case}: yours is {given:,}, the package counts {right:,}",
     praise="the closed form holds on three models",
     right=lambda: {case: _count(*sizes) for case, sizes in COUNTED.items()},
@@ -130,13 +141,11 @@ def count_with_depth(answer):
     made = {}
     for case, (name, P, depth, classes) in COUNTED.items():
         shape = Shape.named(name)
-        made[case] = given = answer(P, depth, shape.d_kv, shape.d_model, classes)
-        expect(isinstance(given, int), f"a count is a whole number; yours is {given!r}")
+        made[case] = a_count(answer(P, depth, shape.d_kv, shape.d_model, classes))
     return made
 
 
 # --- 3 · which definition is it? ---------------------------------------------------------------
-
 LETTERS = Ward({
     "paper": ("C", "keys and values in every layer",
         "It has as many queries as the text has tokens and P keys more, in every layer"),
@@ -176,17 +185,14 @@ def observe(base, methods: dict, text: str, seed: int = 0) -> pd.DataFrame:
 
 name_the_definition = LETTERS.exercise(
     "name_the_definition", "Which definition is it?",
-    confused=("AC", "BD"), unknown="prefix tuning",
-    difficulty=2, importance=4, minutes=5,
+    confused=("AC", "BD"), unknown="prefix tuning", difficulty=2, importance=4, minutes=5,
     hints=(
         "Virtual keys and values add keys and no queries. A virtual token is a token: it asks too.",
-        "Look at the first and the last layer of one row. Does the number of keys grow?",
-    ),
+        "Look at the first and the last layer of one row. Does the number of keys grow?"),
 )  # fmt: skip
 
 
 # --- 4 · debug the broken adapter --------------------------------------------------------------
-
 CLINIC = Ward({
     "head": ("C", "the head is frozen at its random start",
         "It has a prefix that moves and a head that does not move at all"),
@@ -234,20 +240,16 @@ def _examine(fault, base, task, steps, batch_size, seed):
 
 
 diagnose = CLINIC.exercise(
-    "diagnose", "Debug the broken adapter",
-    confused=("AD", "BC"), unknown="too few steps",
+    "diagnose", "Debug the broken adapter", confused=("AD", "BC"), unknown="too few steps",
     difficulty=3, importance=5, minutes=10,
     hints=(
         "Look at what does not move. A frozen head, a prefix without a gradient and a prefix that "
         "the optimiser does not know have three different rows.",
-        "One patient has nothing wrong with gradients or steps. Then look at the labels.",
-    ),
+        "One patient has nothing wrong with gradients or steps. Then look at the labels."),
 )  # fmt: skip
 
 
 # --- predict first -----------------------------------------------------------------------------
-
-
 def _small(layers: int = 3) -> Base:
     """A small random BERT without a tokenizer."""
     torch.manual_seed(0)
@@ -267,8 +269,7 @@ def _small(layers: int = 3) -> Base:
         "b": ("a little: P-tuning v2 puts tokens at the input as well",
               "A source says so. The paper and its code leave the input alone."),
         "c": ("a lot: the approach is completely different", "A source says so. Both put trained "
-              "keys and values into every attention."),
-    },
+              "keys and values into every attention.")},
 )  # fmt: skip
 def predict_difference():
     base, ids, outputs = _small(), torch.arange(5, 15)[None], []
@@ -316,8 +317,7 @@ def predict_count():
         "a": ("40: the first token's", "Nothing takes the vectors out again."),
         "b": ("60: a virtual token's", "Each layer adds 20 more to what the one before added."),
         "c": ("280: a vector of the last layer's prompt, the same for every text",
-              "Each of the 12 layers adds 20, and no layer comes after the last 20."),
-    },
+              "Each of the 12 layers adds 20, and no layer comes after the last 20.")},
 )  # fmt: skip
 def predict_growth():
     layers, P, T = Shape.named("bert-base").layers, 20, 40

@@ -11,13 +11,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from peftlab.accounting import count, training_bytes
-from peftlab.exercises import a_number, a_tensor, after, exercise, expect, question, same
+from peftlab.exercises import after, exercise, expect, question
 from peftlab.exercises.clinic import Ward
+from peftlab.exercises.forms import a_count, a_tensor, same, several, unlike
 from peftlab.methods import LoRA
 
+
 # --- predict first -----------------------------------------------------------------------------
-
-
 @question(
     "GPT-2 has 12 blocks and d_model = 768. LoRA with r = 8 goes to q and v, each 768×768. How "
     "many numbers train?",
@@ -47,8 +47,7 @@ def how_many():
         "b": ("only A", "It is the other way round: A's gradient is Bᵀ times something."),
         "c": ("only B", "B's gradient is something times the inner activation A x."),
         "d": ("neither",
-              "That happens if both start at zero. Here A x is not zero, and B sees it."),
-    },
+              "That happens if both start at zero. Here A x is not zero, and B sees it.")},
 )  # fmt: skip
 def first_gradient():
     generator = torch.Generator().manual_seed(0)
@@ -82,8 +81,6 @@ def double_the_rank():
 
 
 # --- the update --------------------------------------------------------------------------------
-
-
 def factors(r: int = 3, d_in: int = 7, d_out: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
     """Random A (r, d_in) and B (d_out, r), the same at every call."""
     generator = torch.Generator().manual_seed(6)
@@ -92,44 +89,35 @@ def factors(r: int = 3, d_in: int = 7, d_out: int = 5) -> tuple[torch.Tensor, to
     return A, B
 
 
-def describe(tensor: torch.Tensor) -> str:
-    """A tensor's shape and size in a few words."""
-    return f"{tuple(tensor.shape)} with norm {tensor.norm():.3g}"
-
-
 def delta_weight_solution(A, B, alpha):
     r = A.shape[0]
     return (alpha / r) * B @ A
 
 
 @exercise(
-    "ΔW from its factors", solution=delta_weight_solution,
+    "ΔW from its factors", solution=delta_weight_solution, difficulty=1, importance=5, minutes=3,
     mistakes=(
         (lambda A, B, a: B @ A, "the product is right, but you forgot alpha / r"),
         (lambda A, B, a: a * B @ A, "did you divide alpha by r? Your scale is alpha itself"),
+        (lambda A, B, a: a / len(A) ** 0.5 * B @ A,
+         "you divided alpha by the root of r: that is rsLoRA's scale, LoRA's is alpha / r"),
+        (lambda A, B, a: a // len(A) * B @ A, "your scale is a whole number: // rounds"),
         (lambda A, B, a: a * len(A) * B @ A, "you multiplied alpha by r: the scale is alpha / r"),
         (lambda A, B, a: a / A.shape[1] * B @ A, "you divided alpha by d_in: r is A.shape[0]"),
         (lambda A, B, a: A @ B, "the shapes do not fit. Perhaps A comes first in your product: "
          "with A (r, d_in) and B (d_out, r) it is B @ A"),
         (after(delta_weight_solution, lambda delta: delta.T),
-         "yours is transposed: ΔW is (d_out, d_in), as W is"),
-    ),
-    praise="B A, scaled by alpha / r, in the shape of W",
-    otherwise=lambda given, right: f"ΔW should be {tuple(right.shape)} with other numbers; yours "
-        f"is {describe(given)}",
-    difficulty=1, importance=5, minutes=3,
+         "yours is transposed: ΔW is (d_out, d_in), as W is")),
+    praise="B A, scaled by alpha / r, in the shape of W", otherwise=unlike, again=(5, 11, 9, 12.0),
     hints=(
         "ΔW has the shape of W: (d_out, d_in). Which order of A (r, d_in) and B (d_out, r) has it?",
-        "r is the number of rows of A. The scale is alpha divided by it.",
-    ),
+        "r is the number of rows of A. The scale is alpha divided by it."),
 )  # fmt: skip
-def delta_weight(answer):
-    return a_tensor(answer(*factors(), 6.0))
+def delta_weight(answer, r=3, d_in=7, d_out=5, alpha=6.0):
+    return a_tensor(answer(*factors(r, d_in, d_out), alpha))
 
 
 # --- the start ---------------------------------------------------------------------------------
-
-
 def initialise_solution(r, d_in, d_out):
     bound = 1 / math.sqrt(d_in)
     A = torch.empty(r, d_in).uniform_(-bound, bound)
@@ -146,21 +134,17 @@ def initialise_solution(r, d_in, d_out):
         (lambda r, d_in, d_out: (torch.randn(d_in, r) / 9, torch.zeros(r, d_out)), "A should be"),
         (lambda r, d_in, d_out: (torch.ones(r, d_in) / 9, torch.zeros(d_out, r)), "rows of A"),
         (lambda r, d_in, d_out: (torch.randn(r, d_in), torch.zeros(d_out, r)), "too large"),
-    ),
-    difficulty=2, importance=5, minutes=4,
+        (lambda r, d_in, d_out: (torch.rand(r, d_in) / 9, torch.zeros(d_out, r)), "one sign")),
+    again=(3, 49, 27), difficulty=2, importance=5, minutes=4,
     hints=(
         "Before the first step the adapted model must equal the base: ΔW = 0.",
         "If both are zero, both gradients are zero, and nothing ever moves. One of them is enough.",
-        "A has d_in numbers a row. Entries of about 1/√d_in keep those of A x as large as x's.",
-    ),
+        "A has d_in numbers a row. Entries of about 1/√d_in keep those of A x as large as x's."),
 )  # fmt: skip
-def initialise(answer):
-    r, d_in, d_out = 4, 81, 50
-    A, B = answer(r, d_in, d_out)
-    for name, mine, shape in (("A", A, (r, d_in)), ("B", B, (d_out, r))):
-        expect(
-            tuple(mine.shape) == shape, f"{name} should be {shape}; yours is {tuple(mine.shape)}"
-        )
+def initialise(answer, r=4, d_in=81, d_out=50):
+    A, B = several(answer(r, d_in, d_out), 2, "return two tensors, A and B")
+    A, B = (a_tensor(*each).float() for each in ((A, (r, d_in), "A"), (B, (d_out, r), "B")))
+    expect(A.isfinite().all() and B.isfinite().all(), "a number is infinite, or none at all")
     zero_A, zero_B = not A.any(), not B.any()
     expect(
         not (zero_A and zero_B),
@@ -186,18 +170,14 @@ def initialise(answer):
         f"the entries of A are too {'large' if size > 1 else 'small'}: about 1/√d_in is usual, "
         f"yours are {size:.1f} times that",
     )
+    expect((A < 0).any() and (A > 0).any(), "all numbers of A have one sign: draw around zero")
     return "A random at 1/√d_in, B zero: the base at the start, and B has a gradient"
 
 
 # --- the forward pass --------------------------------------------------------------------------
-
-
 def forward_solution(x, W, A, B, alpha):
     r = A.shape[0]
     return x @ W.T + (alpha / r) * (x @ A.T) @ B.T
-
-
-THIN = 2 * 6 * (96 * 64 + 4 * (96 + 64))  # operations for 6 tokens, d_in 96, d_out 64, r 4
 
 
 @exercise(
@@ -205,6 +185,8 @@ THIN = 2 * 6 * (96 * 64 + 4 * (96 + 64))  # operations for 6 tokens, d_in 96, d_
     mistakes=(
         (lambda x, W, A, B, a: x @ (W + a / len(A) * B @ A).T,
          "the output is right, but your code forms the dense ΔW"),
+        (lambda x, W, A, B, a: x @ W.T - a / len(A) * (x @ A.T) @ B.T,
+         "you subtracted the delta: it is added to W x"),
         (lambda x, W, A, B, a: a / len(A) * (x @ A.T) @ B.T,
          "that is the delta alone: you left out W x"),
         (lambda x, W, A, B, a: x @ W.T + (x @ A.T) @ B.T,
@@ -214,39 +196,34 @@ THIN = 2 * 6 * (96 * 64 + 4 * (96 + 64))  # operations for 6 tokens, d_in 96, d_
         (lambda x, W, A, B, a: a / len(A) * (x @ W.T + x @ A.T @ B.T),
          "you scaled the base too: only B A x is scaled"),
         (lambda x, W, A, B, a: W @ x + a / len(A) * B @ (A @ x),
-         "the shapes do not fit: x is (6, 96), tokens first and features last, so each product is "
-         "x @ (matrix).T"),
-    ),
-    praise=f"{THIN:,} operations, and no (d_out, d_in) product in between",
-    otherwise=lambda given, right: f"the output should be {describe(right)}; yours is "
-        f"{describe(given)}",
-    difficulty=2, importance=4, minutes=5,
+         "the shapes do not fit: x is (tokens, d_in), features last, so each product is "
+         "x @ (matrix).T")),
+    praise="no (d_out, d_in) product in between, and no operation too many",
+    otherwise=unlike, again=(7, 75, 51, 3, 5.0), difficulty=2, importance=4, minutes=5,
     hints=(
         "x comes as rows, features last: the formula W x is written x @ W.T in code.",
         "Go through the narrow middle: first x @ A.T, which has only r numbers a token.",
-        "(x @ A.T) @ B.T and x @ (B @ A).T are equal on paper. Count the multiplications of each.",
-    ),
+        "(x @ A.T) @ B.T and x @ (B @ A).T are equal on paper. Count the multiplications of each."),
 )  # fmt: skip
-def forward(answer):
+def forward(answer, tokens=6, d_in=96, d_out=64, r=4, alpha=12.0):
     generator = torch.Generator().manual_seed(7)
-    x = torch.randn(6, 96, generator=generator, dtype=torch.float64)
-    W = torch.randn(64, 96, generator=generator, dtype=torch.float64)
-    A, B = factors(4, 96, 64)
-    right = forward_solution(x, W, A, B, 12.0)
+    x = torch.randn(tokens, d_in, generator=generator, dtype=torch.float64)
+    W = torch.randn(d_out, d_in, generator=generator, dtype=torch.float64)
+    A, B = factors(r, d_in, d_out)
+    right = forward_solution(x, W, A, B, alpha)
+    thin = 2 * tokens * (d_in * d_out + r * (d_in + d_out))
     with FlopCounterMode(display=False) as counter:
-        made = a_tensor(answer(x, W, A, B, 12.0))
+        made = a_tensor(answer(x, W, A, B, alpha))
     spent = counter.get_total_flops()
     expect(
-        spent <= THIN or not same(made, right),
+        spent <= thin or not same(made, right),
         "the output is right, but your code forms the dense ΔW: it spent "
-        f"{spent:,} operations where {THIN:,} do",
+        f"{spent:,} operations where {thin:,} do",
     )
     return made
 
 
 # --- two relatives ------------------------------------------------------------------------------
-
-
 def combine_solution(adapters, weights):
     return sum(
         w * alpha / A.shape[0] * B @ A for (A, B, alpha), w in zip(adapters, weights, strict=True)
@@ -274,19 +251,15 @@ def _of_factors(adapters, weights):
          "you divided the weights by their sum: they are what was asked for, and need not sum "
          "to 1"),
         (lambda some, w: combine_solution([(A, B, some[0][2]) for A, B, _ in some], w),
-         "you used alpha of the first adapter for both: each has its own"),
-    ),
+         "you used alpha of the first adapter for both: each has its own")),
     praise="the deltas weighed, each at its own scale, and no products of strangers",
-    otherwise=lambda given, right: f"the sum should be {describe(right)}; yours is "
-        f"{describe(given)}",
-    difficulty=3, importance=3, minutes=6,
+    otherwise=unlike, again=(5, 9, 11), difficulty=3, importance=3, minutes=6,
     hints=(
         "What is weighed is the change of the weight: Σ w_i ΔW_i, and each ΔW has its own alpha.",
-        "(B₁ + B₂)(A₁ + A₂) is B₁A₁ + B₂A₂ and two products more, which belong to neither.",
-    ),
+        "(B₁ + B₂)(A₁ + A₂) is B₁A₁ + B₂A₂ and two products more, which belong to neither."),
 )  # fmt: skip
-def combine(answer):
-    adapters = [(*factors(), 6.0), (*(2 * t.flip(0) for t in factors()), 3.0)]
+def combine(answer, *sizes):
+    adapters = [(*factors(*sizes), 6.0), (*(2 * t.flip(0) for t in factors(*sizes)), 3.5)]
     return a_tensor(answer(adapters, [0.75, 0.5]))
 
 
@@ -323,27 +296,22 @@ def _dora(length):
          "you normalised the delta: what has direction and length is W + ΔW"),
         (lambda W, A, B, a, m: m * (W + a / len(A) * B @ A),
          "the shapes do not fit: m is (d_out), one number for each row. m[:, None] makes it "
-         "a column"),
-    ),
+         "a column")),
     praise=lambda given, right: "the rows of W' have the lengths "
         f"{', '.join(f'{x:.2f}' for x in given.norm(dim=1))}, which is m",
-    otherwise=lambda given, right: f"W' should be {describe(right)}; yours is {describe(given)}",
-    difficulty=3, importance=2, minutes=8,
+    otherwise=unlike, again=(5, 11, 9), difficulty=3, importance=2, minutes=8,
     hints=(
         "First the weight that LoRA would make, W + (alpha / r) B A. DoRA changes its rows.",
-        "Divide each row by its own norm, then give it the length in m: every row of W' has it.",
-    ),
+        "Divide each row by its own norm, then give it the length in m: every row of W' has it."),
 )  # fmt: skip
-def dora(answer):
+def dora(answer, r=3, d_in=7, d_out=5):
     generator = torch.Generator().manual_seed(8)
-    W = torch.randn(5, 7, generator=generator, dtype=torch.float64)
-    m = 1 + torch.rand(5, generator=generator, dtype=torch.float64)
-    return a_tensor(answer(W, *factors(), 6.0, m))
+    W = torch.randn(d_out, d_in, generator=generator, dtype=torch.float64)
+    m = 1 + torch.rand(d_out, generator=generator, dtype=torch.float64)
+    return a_tensor(answer(W, *factors(r, d_in, d_out), 6.5, m))
 
 
 # --- the size ----------------------------------------------------------------------------------
-
-
 def count_lora_solution(r, layers, d_model, d_kv, targets):
     d_out = {"q": d_model, "k": d_kv, "v": d_kv, "o": d_model}
     return layers * sum(r * (d_model + d_out[target]) for target in targets)
@@ -369,8 +337,7 @@ def _of_llama(numbers):
         (lambda r, L, d, d_kv, ts: L * sum(r * (d_kv if t in "kv" else d) for t in ts),
          "that is only B, (d_out, r) numbers: A has r·d_in more"),
         (lambda r, L, d, d_kv, ts: L * len(ts) * r * (d + d_kv),
-         "you gave every target d_kv outputs: q and o have d_model of them"),
-    ),
+         "you gave every target d_kv outputs: q and o have d_model of them")),
     praise=lambda given, right: "Llama-3-8B with r = 8 on q and v: "
         f"{count(LoRA(r=8, target_modules=['q', 'v']), 'llama-3-8b'):,}, checked against peftlab",
     otherwise="for r = {case[0]} on {case[1]} expected {right:,}, yours {given:,}",
@@ -379,15 +346,13 @@ def _of_llama(numbers):
     hints=(
         "Each matrix costs r·(d_in + d_out). Sum over the targets, then over the layers.",
         "With grouped heads, several query heads share one key head: k and v come out d_kv wide, "
-        "smaller than d_model. All four take d_model numbers in.",
-    ),
+        "smaller than d_model. All four take d_model numbers in."),
 )  # fmt: skip
 def count_lora(answer):
-    return _of_llama(lambda r, targets: a_number(answer(r, 32, 4096, 1024, targets)))
+    return _of_llama(lambda r, targets: a_count(answer(r, 32, 4096, 1024, targets)))
 
 
 # --- the clinic --------------------------------------------------------------------------------
-
 WARD = Ward({
     "healthy": ("ward 3", "nothing is wrong",
         "the loss falls smoothly, B has a gradient at once, A follows, ΔW grows: leave it"),
@@ -464,6 +429,5 @@ debug = WARD.exercise(
     hints=(
         "Look at the gradients before the loss. Zero for both, or for none?",
         "A gradient without a movement: who should have applied it?",
-        "The last column is the difference between two evaluations of one and the same batch.",
-    ),
+        "The last column is the difference between two evaluations of one and the same batch."),
 )  # fmt: skip

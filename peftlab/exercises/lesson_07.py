@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
-
 import pandas as pd
 import torch
 
-from peftlab.exercises import a_tensor, after, exercise, expect, question
+from peftlab.exercises import after, exercise, expect, question
 from peftlab.exercises.clinic import Ward
+from peftlab.exercises.forms import a_tensor, same, several, unlike
 from peftlab.sites.quantisation import NF4_OFFSET, blockwise, normal_levels, quantise, table, unpack
 
+
 # --- predict first -----------------------------------------------------------------------------
-
-
 @question(
     "A weight is a code of 4 bits. Every block of 64 weights has one scale in float32. How many "
     "bits does a weight take, all in all?",
@@ -22,8 +20,7 @@ from peftlab.sites.quantisation import NF4_OFFSET, blockwise, normal_levels, qua
         "b": ("4.127",
               "That is with scales in 8 bits, which is the next step: double quantisation."),
         "c": ("4.5", "One scale of 32 bits is shared by 64 weights."),
-        "d": ("36", "Each block has one scale, not each weight."),
-    },
+        "d": ("36", "Each block has one scale, not each weight.")},
 )  # fmt: skip
 def how_many_bits():
     values = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
@@ -44,8 +41,7 @@ def how_many_bits():
         "a": ("only A and B of both layers", "A and B of the second layer are beside its W̃: the "
               "output of the first goes into both, so the gradient comes back out of both."),
         "b": ("W̃ of the second layer as well", "The first layer's output is read by W̃ too."),
-        "c": ("W̃ of both layers", "The first layer's own W̃ lies beside its B, not behind it."),
-    },
+        "c": ("W̃ of both layers", "The first layer's own W̃ lies beside its B, not behind it.")},
 )  # fmt: skip
 def which_way():
     generator = torch.Generator().manual_seed(0)
@@ -82,8 +78,7 @@ def which_way():
               "far more than ΔW asked for."),
         "c": ("none of it: what arrives is as far from ΔW as nothing would be",
               "The few codes that move go by a whole level, and the scales of the blocks "
-              "move too."),
-    },
+              "move too.")},
 )  # fmt: skip
 def how_much_arrives():
     generator = torch.Generator().manual_seed(0)
@@ -100,8 +95,6 @@ def how_much_arrives():
 
 
 # --- the levels --------------------------------------------------------------------------------
-
-
 def levels_solution(quantile):
     offset = ((1 - 1 / 30) + (1 - 1 / 32)) / 2
     positive = [quantile(0.5 + i * (offset - 0.5) / 8) for i in range(1, 9)]
@@ -124,6 +117,9 @@ def _scaled(levels):
 @exercise(
     "The sixteen levels", solution=levels_solution,
     mistakes=(
+        (lambda q: levels_solution(q)[::-1], "these are the levels in another order: code 0 is the "
+         "lowest, and what is written with one order is not read with another",
+         lambda given, right: same(given.sort().values, right)),
         (lambda q: _scaled(_sides(q, 7, 8, top=1.0)), "a level is infinite or not a number: the "
          "quantile of probability 1 is infinite, so stop at the offset",
          lambda given, right: not given.isfinite().all()),
@@ -138,38 +134,31 @@ def _scaled(levels):
          lambda given, right: len(given) == 16 and 0 not in given),
         (lambda q: _sides(q, 7, 8), "they are right up to a factor: divide by the largest, so that "
          "a block's largest weight has the level 1",
-         lambda given, right: len(given) == 16 and given.abs().max() > 1 + 1e-6),
+         lambda given, right: same(given / given.abs().max(), right)),
         (lambda q: _scaled(_sides(q, 8, 7)),
          "the eighth level is on the wrong side: NF4 has eight above zero and seven below"),
         (lambda q: _scaled(_sides(q, 7, 8, top=1 - 1 / 32)),
          lambda given, right: "sixteen levels with a zero, but of another offset: the "
-             f"probabilities go from ½ to {NF4_OFFSET:.4f}. Your second level is {given[1]:.4f}; "
-             f"it should be {right[1]:.4f}", lambda given, right: len(given) == 16),
-    ),
+             f"probabilities go from ½ to {NF4_OFFSET:.4f}; {unlike(given, right)}",
+         lambda given, right: len(given) == 16)),
     praise="the table of NF4, within 1e-6 of the one that is used everywhere",
     otherwise=lambda given, right: f"16 levels are needed; yours are {len(given)}",
-    right=normal_levels,
-    difficulty=3, importance=4, minutes=8,
+    right=normal_levels, difficulty=3, importance=4, minutes=8,
     hints=(
         "Eight levels above zero, zero itself, seven below: sixteen.",
         "The probabilities go from ½ to the offset in equal steps: 8 above, 7 below, each side "
         "with steps of its own. The offset is the mean of 1 − 1/30 and 1 − 1/32.",
-        "At last divide all of them by the largest, so that they lie in [−1, 1].",
-    ),
+        "At last divide all of them by the largest, so that they lie in [−1, 1]."),
 )  # fmt: skip
 def levels(answer):
     def quantile(probability):
-        if not 0 < probability < 1:
-            return math.copysign(math.inf, probability - 0.5)
-        return torch.special.ndtri(torch.tensor(probability, dtype=torch.float64)).item()
+        made = torch.special.ndtri(torch.as_tensor(probability, dtype=torch.float64))
+        return made if isinstance(probability, torch.Tensor) else made.item()
 
-    given = torch.tensor([float(level) for level in answer(quantile)], dtype=torch.float64)
-    return given.sort().values
+    return a_tensor(answer(quantile)).double().flatten()
 
 
 # --- blocks ------------------------------------------------------------------------------------
-
-
 def encode_solution(weights, levels, block_size):
     blocks = weights.view(-1, block_size)
     absmax = blocks.abs().amax(dim=1)
@@ -187,9 +176,9 @@ def _encode(weights, levels, block_size, absmax=None, nearest=True):
     return (torch.searchsorted(levels, scaled, right=True) - 1).clamp(0).view(-1), absmax
 
 
-def _weights():
-    weights = torch.randn(512, generator=torch.Generator().manual_seed(3))
-    weights[:64] *= 0.1  # one block is much smaller than the others
+def _weights(blocks=8, size=64):
+    weights = torch.randn(blocks * size, generator=torch.Generator().manual_seed(3))
+    weights[:size] *= 0.1  # one block is much smaller than the others
     return weights
 
 
@@ -210,69 +199,61 @@ def _weights():
          "the scale is the standard deviation: weights beyond it would have no level at all"),
         (lambda w, t, b: _encode(w, t, b, nearest=False),
          "the level below is taken, not the nearest: the error is twice as large",
-         lambda given, right: (given[0] <= right[0]).all()),
-    ),
-    praise="512 codes and 8 scales, as the package has them",
-    otherwise=lambda given, right: f"{int((given[0] != right[0]).sum())} of 512 codes are not "
-        "those of the nearest level",
-    right=lambda: blockwise(_weights(), 64, table("nf4")),
-    difficulty=2, importance=5, minutes=6,
+         lambda given, right: (given[0] <= right[0]).all())),
+    praise="codes and scales as the package has them",
+    otherwise=lambda given, right: f"{int((given[0] != right[0]).sum())} of {len(right[0])} codes "
+        f"are not those of the nearest level: {unlike(given, right)}",
+    right=lambda blocks=8, size=64: blockwise(_weights(blocks, size), size, table("nf4")),
+    again=(7, 45), difficulty=2, importance=5, minutes=6,
     hints=(
         "weights.view(-1, block_size) has one block a row.",
         "The scale of a block is its largest absolute value, so that the scaled weights lie "
         "in [−1, 1].",
         "(scaled[..., None] - levels).abs() is the distance to every level; argmin finds "
-        "the nearest.",
-    ),
+        "the nearest."),
 )  # fmt: skip
-def encode(answer):
-    made = answer(_weights(), table("nf4"), 64)
-    codes, absmax = (torch.as_tensor(part).flatten() for part in made)
-    expect(len(codes) == 512, f"one code a weight is needed: 512, not {len(codes)}")
-    expect(len(absmax) == 8, f"one scale a block is needed: 8, not {len(absmax)}")
-    return codes.long(), absmax
+def encode(answer, blocks=8, size=64):
+    made = answer(_weights(blocks, size), table("nf4"), size)
+    codes, absmax = (part.flatten() for part in several(made, 2, "return codes and scales"))
+    n = blocks * size
+    expect(len(codes) == n, f"one code a weight is needed: {n}, not {len(codes)}")
+    expect(len(absmax) == blocks, f"one scale a block is needed: {blocks}, not {len(absmax)}")
+    return codes, absmax
 
 
 # --- bytes -------------------------------------------------------------------------------------
-
-
 def pack_solution(codes):
     return codes[::2] * 16 + codes[1::2]
 
 
 @exercise(
-    "Two codes in a byte", solution=pack_solution,
+    "Two codes in a byte", solution=pack_solution, difficulty=1, importance=3, minutes=4,
     mistakes=(
         (lambda c: c[::2] + c[1::2],
          "the two codes lie on top of each other: 3 and 4 would read like 4 and 3"),
         (lambda c: c[::2] + 16 * c[1::2], "the first code is in the low half: that would work too, "
          "but readers of this format look for it in the high half"),
-        (lambda c: c, "still one code a byte: 40 bytes for 40 codes, where 20 do",
-         lambda given, right: len(given) == 40),
+        (lambda c: c, "still one code a byte: half as many bytes do",
+         lambda given, right: len(given) == 2 * len(right)),
         (lambda c: c[: len(c) // 2] * 16 + c[len(c) // 2 :],
          "you pair the first half of all codes with the second: neighbours share a byte"),
-        (lambda c: c[::2] * 10 + c[1::2], "you multiply by ten: four bits are sixteen values"),
-    ),
-    praise="20 bytes, and unpacking gives all 40 codes back",
+        (lambda c: c[::2] * 10 + c[1::2], "you multiply by ten: four bits are sixteen values")),
+    praise="half as many bytes, and unpacking gives all codes back", again=(54,),
     otherwise=lambda given, right: (
         f"the first byte of codes {unpack(right, 2).tolist()} should be {right[0]}, not {given[0]}"
-        if len(given) == 20
-        else f"20 bytes are needed; yours are {len(given)}"
+        if len(given) == len(right) and given[0] != right[0]
+        else f"{len(right)} bytes are needed: {unlike(given, right)}"
     ),
-    difficulty=1, importance=3, minutes=4,
     hints=(
         "A byte has 8 bits, a code has 4. The first goes into the high four: times 16.",
-        "codes[::2] are the first of every pair, codes[1::2] the second.",
-    ),
+        "codes[::2] are the first of every pair, codes[1::2] the second."),
 )  # fmt: skip
-def pack(answer):
-    codes = torch.randint(16, (40,), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
-    return torch.as_tensor(answer(codes)).flatten()
+def pack(answer, n=40):
+    codes = torch.randint(16, (n,), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+    return a_tensor(answer(codes)).flatten()
 
 
 # --- the gradient ------------------------------------------------------------------------------
-
-
 def backward_solution(gradient, codes):
     return gradient @ codes.dequantise()
 
@@ -283,33 +264,29 @@ def backward_solution(gradient, codes):
         (lambda g, c: g @ c.dequantise().T, "the shapes do not fit: ȳ is (tokens, d_out) and W̃ is "
          "(d_out, d_in), so no transpose is needed"),
         (lambda g, c: g.T @ g, lambda given, right: f"yours is {tuple(given.shape)}: that looks "
-             "like the gradient of a weight, and W̃ has none. x̄ has the shape of x, (5, 64)",
+             f"like the gradient of a weight, and W̃ has none. x̄ is as x, {tuple(right.shape)}",
          lambda given, right: given.shape != right.shape),
         (after(backward_solution, torch.zeros_like),
          "no gradient at all: everything below this layer, with its A and B, would never train"),
         (lambda g, c: g @ table("nf4")[c.codes.int()],
          "you left out the scales: levels times m of their block are the weights"),
         (lambda g, c: g @ c.codes.float(),
-         "the codes are only the numbers of the levels, not weights: decode them first"),
-    ),
+         "the codes are only the numbers of the levels, not weights: decode them first")),
     praise="ȳ W̃, with W̃ decoded a second time: nothing dense was kept",
-    otherwise="x̄ should be ȳ W̃, and its numbers are others",
-    atol=1e-4,
-    difficulty=3, importance=5, minutes=6,
+    otherwise=lambda given, right: f"x̄ should be ȳ W̃: {unlike(given, right)}",
+    atol=1e-4, again=(7, 33, 15), difficulty=3, importance=5, minutes=6,
     hints=(
         "Forward, row by row, it is y = x W̃ᵀ with W̃ (d_out, d_in). Which matrix turns ȳ into x̄?",
         "W̃ is frozen: no gradient of W̃ is asked for. But x came from somewhere that trains.",
-        "codes.dequantise() is W̃. It is made again here, so that nothing dense is kept between.",
-    ),
+        "codes.dequantise() is W̃. It is made again here, so that nothing dense is kept between."),
 )  # fmt: skip
-def backward(answer):
+def backward(answer, tokens=5, d_out=48, d_in=64):
     generator = torch.Generator().manual_seed(2)
-    codes = quantise(torch.randn(48, 64, generator=generator), 64)
-    return a_tensor(answer(torch.randn(5, 48, generator=generator), codes))
+    codes = quantise(torch.randn(d_out, d_in, generator=generator), d_in)
+    return a_tensor(answer(torch.randn(tokens, d_out, generator=generator), codes))
 
 
 # --- the clinic --------------------------------------------------------------------------------
-
 WARD = Ward({
     "one block": ("C", "one scale for the whole matrix, where each block of 64 should have its own",
         "Its largest weight is right and the error is not: most weights have become zero."),
@@ -365,6 +342,5 @@ debug = WARD.exercise(
     hints=(
         "Which patient gets well when neighbours are exchanged?",
         "Levels without scales lie in [−1, 1], wherever the weights lay.",
-        "A single large weight makes one scale for all large: what is then nearest to the others?",
-    ),
+        "A single large weight makes one scale for all large: what is then nearest to the others?"),
 )  # fmt: skip

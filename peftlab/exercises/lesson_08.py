@@ -7,16 +7,16 @@ from functools import cache
 import pandas as pd
 import torch
 from torch import nn
-from torch.nn.functional import relu
+from torch.nn.functional import gelu, relu
 
 from peftlab.accounting import count
-from peftlab.exercises import Wrong, a_tensor, exercise, expect, question, same
+from peftlab.exercises import Wrong, exercise, expect, question
 from peftlab.exercises.clinic import Ward
+from peftlab.exercises.forms import a_count, a_tensor, same, several, unlike
 from peftlab.methods import IA3, BitFit, HoulsbyAdapter
 
+
 # --- predict first -----------------------------------------------------------------------------
-
-
 @question(
     "BERT-base has 12 blocks and d_model = 768. Houlsby's adapters have a bottleneck of 64 and "
     "biases. How many numbers train in them?",
@@ -78,12 +78,10 @@ def key_bias():
 
 
 # --- the adapter -------------------------------------------------------------------------------
-
-
-def parts() -> list[torch.Tensor]:
+def parts(tokens: int = 4, d: int = 5, m: int = 3) -> list[torch.Tensor]:
     """Random y (4, 5), W_down (3, 5), b_down, W_up (5, 3) and b_up, the same at every call."""
     generator = torch.Generator().manual_seed(8)
-    sizes = (4, 5), (3, 5), (3,), (5, 3), (5,)
+    sizes = (tokens, d), (m, d), (m,), (d, m), (d,)
     return [torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes]
 
 
@@ -92,13 +90,20 @@ def adapter_solution(y, W_down, b_down, W_up, b_up):
     return y + hidden @ W_up.T + b_up
 
 
+def _with_gelu(y, W_down, b_down, W_up, b_up):
+    return y + gelu(y @ W_down.T + b_down) @ W_up.T + b_up
+
+
 @exercise(
-    "A sequential adapter", solution=adapter_solution,
+    "A sequential adapter", solution=adapter_solution, difficulty=1, importance=5, minutes=4,
     mistakes=(
         (lambda y, D, b, U, c: relu(y @ D.T + b) @ U.T + c,
          "the bottleneck is right, but you forgot the way around it: y + f(y)"),
         (lambda y, D, b, U, c: y + (y @ D.T + b) @ U.T + c,
          "nothing bends: without σ the adapter is one matrix, LoRA's"),
+        (_with_gelu,
+         "your σ is GELU, which Houlsby's code has: here it is ReLU",
+         lambda given, right: same(given, _with_gelu(*parts()), atol=0.02)),
         (lambda y, D, b, U, c: y + relu((y @ D.T + b) @ U.T + c),
          "the bend stands behind W_up; its place is in the middle"),
         (lambda y, D, b, U, c: y + relu(y @ D.T) @ U.T, "you left out the biases b_down and b_up"),
@@ -106,24 +111,17 @@ def adapter_solution(y, W_down, b_down, W_up, b_up):
          "the shapes do not fit: W_down is (m, d) and W_up is (d, m), so both are transposed when "
          "they stand behind y"),
         (lambda y, D, b, U, c: relu(y + relu(y @ D.T + b) @ U.T + c),
-         "the sum goes through σ; only W_down y + b_down does"),
-    ),
-    praise="down, bend, up, and y around it all",
-    otherwise=lambda given, right: f"expected {tuple(right.shape)} with other numbers; yours is "
-        f"{tuple(given.shape)}",
-    difficulty=1, importance=5, minutes=4,
+         "the sum goes through σ; only W_down y + b_down does")),
+    praise="down, bend, up, and y around it all", otherwise=unlike, again=(7, 9, 5),
     hints=(
         "Down, bend, up, and then add what you started from.",
-        "W_down is (m, d) and y is (tokens, d): y @ W_down.T is (tokens, m).",
-    ),
+        "W_down is (m, d) and y is (tokens, d): y @ W_down.T is (tokens, m)."),
 )  # fmt: skip
-def adapter(answer):
-    return a_tensor(answer(*parts()))
+def adapter(answer, *sizes):
+    return a_tensor(answer(*parts(*sizes)))
 
 
 # --- its start ---------------------------------------------------------------------------------
-
-
 def start_solution(d, m):
     W_down = torch.randn(m, d) / d**0.5
     W_up = torch.zeros(d, m)
@@ -137,26 +135,16 @@ def start_solution(d, m):
         (lambda d, m: (torch.randn(m, d) / 3, torch.randn(d, m)), "not the base"),
         (lambda d, m: (torch.zeros(m, d), torch.randn(d, m)), "σ has no slope"),
         (lambda d, m: (torch.randn(d, m), torch.zeros(m, d)), "W_down should be"),
-        (lambda d, m: (torch.ones(m, d) / d, torch.zeros(d, m)), "all units of the bottleneck"),
-    ),
-    difficulty=2, importance=5, minutes=5,
+        (lambda d, m: (torch.ones(m, d) / d, torch.zeros(d, m)), "all units of the bottleneck")),
+    again=(9, 5), difficulty=2, importance=5, minutes=5,
     hints=(
         "y + f(y) = y for every y needs f = 0. Which matrix at zero is enough?",
-        "The other one must let something through, or the first step has nothing to go by.",
-    ),
+        "The other one must let something through, or the first step has nothing to go by."),
 )  # fmt: skip
-def start(answer):
-    d, m = 6, 4
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        made = answer(d, m)
-    expect(isinstance(made, tuple) and len(made) == 2, "return two tensors, W_down and W_up")
-    D, U = made
-    for name, tensor, shape in (("W_down", D, (m, d)), ("W_up", U, (d, m))):
-        expect(
-            isinstance(tensor, torch.Tensor) and tuple(tensor.shape) == shape,
-            f"{name} should be {shape}, yours is {tuple(getattr(tensor, 'shape', ()))}",
-        )
+def start(answer, d=6, m=4):
+    D, U = several(answer(d, m), 2, "return two tensors, W_down and W_up")
+    a_tensor(D, (m, d), "W_down"), a_tensor(U, (d, m), "W_up")
+    expect(D.isfinite().all() and U.isfinite().all(), "a number is infinite, or none at all")
     D, U = (t.detach().float().requires_grad_() for t in (D, U))
     y = torch.randn(32, d, generator=torch.Generator().manual_seed(1))
     f = relu(y @ D.T) @ U.T
@@ -167,10 +155,7 @@ def start(answer):
     )
     (y + f - 1).square().mean().backward()
     if not U.grad.any() and not D.grad.any():
-        expect(
-            U.any(),
-            "both are zero, so no gradient ever comes: each factor's passes through the other",
-        )
+        expect(U.any(), "both are zero, so no gradient ever comes: each one's passes the other")
         raise Wrong(
             "with W_down at zero every unit sits where σ has no slope, and ReLU passes nothing back"
         )
@@ -182,14 +167,12 @@ def start(answer):
 
 
 # --- its size ----------------------------------------------------------------------------------
-
-
 def count_adapters_solution(m, layers, d_model, a_block):
     return layers * a_block * (2 * m * d_model + m + d_model)
 
 
 @exercise(
-    "Count adapters", solution=count_adapters_solution,
+    "Count adapters", solution=count_adapters_solution, difficulty=1, importance=3, minutes=4,
     mistakes=(
         (lambda m, L, d, n: L * n * 2 * m * d,
          "the matrices are right, but you left out the biases"),
@@ -197,8 +180,7 @@ def count_adapters_solution(m, layers, d_model, a_block):
         (lambda m, L, d, n: L * (2 * m * d + m + d), "that is one adapter a block"),
         (lambda m, L, d, n: L * n * (2 * m * d + 2 * d),
          "the bias of W_down has m numbers and not d_model"),
-        (lambda m, L, d, n: n * (2 * m * d + m + d), "that is one block: you forgot the blocks"),
-    ),
+        (lambda m, L, d, n: n * (2 * m * d + m + d), "that is one block: you forgot the blocks")),
     praise=lambda given, right: "on BERT-base with m = 48, two a block: "
         f"{count(HoulsbyAdapter(48), 'bert-base'):,}",
     otherwise="for m = {case[0]}, {case[1]} blocks, d_model = {case[2]}, {case[3]} a block: "
@@ -207,22 +189,15 @@ def count_adapters_solution(m, layers, d_model, a_block):
         (48, 12, 768, 2): count(HoulsbyAdapter(48), "bert-base"),
         (3, 6, 192, 1): count_adapters_solution(3, 6, 192, 1),
     },
-    difficulty=1, importance=3, minutes=4,
     hints=(
         "W_down has m·d_model numbers, b_down has m. And W_up and b_up?",
-        "Houlsby puts two adapters into a block, Pfeiffer one.",
-    ),
+        "Houlsby puts two adapters into a block, Pfeiffer one."),
 )  # fmt: skip
 def count_adapters(answer):
-    numbers = {case: answer(*case) for case in ((48, 12, 768, 2), (3, 6, 192, 1))}
-    for number in numbers.values():
-        expect(isinstance(number, int), f"return a whole number; yours is {type(number).__name__}")
-    return numbers
+    return {case: a_count(answer(*case)) for case in ((48, 12, 768, 2), (3, 6, 192, 1))}
 
 
 # --- merged factors ----------------------------------------------------------------------------
-
-
 def merge_factors_solution(W, b, factors, of_input):
     if of_input:
         return W * factors, b
@@ -241,21 +216,19 @@ def merge_factors_solution(W, b, factors, of_input):
         (lambda W, b, f, i: (W + f if i else W + f[:, None], b),
          "you added the factors; (IA)³ multiplies"),
         (lambda W, b, f, i: (W / f, b) if i else (W / f[:, None], b / f),
-         "you divided: that is how one would unmerge"),
-    ),
+         "you divided: that is how one would unmerge")),
     praise="rows and bias for outputs, columns alone for inputs",
     otherwise=lambda given, right: (
         "of inputs: each column of W belongs to one input, so W * l"
         if given[0]
         else "of outputs: each row of W belongs to one output, so W * l[:, None] and b * l"
     ),
-    difficulty=3, importance=4, minutes=8,
+    difficulty=3, importance=4, minutes=8, again=(7,),
     hints=(
         "l ⊙ (W x + b) = W' x + b' for every x. Which rows or columns of W belong to l?",
-        "Output factors scale rows, l[:, None], and the bias. Input factors scale columns only.",
-    ),
+        "Output factors scale rows, l[:, None], and the bias. Input factors scale columns only."),
 )  # fmt: skip
-def merge_factors(answer):
+def merge_factors(answer, d=4):
     """Whether inputs are scaled, and W and the bias there: of the first that goes wrong, if any.
 
     The bias is told to be right or not, and not judged (None) where W is wrong.
@@ -263,16 +236,13 @@ def merge_factors(answer):
     generator = torch.Generator().manual_seed(3)
     W, b, factors = (
         torch.randn(*size, generator=generator, dtype=torch.float64)
-        for size in ((4, 4), (4,), (4,))
+        for size in ((d, d), (d,), (d,))
     )
     for of_input in (False, True):
-        made = answer(W.clone(), b.clone(), factors.clone(), of_input)
-        expect(isinstance(made, tuple) and len(made) == 2, "return two tensors: W and b, merged")
+        made = answer(W, b, factors, of_input)
+        made = several(made, 2, "return two tensors: W and b, merged")
         for name, got, old in zip("Wb", made, (W, b), strict=True):
-            expect(
-                isinstance(got, torch.Tensor) and got.shape == old.shape,
-                f"{name} keeps its shape {tuple(old.shape)} when factors are merged",
-            )
+            a_tensor(got, tuple(old.shape), f"{name} keeps its shape when factors are merged: it")
         right = merge_factors_solution(W, b, factors, of_input)
         weight, bias = (same(one, other) for one, other in zip(made, right, strict=True))
         if not (weight and bias):
@@ -281,7 +251,6 @@ def merge_factors(answer):
 
 
 # --- a clinic ----------------------------------------------------------------------------------
-
 WARD = Ward({
     "healthy": ("B", "nothing is wrong",
         "Its output starts at the base's, its W_down gets a gradient, the base is still."),
@@ -354,6 +323,5 @@ debug = WARD.exercise(
     difficulty=3, importance=5, minutes=8,
     hints=(
         "Begin with the column on the base: three of the four must not move it.",
-        "An output moved by 1 at the start is an output that was replaced.",
-    ),
+        "An output moved by 1 at the start is an output that was replaced."),
 )  # fmt: skip

@@ -11,15 +11,15 @@ import torch
 from peftlab.accounting import count
 from peftlab.bases import load
 from peftlab.bases.shapes import as_shape
-from peftlab.exercises import exercise, expect, question, same
+from peftlab.exercises import exercise, expect, question
 from peftlab.exercises.clinic import Ward
+from peftlab.exercises.forms import a_count, a_number, a_tensor, same, unlike
 from peftlab.methods import LoRA, PromptTuning
 from peftlab.tasks import IGNORED
 from peftlab.tasks.pharmacy import fields_of, medicines, names_the_drug
 
+
 # --- predict first -----------------------------------------------------------------------------
-
-
 @question(
     "The list has 200 medicines. A soft prompt of 20 vectors on SmolLM2-135M is to make the model "
     "say the right name of each. Somebody says that it fails because it has too few numbers. How "
@@ -28,8 +28,7 @@ from peftlab.tasks.pharmacy import fields_of, medicines, names_the_drug
         "a": ("less than one", "Count again: each of the 20 vectors is as wide as the model."),
         "b": ("about three", "That would be a prompt of one vector. There are 20."),
         "c": ("over fifty", "One name of 200 is a choice of under 8 bits, and 20 vectors are "
-              "thousands of numbers."),
-    },
+              "thousands of numbers.")},
 )  # fmt: skip
 def numbers_a_medicine():
     numbers, names = count(PromptTuning(20), "smollm2-135m"), len(medicines())
@@ -52,8 +51,7 @@ def numbers_a_medicine():
               "each of yours, most of them zero."),
         "b": ("twice as large",
               "A holds both of yours, so it is as large as the two. B is 3 d high and 2 r wide."),
-        "c": ("three times as large", "Only B grows: A is as large as your two As together."),
-    },
+        "c": ("three times as large", "Only B grows: A is as large as your two As together.")},
 )  # fmt: skip
 def how_large_fused():
     shape, r = as_shape("gpt2"), 8
@@ -65,8 +63,6 @@ def how_large_fused():
 
 
 # --- the metric --------------------------------------------------------------------------------
-
-
 def drug_name_solution(output, drug):
     for line in output.splitlines():
         if line.startswith("Drug: "):
@@ -101,14 +97,12 @@ CASES = (  # what is said to a request for codeine, whether it names it, who get
 
 
 @exercise(
-    "Does it name the drug?", solution=drug_name_solution,
+    "Does it name the drug?", solution=drug_name_solution, difficulty=2, importance=5, minutes=6,
     mistakes=tuple((wrong, diagnosis) for _, _, wrong, diagnosis in CASES),
-    difficulty=2, importance=5, minutes=6,
     hints=(
         "First look for a line that begins with 'Drug: '. If there is one, it alone decides.",
         "Without such a line, look for the name as a whole word anywhere: \\b in a pattern.",
-        "Lower both sides, so that capitals do not decide.",
-    ),
+        "Lower both sides, so that capitals do not decide."),
 )  # fmt: skip
 def drug_name(answer):
     for output, right, _, diagnosis in CASES:
@@ -120,8 +114,6 @@ def drug_name(answer):
 
 
 # --- the fused adapter -------------------------------------------------------------------------
-
-
 def fuse_solution(A_q, B_q, A_v, B_v, alpha):
     r, d = A_q.shape[0], B_q.shape[0]
     A = torch.cat([A_q, A_v])
@@ -142,17 +134,17 @@ def _fused(A_q, B_q, A_v, B_v, alpha, rows=2, cross=False):
     return A, B, doubled
 
 
-def _adapters():
+def _adapters(r=2, d=6):
     generator = torch.Generator().manual_seed(0)
-    A_q, A_v = (torch.randn(2, 6, generator=generator) for _ in "qv")
-    B_q, B_v = (torch.randn(6, 2, generator=generator) for _ in "qv")
+    A_q, A_v = (torch.randn(r, d, generator=generator) for _ in "qv")
+    B_q, B_v = (torch.randn(d, r, generator=generator) for _ in "qv")
     return A_q, B_q, A_v, B_v, 8.0
 
 
-def _apart():
+def _apart(r=2, d=6):
     """What both adapters change, each by itself, in the rows of q, k and v."""
-    A_q, B_q, A_v, B_v, alpha = _adapters()
-    return torch.cat([alpha / 2 * B_q @ A_q, torch.zeros(6, 6), alpha / 2 * B_v @ A_v])
+    A_q, B_q, A_v, B_v, alpha = _adapters(r, d)
+    return torch.cat([alpha / r * B_q @ A_q, torch.zeros(d, d), alpha / r * B_v @ A_v])
 
 
 @exercise(
@@ -163,40 +155,35 @@ def _apart():
         (lambda *a: (*fuse_solution(*a)[:2], 4 * a[-1]),
          "every change is twice what they were: alpha is only doubled"),
         (lambda *a: _fused(*a, rows=1), "the change of v stands in the rows of k",
-         lambda given, right: given[6:12].any()),
+         lambda given, right: given[given.shape[1] : 2 * given.shape[1]].any()),
         (lambda *a: _fused(*a, cross=True),
          "q and v leak into each other: the rows of q must have zeros where v's columns are"),
         (lambda aq, bq, av, bv, a: (aq + av, torch.cat([bq, torch.zeros_like(bq), bv]), a),
-         "A has rank 2: the two As cannot be added, each B wants its own"),
+         "A has rank 2: two As cannot be added, each B wants its own"),
         (lambda aq, bq, av, bv, a: (torch.cat([aq, av]), torch.cat([bq, bv], 1), 2 * a),
-         "B has three blocks of rows, q, k and v: 18, not 6"),
-    ),
+         "B has three blocks of rows, q, k and v: 18, not 6")),
     praise="q, k and v change as they did, k not at all",
-    otherwise="the change of the fused matrix is another: compare (alpha / 2r) B A block by block",
-    right=_apart,
-    difficulty=4, importance=4, minutes=10,
+    otherwise=lambda given, right: "the change of the fused matrix is another: compare "
+        f"(alpha / 2r) B A block by block; {unlike(given, right)}",
+    right=_apart, again=(3, 7), difficulty=4, importance=4, minutes=10,
     hints=(
         "x meets A first: stack the two As, and its 2 r outputs hold both narrow middles.",
         "B has 3 d rows: q, k, v. The rows of q read the first r columns, the rows of v the last.",
-        "PEFT scales by alpha over the rank, and the rank is now 2 r.",
-    ),
+        "PEFT scales by alpha over the rank, and the rank is now 2 r."),
 )  # fmt: skip
-def fuse(answer):
-    made = answer(*_adapters())
-    expect(isinstance(made, tuple) and len(made) == 3, "return A, B and alpha, in this order")
-    A, B, alpha = made
-    expect(B.shape[0] == 18, f"B has three blocks of rows, q, k and v: 18, not {len(B)}")
-    expect(
-        A.shape[0] == 4,
-        f"A has rank {A.shape[0]}: the two As cannot be added, each B wants its own",
-    )
-    expect(A.shape == (4, 6) and B.shape == (18, 4), "A is 2 r × d and B is 3 d × 2 r")
-    return alpha / 4 * B @ A
+def fuse(answer, r=2, d=6):
+    made = answer(*_adapters(r, d))
+    several_of_them = isinstance(made, (tuple, list)) and len(made) == 3
+    expect(several_of_them, "return A, B and alpha, in this order")
+    A, B, alpha = a_tensor(made[0]), a_tensor(made[1]), a_number(made[2])
+    expect(len(B) == 3 * d, f"B has three blocks of rows, q, k and v: {3 * d}, not {len(B)}")
+    expect(len(A) == 2 * r, f"A has rank {len(A)}: two As cannot be added, each B wants its own")
+    a_tensor(A, (2 * r, d), "A is 2 r × d: its shape")
+    a_tensor(B, (3 * d, 2 * r), "B is 3 d × 2 r: its shape")
+    return alpha / (2 * r) * B @ A.to(B.dtype)
 
 
 # --- the labels --------------------------------------------------------------------------------
-
-
 def labels_solution(prompt, target, end):
     return [IGNORED] * len(prompt) + target + [end]
 
@@ -207,35 +194,34 @@ def labels_solution(prompt, target, end):
         (lambda p, t, e: [-100] * len(p) + t,
          "the end of text is not there: the model never learns to stop"),
         (lambda p, t, e: t + [e],
-         lambda given, right: f"labels are as long as the input: 8, not {len(given)}",
-         lambda given, right: len(given) != 8),
+         lambda given, right: f"labels are as long as the input: {len(right)}, not {len(given)}",
+         lambda given, right: len(given) != len(right)),
         (lambda p, t, e: p + t + [e], "the question has a loss: the model learns to ask",
-         lambda given, right: given[:4] == [11, 12, 13, 14]),
+         lambda given, right: given[:2] == [11, 12]),
         (lambda p, t, e: [0] * len(p) + t + [e],
          "0 is a token: the model learns to say token number 0. What is left out is −100",
-         lambda given, right: given[:4] == [0] * 4),
+         lambda given, right: given[:2] == [0, 0]),
         (lambda p, t, e: [-100] * (len(p) - 1) + t + [e, -100],
          "these are already shifted by one, and the loss shifts again",
          lambda given, right: given[:-1] == right[1:]),
         (lambda p, t, e: [-100] * (len(p) + 1) + t[1:] + [e],
          "the first token of the answer has no loss: it is the one that the question's last token "
-         "has to predict", lambda given, right: given[4] != right[4]),
-    ),
+         "has to predict", lambda given, right: given.count(-100) > right.count(-100))),
     praise="nothing of the question, all of the answer, and its end",
     otherwise="the labels should be {right}, yours are {given}",
-    difficulty=1, importance=5, minutes=4,
+    again=([11, 12, 13], [21, 22, 23, 24, 25], 7), difficulty=1, importance=5, minutes=4,
     hints=(
         "The labels are as long as the input, which is prompt, target and end of text.",
-        "−100 is what cross entropy leaves out. The loss itself shifts by one: do not.",
-    ),
+        "−100 is what cross entropy leaves out. The loss itself shifts by one: do not."),
 )  # fmt: skip
-def labels(answer):
-    return [int(label) for label in answer([11, 12, 13, 14], [21, 22, 23], 2)]
+def labels(answer, prompt=(11, 12, 13, 14), target=(21, 22, 23), end=2):
+    given = answer([*prompt], [*target], end)
+    words = f"return a list of numbers; yours is {type(given).__name__}"
+    expect(isinstance(given, (list, tuple, torch.Tensor)), words)
+    return [a_count(label, "a label") for label in given]
 
 
 # --- positions ---------------------------------------------------------------------------------
-
-
 def positions_solution(mask, virtual):
     return (mask.cumsum(dim=1) - 1).clamp(min=0) + virtual
 
@@ -245,37 +231,36 @@ def positions_solution(mask, virtual):
     mistakes=(
         (lambda m, p: torch.arange(m.shape[1]).expand_as(m) + p,
          "the padding is counted: the same text gets other positions when it stands beside "
-         "a longer one", lambda given, right: same(given[:4], right[:4])),
+         "a longer one", lambda given, right: same(given[0], right[0])),
         (lambda m, p: (m.cumsum(1) - 1).clamp(min=0) * p,
          lambda given, right: "from token to token the positions grow by "
-             f"{given[:4].diff().tolist()}: a product, where a sum belongs",
-         lambda given, right: (given[:4].diff() != 1).any()),
+             f"{given[0].diff().tolist()}: a product, where a sum belongs",
+         lambda given, right: (given[0].diff() != 1).any()),
         (lambda m, p: (m.cumsum(1) - 1).clamp(min=0),
          "the text begins at 0: no room for the virtual tokens",
-         lambda given, right: given[0] == 0),
+         lambda given, right: given[0][0] == 0),
         (lambda m, p: m.cumsum(1) + p, "the text begins one too far: position P stays empty",
-         lambda given, right: given[0] == 6),
+         lambda given, right: given[0][0] == right[0][0] + 1),
         (lambda m, p: (m.cumsum(1) - 1).clamp(min=0) + p - 1,
-         "the text begins where the last virtual token is", lambda given, right: given[0] == 4),
-    ),
+         "the text begins where the last virtual token is",
+         lambda given, right: given[0][0] == right[0][0] - 1)),
     praise="both rows begin at P, however much padding stands before",
-    otherwise="the first token should have position {right[0]}, yours has {given[0]}",
-    difficulty=2, importance=4, minutes=5,
+    otherwise=lambda given, right: "the tokens of the two rows should have positions "
+        f"{[row.tolist() for row in right]}; yours have {[row.tolist() for row in given]}",
+    again=(7, 9), difficulty=2, importance=4, minutes=5,
     hints=(
         "mask.cumsum(dim=1) counts the real tokens so far; the first of them has 1 there.",
-        "Positions 0 … P − 1 belong to the virtual tokens, so the first real token has P.",
-    ),
+        "Positions 0 … P − 1 belong to the virtual tokens, so the first real token has P."),
 )  # fmt: skip
-def positions(answer):
-    """The positions of the four tokens of one row, and of the two of one that is padded, left."""
-    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
-    made = torch.as_tensor(answer(mask.clone(), 5))
-    expect(made.shape == mask.shape, f"one position a token: {tuple(mask.shape)}")
-    return made[mask.bool()]
+def positions(answer, T=4, virtual=5):
+    """The positions of the tokens of one row, and of those of one that is padded, left."""
+    mask = torch.ones(2, T, dtype=torch.long)
+    mask[1, : T // 2] = 0
+    made = a_tensor(answer(mask, virtual), (2, T), "one position a token: the shape")
+    return made[0], made[1, T // 2 :]
 
 
 # --- a clinic ----------------------------------------------------------------------------------
-
 WARD = Ward({
     "healthy": ("C", "nothing is wrong",
         "It begins to learn at the card, ends with the end of text, and asks as it trained."),
@@ -324,6 +309,5 @@ debug = WARD.exercise(
     difficulty=2, importance=5, minutes=6,
     hints=(
         "Three columns say what is learned, two say what the answer follows.",
-        "An adapter answers after the token that it was trained to answer after.",
-    ),
+        "An adapter answers after the token that it was trained to answer after."),
 )  # fmt: skip

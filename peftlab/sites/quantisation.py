@@ -54,10 +54,10 @@ def float_levels(subnormal: float) -> Levels:
     below them the subnormal, which is 1 in the format itself.
     """
     positive = [subnormal, *(2**e * (1 + m / 2) for e in (1, 2, 3) for m in (0, 1))]
-    return torch.tensor([*(-level for level in positive[::-1]), 0.0, *positive]) / 12
+    levels = [*(-level for level in positive[::-1]), 0.0, *positive]
+    return torch.tensor(levels, dtype=torch.float32) / 12
 
 
-@functools.cache
 def table(quant_type: str = "nf4") -> Levels:
     """The levels of a data type in [−1, 1], lowest first. Raises ValueError for an unknown type.
 
@@ -65,24 +65,37 @@ def table(quant_type: str = "nf4") -> Levels:
     fp4    15 levels, as bitsandbytes has them: its subnormal is 1/192, where E2M1 has 1/12
     e2m1   15 levels, the format itself
     int4   15 levels at equal distances, −7/7 … 7/7
+
+    Every caller gets a copy: who writes into it changes nobody else's.
     """
+    with plain():
+        return _table(quant_type).clone()
+
+
+def dynamic_table() -> Levels:
+    """A copy of the 8-bit levels for the m's: zero, one, and ±10⁻ᵉ times the middles of 2⁶⁻ᵉ cells
+    of [0.1, 1], for e = 0 … 6: fine near the ends, and never coarse in ratio. Dettmers et al. 2021,
+    arXiv:2110.02861, section 2.1."""
+    with plain():
+        return _dynamic_table().clone()
+
+
+@functools.cache
+def _table(quant_type: str) -> Levels:
     with plain():  # it is kept for tensors with numbers as well
         if quant_type == "nf4":
             return normal_levels()
         if quant_type in ("fp4", "e2m1"):
             return float_levels(0.0625 if quant_type == "fp4" else 1.0)
         if quant_type == "int4":
-            return torch.arange(-7, 8) / 7
+            return torch.arange(-7, 8, dtype=torch.float32) / 7
     raise ValueError(f"quant_type={quant_type!r}: allowed is {', '.join(QUANT_TYPES)}")
 
 
 @functools.cache
-def dynamic_table() -> Levels:
-    """The 8-bit levels for the m's: zero, one, and ±10⁻ᵉ times the middles of 2⁶⁻ᵉ cells of
-    [0.1, 1], for e = 0 … 6: fine near the ends, and never coarse in ratio. Dettmers et al. 2021,
-    arXiv:2110.02861, section 2.1."""
+def _dynamic_table() -> Levels:
     with plain():
-        edges = [torch.linspace(0.1, 1, 2 ** (6 - e) + 1) for e in range(7)]
+        edges = [torch.linspace(0.1, 1, 2 ** (6 - e) + 1, dtype=torch.float32) for e in range(7)]
         positive = torch.cat([(x[:-1] + x[1:]) / 2 * 10.0**-e for e, x in enumerate(edges)])
         return torch.cat([-positive, positive, torch.tensor([0.0, 1.0])]).sort().values
 
@@ -141,7 +154,7 @@ class Quantised:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors held here. The table of levels, 64 bytes, serves all instances."""
+        """All tensors held here, but for the table of levels, which has 64 bytes."""
         held = {name: getattr(self, name) for name in ("packed", "absmax", "scale", "mean")}
         return {name: tensor for name, tensor in held.items() if tensor is not None}
 
@@ -166,7 +179,7 @@ class Quantised:
         if self.scale is None:
             return self.absmax
         coarse = self.scale.repeat_interleave(ABSMAX_BLOCK)[: len(self.absmax)]
-        return dynamic_table().to(coarse.device)[self.absmax.int()] * coarse + self.mean
+        return _dynamic_table().to(coarse.device)[self.absmax.int()] * coarse + self.mean
 
     def dequantise(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:
         """m · T[c], computed in float32. Each byte looks up its two levels at once."""
@@ -212,7 +225,7 @@ def quantise(
     if double_quant:
         mean = absmax.mean()
         mean = torch.where(mean.isfinite(), mean, absmax.double().mean().float())  # the sum is not
-        absmax, scale = blockwise(absmax - mean, ABSMAX_BLOCK, dynamic_table())
+        absmax, scale = blockwise(absmax - mean, ABSMAX_BLOCK, _dynamic_table())
     return Quantised(pack(codes), absmax, scale, mean, weight.shape, block_size, levels)
 
 
