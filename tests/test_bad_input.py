@@ -687,7 +687,9 @@ def test_half_precision_is_a_number(lora_folder):
         save_file(
             {k: t.to(dtype) for k, t in load_file(folder / WEIGHTS).items()}, folder / WEIGHTS
         )
-        attach(base, folder).detach()
+        refused(base, folder, f"{WEIGHTS} is not the file that peftlab.json describes")
+    (folder / RECORD).unlink()
+    attach(base, folder).detach()
 
 
 def test_a_mask_of_another_kind_of_number(tmp_path):

@@ -494,7 +494,9 @@ def main() -> None:
         "poisoned": sum(row["poisoned"] for row in faults),
         "faults": faults,
     }
-    options.out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    options.out.write_text(
+        json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     print(json.dumps(report, indent=1, ensure_ascii=False))
 
 

@@ -24,6 +24,7 @@ rotated by the same number of positions.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -151,7 +152,8 @@ class Layout:
             **layout.config,
         }
         if codes := [each.method.codes for each in tuned.attachments if each.method.codes]:
-            layout.config[CODES] = codes[0].to_dict()  # PEFT ignores it and says so
+            described = json.loads(json.dumps(codes[0].to_dict()))  # as it will be read again
+            layout.config[CODES] = described  # PEFT ignores it and says so
         return layout
 
     @property
