@@ -687,7 +687,7 @@ def test_half_precision_is_a_number(lora_folder):
         save_file(
             {k: t.to(dtype) for k, t in load_file(folder / WEIGHTS).items()}, folder / WEIGHTS
         )
-        refused(base, folder, f"{WEIGHTS} is not the file that peftlab.json describes")
+        refused(base, folder, f"{WEIGHTS} is not as it was written")
     (folder / RECORD).unlink()
     attach(base, folder).detach()
 

@@ -2,7 +2,6 @@
 
 import copy
 import json
-from hashlib import sha256
 
 import pytest
 import torch
@@ -93,7 +92,6 @@ def test_a_saved_adapter_is_safetensors_and_json(base, tmp_path):
         }
     ]
     assert written["base_numbers"] == numbers_of(base)
-    assert written["weights"] == sha256((folder / WEIGHTS).read_bytes()).hexdigest()
     state, first = tuned.state(), load_file(folder / WEIGHTS)
     tuned.merge()  # saving a merged adapter saves the same factors
     again = load_file(tuned.save(tmp_path / "merged") / WEIGHTS)
@@ -127,7 +125,7 @@ def test_an_adapter_saved_before_there_was_a_layout_of_pefts_still_loads(base, t
     written = json.loads((folder / "peftlab.json").read_text())
     (folder / "peftlab.json").unlink()
     tuned.detach()
-    del written["base_numbers"], written["weights"]
+    del written["base_numbers"], written["digest"]
     written |= {"format": 1, "base_digest": base.digest}
     (folder / "adapter_config.json").write_text(json.dumps(written))
     save_file(state, folder / WEIGHTS)

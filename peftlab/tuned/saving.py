@@ -102,15 +102,17 @@ def _write(folder: Path, tensors: dict[str, Tensor], described: dict[str, dict])
         save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
         for name, config in described.items():
             if "format" in config:
-                config = config | {"weights": _digest(new / WEIGHTS)}
+                config = config | {"digest": _digest(config, new / WEIGHTS)}
             (new / name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return folder
 
 
-def _digest(path: Path) -> str:
-    """The SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _digest(record: dict, weights: Path) -> str:
+    """SHA-256 of the record, without its digest, and of the file with the weights."""
+    rest = json.dumps({k: v for k, v in record.items() if k != "digest"}, sort_keys=True)
+    with weights.open("rb") as file:
+        both = hashlib.file_digest(file, "sha256").digest() + rest.encode()
+    return hashlib.sha256(both).hexdigest()
 
 
 def export(tuned: LanguageModel, folder: Path) -> Path:
@@ -168,6 +170,7 @@ def read(folder: str | Path, base: Base) -> tuple[dict, layouts.Fill]:
         if not peft_alone:
             if config["format"] != FORMATS[name]:
                 raise ValueError(f"format {config['format']}; this peftlab reads {FORMATS[name]}")
+            whole = config.get("digest", (digest := _digest(config, folder / WEIGHTS))) == digest
             config["methods"] = [Method.from_dict(method) for method in config["methods"]]
             head = config["head"]
             config["head"] = None if head is None else Head.from_dict(head)
@@ -182,7 +185,6 @@ def read(folder: str | Path, base: Base) -> tuple[dict, layouts.Fill]:
     _check_base(config, base)
     with _damaged(folder, name):
         _check_room(config["methods"], config["head"], base, tensors)
-    known = config.get("weights", (digest := _digest(folder / WEIGHTS))) == digest
 
     def fill(tuned: LanguageModel) -> dict[str, Tensor]:
         with _damaged(folder, WEIGHTS, fitting=True):
@@ -190,8 +192,8 @@ def read(folder: str | Path, base: Base) -> tuple[dict, layouts.Fill]:
             if name == RECORD:
                 ours = layouts.Layout.of(tuned).read(theirs, tensors)
             layouts.check_shapes(ours, tuned.state())
-            if not known:
-                raise ValueError(f"{WEIGHTS} is not the file that {name} describes")
+            if not whole:
+                raise ValueError(f"{name} or {WEIGHTS} is not as it was written: one was changed")
             return ours
 
     return config, fill
@@ -200,7 +202,7 @@ def read(folder: str | Path, base: Base) -> tuple[dict, layouts.Fill]:
 def _checked_facts(config: dict) -> None:
     """Raise KeyError, TypeError or ValueError unless the record says enough of its base."""
     first = "base_digest" in config  # as the first version wrote it
-    for key in ("base", "trained_as", *(() if first else ("base_numbers", "weights"))):
+    for key in ("base", "trained_as", *(() if first else ("base_numbers", "digest"))):
         config[key]
     for fact in FACTS:
         config["base_shape"][fact]
