@@ -26,6 +26,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -171,17 +172,18 @@ def adapters(count: int, rng: random.Random, scratch: Path) -> tuple[Counter, li
             (good[label] / "peftlab.json").unlink()
         with attach(base, good[label]) as tuned:
             meant[label] = _meaning(tuned)
-    for i in range(count):
+    for _ in range(count):
         label = rng.choice(list(ADAPTERS))
         folder = scratch / "changed" / "adapter"
         shutil.rmtree(folder.parent, ignore_errors=True)
         shutil.copytree(good[label], folder)
         way = change(rng.choice(sorted(folder.iterdir())), rng)
-        ends, what = asked(lambda path: attach(base, path), folder)
+        ends, what = asked(partial(attach, base), folder)
         if ends == "read":
             finite = all(t.isfinite().all() for t in what.state().values())
             ends = "same" if _meaning(what) == meant[label] else "other"
-            recorded = label != "PEFT's files alone" and "peftlab.json" not in way
+            gone = way == "whole of peftlab.json"  # then it is PEFT's files alone
+            recorded = label != "PEFT's files alone" and not gone
             if not finite or (ends == "other" and recorded):
                 ends = "silent"
         base.detach()
@@ -246,11 +248,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     scratch, rows, told = Path(tempfile.mkdtemp()), [], []
-    for kind, count in (
-        (adapters, options.adapters),
-        (bases, options.bases),
-        (examples, options.tasks),
-    ):
+    asked_for = {adapters: options.adapters, bases: options.bases, examples: options.tasks}
+    for kind, count in asked_for.items():
         found, lines = kind(count, random.Random(options.seed), scratch)
         rows.append({"files": kind.__name__, "read": count} | dict(sorted(found.items())))
         told += lines
