@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import warnings
 
-from transformers import TrainerCallback
-
 from peftlab.bases import LanguageModel
 from peftlab.methods import Method
 from peftlab.tuned.watch import steps_of, watch
@@ -15,11 +13,11 @@ ASKED = ("base_model", "get_output_embeddings", "enable_input_require_grads", "a
 ASKED += ("gradient_checkpointing_enable", "activation_checkpointing_enable")
 
 
-class Steps(TrainerCallback):
+class Steps:
     """Tells the methods of every step of an optimiser, and warns once if nobody tells them.
 
     AdaLoRA and gradual pruning have a schedule, and pruning before full fine-tuning holds its
-    zeros after each step. As a callback of transformers' Trainer it is called by itself.
+    zeros after each step. `callback` makes transformers' Trainer tell them.
     """
 
     def __init__(self, tuned: LanguageModel):
@@ -32,11 +30,6 @@ class Steps(TrainerCallback):
         self.tuned.after_step(step, steps)
         self.heard = steps_of(self.tuned.base)
 
-    def on_optimizer_step(self, args, state, control, **_):
-        """The word of a Trainer, which comes after a step that its scaler skipped as well."""
-        if self.heard is None or self.heard != steps_of(self.tuned.base):
-            self.tell(state.global_step + 1, state.max_steps)
-
     def check(self) -> None:
         """Called before each forward pass of training."""
         if self.deaf and steps_of(self.tuned.base) not in (None, self.heard):
@@ -47,6 +40,18 @@ class Steps(TrainerCallback):
                 stacklevel=5,
             )
             self.deaf = []
+
+
+def callback(steps: Steps):
+    """What Trainer calls after a step, also after one that its scaler skipped."""
+    from transformers import TrainerCallback  # it imports every library that Trainer may use
+
+    class Callback(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, **_):
+            if steps.heard is None or steps.heard != steps_of(steps.tuned.base):
+                steps.tell(state.global_step + 1, state.max_steps)
+
+    return Callback()
 
 
 def follow(tuned: LanguageModel) -> None:

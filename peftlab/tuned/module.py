@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput as Output
 
 from peftlab.bases import LanguageModel
-from peftlab.tuned.loops import ASKED, Steps, follow
+from peftlab.tuned.loops import ASKED, Steps, callback, follow
 
 
 class TunedModule(nn.Module):
@@ -31,7 +31,7 @@ class TunedModule(nn.Module):
             raise ValueError("kept adapters are in use: call use(None) before training")
         self.tuned, self.config = tuned, copy.deepcopy(tuned.model.config)
         self.generation_config = copy.deepcopy(getattr(tuned.model, "generation_config", None))
-        self.model, self.head, self.callback = tuned.model, tuned.linear, Steps(tuned)
+        self.model, self.head, self.steps = tuned.model, tuned.linear, Steps(tuned)
         self.methods = nn.ModuleList(tuned.modules.values())
         self.training = tuned.model.training
 
@@ -52,7 +52,7 @@ class TunedModule(nn.Module):
         if token_type_ids is not None and token_type_ids.any():
             raise ValueError("token_type_ids: one segment is supported, so all must be 0")
         if self.training and torch.is_grad_enabled():
-            self.callback.check()
+            self.steps.check()
         batch = {"input_ids": input_ids, "attention_mask": attention_mask}
         if self.config.is_encoder_decoder:
             if decoder_input_ids is None and labels is not None:
@@ -64,7 +64,7 @@ class TunedModule(nn.Module):
 
     def after_step(self, step: int, steps: int) -> None:
         """Tell the methods that step 1 … `steps` is done, before the gradients are cleared."""
-        self.callback.tell(step, steps)
+        self.steps.tell(step, steps)
 
     def state_dict(self, *_, destination=None, prefix: str = "", keep_vars: bool = False) -> dict:
         """The adapter's tensors alone: those that train, and those that are stored beside them."""
@@ -89,6 +89,7 @@ class TunedModule(nn.Module):
         return type(self.model).__name__
 
     device = property(lambda self: self.tuned.device)
+    callback = property(lambda self: callback(self.steps), doc="For Trainer's `callbacks`.")
 
     def __getattr__(self, name: str):
         return getattr(self.model, name) if name in ASKED else super().__getattr__(name)
