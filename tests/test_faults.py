@@ -6,6 +6,7 @@ at places that a reader can follow.
 
 import copy
 import json
+import random
 import threading
 
 import peft
@@ -31,7 +32,8 @@ from peftlab import (
     attach,
 )
 from peftlab.bases import Base, Linear
-from peftlab.experiments import inject_faults
+from peftlab.bases.data import data_path
+from peftlab.experiments import hostile_files, inject_faults
 from peftlab.sites import codes, site
 from peftlab.tuned import folders
 
@@ -508,3 +510,31 @@ def test_what_a_thread_sets_is_its_own():
     thread.start()
     thread.join()
     assert seen == [1] and value.get() == 1 and copy.deepcopy(value).get() is None
+
+
+# --- files of others ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kind, count",
+    [(hostile_files.adapters, 60), (hostile_files.bases, 8), (hostile_files.examples, 40)],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_a_sample_of_hostile_files(kind, count, tmp_path):
+    found, told = kind(count, random.Random(3), tmp_path)
+    assert not told and not found.keys() & {"unclear", "silent", "hanging", "base"}
+    assert found["refused"] > 0 and found.total() == count
+
+
+def test_what_was_measured():
+    """The results that lie in `data/`, at the numbers that they are worth quoting for."""
+    faults = json.loads(data_path("results", "faults.json").read_text(encoding="utf-8"))
+    (failures,), (saves,), (exports,) = (faults[key] for key in ("failures", "save", "export"))
+    assert failures["failures"] >= 1000 and failures["base changed"] == []
+    assert (saves["kills"], exports["kills"]) == (500, 200)
+    for kills in (saves, exports):
+        assert kills["whole"] == kills["kills"]
+    files = json.loads(data_path("results", "hostile_files.json").read_text(encoding="utf-8"))
+    assert files["unclear, silent or hanging"] == []
+    assert sum(row["read"] for row in files["rows"]) >= 2500
+    assert not any(row.get("base") for row in files["rows"])
