@@ -23,7 +23,7 @@ from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig
 from peftlab.attention import cache_name
 from peftlab.bases.anatomy import FAMILIES, TARGETS, Anatomy, Linear, Sublayer, fused
 from peftlab.bases.data import data_path
-from peftlab.bases.files import check_fetched, read_json, unusable
+from peftlab.bases.files import check_fetched, read_json, shortened, unusable
 from peftlab.bases.plain import has_numbers
 from peftlab.bases.real import (
     GGUF,
@@ -469,7 +469,7 @@ def _damaged(path: Path):
     except (OSError, ValueError, ImportError):
         raise
     except Exception as error:  # those of transformers, tokenizers and safetensors
-        told = f"{type(error).__name__}: {error}".splitlines()[0]
+        told = f"{type(error).__name__}: {shortened(error)}"
         raise ValueError(f"the base in {str(path)!r} is damaged: {told}") from error
 
 

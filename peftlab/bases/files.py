@@ -19,6 +19,12 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 POINTER = b"version https://git-lfs"
 
 
+def shortened(error: object, most: int = 600) -> str:
+    """The first line of what an error says, cut if a file made it long."""
+    told = next(iter(str(error).splitlines()), "")
+    return told if len(told) <= most else f"{told[:most]} …"
+
+
 def check_fetched(path: Path) -> None:
     """Raise ValueError if Git LFS left a pointer in place of the file."""
     with path.open("rb") as file:

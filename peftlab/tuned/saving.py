@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from peftlab.bases import Base, LanguageModel, _quiet
-from peftlab.bases.files import is_finite, read_json, read_tensors
+from peftlab.bases.files import is_finite, read_json, read_tensors, shortened
 from peftlab.methods import NF4, Method
 from peftlab.methods.heads import Head
 from peftlab.sites import Site
@@ -174,6 +174,8 @@ def read(folder: str | Path, base: Base) -> tuple[dict, layouts.Fill]:
             config["methods"] = [Method.from_dict(method) for method in config["methods"]]
             head = config["head"]
             config["head"] = None if head is None else Head.from_dict(head)
+            if not config["methods"] and head is None:
+                raise ValueError("no method and no head is in it")
             _checked_facts(config)
     with _damaged(folder, WEIGHTS):
         tensors = read_tensors(folder / WEIGHTS)
@@ -256,9 +258,9 @@ def _damaged(folder: Path, name: str, fitting: bool = False):
         raise
     except Exception as error:
         if fitting and isinstance(error, ValueError):
-            raise ValueError(f"{where}: {error}") from error
+            raise ValueError(f"{where}: {shortened(error)}") from error
         problem = f"{name} has no {error}" if isinstance(error, KeyError) else error
-        raise ValueError(f"{where} ({name}) is damaged: {problem}") from error
+        raise ValueError(f"{where} ({name}) is damaged: {shortened(problem)}") from error
 
 
 def _check_base(config: dict, base: Base) -> None:

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from peftlab.attention import cache_name
 from peftlab.bases import LanguageModel, Linear
-from peftlab.bases.files import FLOATS
+from peftlab.bases.files import FLOATS, is_finite
 from peftlab.methods import (
     IA3,
     NF4,
@@ -84,11 +84,14 @@ def check_size(
 
 
 def check_shapes(tensors: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    """Raise ValueError unless these are the wanted tensors, by name, size and kind of number."""
+    """Raise ValueError unless these are the wanted tensors, by name, size and kind of number, and
+    every number is finite."""
     if missing := wanted.keys() ^ tensors.keys():
         raise ValueError(f"the adapter's tensors do not match: {sorted(missing)[0]}")
     for name, tensor in tensors.items():
         check_size(name, tensor, wanted[name].shape, wanted[name].dtype)
+        if not is_finite(tensor):
+            raise ValueError(f"{name} has numbers that are not finite")
 
 
 @dataclass
