@@ -118,8 +118,8 @@ def train(
         if value < least[name]:
             raise ValueError(f"{name}={value}: allowed is at least {least[name]}")
     for split, needed in {"train": True, "dev": eval_every, "test": evaluate}.items():
-        if needed and not getattr(task, split):
-            raise ValueError(f"{task.name} has no example in task.{split}, which this run needs")
+        if needed:
+            task.split(split)
     module = tuned.as_module()
     if device is not None:
         move(tuned, device)

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
+from ipywidgets.widgets.widget import _instances
 from models import letters, tiny
 
 import peftlab
@@ -582,3 +583,22 @@ def test_a_lab_that_was_not_run_is_refused():
         panels.soft_lab_view("prompt", "colour", "exact match, mean")
     with pytest.raises(ValueError, match="unknown metric 'speed'; allowed: exact match, mean"):
         panels.soft_lab_view("prompt", "start", "speed")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        panels.count_explorer,
+        panels.memory_explorer,
+        panels.rank_lab,
+        panels.soft_prompt_lab,
+        lambda: panels.live_trainer(peftlab.load("tiny-gpt")),
+    ],
+    ids=["count", "memory", "ranks", "soft prompts", "trainer"],
+)
+def test_a_closed_panel_leaves_no_widget(make):
+    before = set(_instances)
+    panel = make()
+    assert set(_instances) > before
+    panel.close()
+    assert set(_instances) == before

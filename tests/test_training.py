@@ -488,7 +488,7 @@ def test_a_split_that_is_needed_and_empty_is_named(split, options):
     for name, more in ((split, options), ("test", {"evaluate": True})):
         task = letters()
         setattr(task, name, [])
-        with pytest.raises(ValueError, match=f"letters has no example in task.{name}"):
+        with pytest.raises(ValueError, match=f"the task letters has no examples in {name}"):
             run(attach(tiny("gpt2"), LoRA()), task, **more)
     if split == "dev":
         run(attach(tiny("gpt2"), LoRA()), task, steps=1)  # not needed, not asked for

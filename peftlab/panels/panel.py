@@ -26,6 +26,20 @@ class Panel:
         """The panel in one line of text."""
         raise NotImplementedError
 
+    def close(self) -> None:
+        """Close every widget of the panel; ipywidgets keeps each until it is closed."""
+        open_, found = [self.widget, self.plot], []
+        while open_:
+            widget = open_.pop()
+            if widget not in found:
+                found.append(widget)
+                for key in widget.keys:
+                    value = getattr(widget, key)
+                    parts = value if isinstance(value, list | tuple) else [value]
+                    open_ += [part for part in parts if isinstance(part, widgets.Widget)]
+        for widget in found:
+            widget.close()
+
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
         self.plot._repr_mimebundle_()  # hands the figure's latest state to the browser's copy
         return self._bundle(json.loads(self.static().to_json()))
