@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
@@ -170,7 +171,7 @@ def read(folder: str | Path, base: Base) -> tuple[dict, layouts.Fill]:
         if not peft_alone:
             if config["format"] != FORMATS[name]:
                 raise ValueError(f"format {config['format']}; this peftlab reads {FORMATS[name]}")
-            whole = config.get("digest", (digest := _digest(config, folder / WEIGHTS))) == digest
+            digest = _digest(config, folder / WEIGHTS)
             config["methods"] = [Method.from_dict(method) for method in config["methods"]]
             head = config["head"]
             config["head"] = None if head is None else Head.from_dict(head)
@@ -183,22 +184,31 @@ def read(folder: str | Path, base: Base) -> tuple[dict, layouts.Fill]:
         with _damaged(folder, CONFIG, fitting=True):
             codes = [Method.from_dict(theirs.pop(layouts.CODES))] if layouts.CODES in theirs else []
             method, fill = layouts.read(base, theirs, tensors)
-        return {"methods": [*codes, method], "head": None}, fill
+        return {"methods": [*codes, method], "head": None}, partial(_filled, folder, fill)
     _check_base(config, base)
     with _damaged(folder, name):
         _check_room(config["methods"], config["head"], base, tensors)
+    changed = ""
+    if config.get("digest", digest) != digest:  # the first version wrote none
+        changed = f"{name} or {WEIGHTS} is not as it was written: one was changed"
 
     def fill(tuned: LanguageModel) -> dict[str, Tensor]:
-        with _damaged(folder, WEIGHTS, fitting=True):
-            ours = tensors
-            if name == RECORD:
-                ours = layouts.Layout.of(tuned).read(theirs, tensors)
-            layouts.check_shapes(ours, tuned.state())
-            if not whole:
-                raise ValueError(f"{name} or {WEIGHTS} is not as it was written: one was changed")
-            return ours
+        return layouts.Layout.of(tuned).read(theirs, tensors) if name == RECORD else tensors
 
-    return config, fill
+    return config, partial(_filled, folder, fill, changed=changed)
+
+
+def _filled(
+    folder: Path, fill: layouts.Fill, tuned: LanguageModel, changed: str = ""
+) -> dict[str, Tensor]:
+    """The tensors of what is attached. Raises ValueError for the tensor that does not fit, and if
+    all fit, for what was `changed`."""
+    with _damaged(folder, WEIGHTS, fitting=True):
+        ours = fill(tuned)
+        layouts.check_shapes(ours, tuned.state())
+        if changed:
+            raise ValueError(changed)
+        return ours
 
 
 def _checked_facts(config: dict) -> None:
