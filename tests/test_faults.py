@@ -515,6 +515,7 @@ def test_what_a_thread_sets_is_its_own():
 # --- files of others ---------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("untyped")
 @pytest.mark.parametrize(
     "kind, count",
     [(hostile_files.adapters, 60), (hostile_files.bases, 8), (hostile_files.examples, 40)],
