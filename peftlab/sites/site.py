@@ -38,7 +38,7 @@ def sweep(model: nn.Module) -> None:
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks, module._state_dict_hooks):
             for key, hook in list(hooks.items()):
-                if getattr(hook, "func", hook).__module__.startswith("peftlab.sites."):
+                if (getattr(hook, "func", hook).__module__ or "").startswith("peftlab.sites."):
                     del hooks[key]
 
 
