@@ -193,7 +193,10 @@ def one_failure(verb: str, case: str, base: Base, rng: random.Random, before: li
                 act()
         except (KeyboardInterrupt, Exception):  # another library may make another error of it
             pass
-        base.detach()
+        try:
+            base.detach()
+        except RuntimeError as error:  # it looked, and says so
+            return f"{case}: {verb} of {base.name}: {error}"
         if seen(base) != before:
             return f"{case}: {verb} of {base.name} left the base changed"
         with attach(base, m.LoRA(r=2)):
