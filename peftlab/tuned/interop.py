@@ -9,9 +9,11 @@ tuned = from_peft(base, "adapters/theirs")    # as trained with PEFT, positions 
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from peftlab.bases import Base
+from peftlab.bases.files import read_json
 from peftlab.tuned.layouts import KNOWN, Layout, Unknown
 from peftlab.tuned.saving import CONFIG, write_peft
 from peftlab.tuned.tuned import Tuned
@@ -41,7 +43,10 @@ def from_peft(base: Base, folder: str | Path) -> Tuned:
     an error nothing stays attached.
     """
     config = Path(folder, CONFIG)
-    if config.is_file() and b'"peft_type"' not in config.read_bytes():
+    described: dict = {"peft_type": ""}
+    with suppress(OSError, ValueError):  # what is wrong with the file is said when it is read
+        described = read_json(config)
+    if not {"peft_type", "config"} & described.keys():  # AdapterHub's has a "config"
         raise ValueError(
             f"{CONFIG} in {str(folder)!r} has no peft_type: PEFT did not write it. "
             "peftlab.attach(base, folder) reads peftlab's own layout"

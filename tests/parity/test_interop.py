@@ -837,3 +837,21 @@ def test_kept_from_pefts_folder(tmp_path):
     other = attach(tiny("llama"), LoRA(r=3, alpha=5, target_modules=["q", "k"]))
     with pytest.raises(ValueError, match="the adapter has target_modules"):
         other.keep("theirs", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "Git LFS pointer"),
+        ('{"config": {"architecture": "lora"}, "version": "adapters.1.0.0"}', "AdapterHub"),
+        ("{", "is no valid JSON"),
+        ('{"format": 1}', "has no peft_type: PEFT did not write it"),
+    ],
+)
+def test_from_peft_says_what_it_found(text, words, tmp_path):
+    made_by_peft("llama", "lora", tmp_path)
+    (tmp_path / CONFIG).write_text(text)
+    base = tiny("llama")
+    with pytest.raises(ValueError, match=words):
+        from_peft(base, tmp_path)
+    assert base.adapted_by is None
