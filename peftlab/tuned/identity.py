@@ -39,7 +39,8 @@ def _spread(tensor: Tensor, count: int) -> list[float]:
     """Numbers at places spread over a matrix, the same places for the same size."""
     steps = torch.arange(1, count + 1, dtype=torch.float64)
     at = [(steps * a % 1 * size).long() for a, size in zip(STEPS, tensor.shape, strict=True)]
-    return [float(f"{x:.6g}") for x in tensor.cpu()[at[0], at[1]].double().tolist()]
+    row, column = (places.to(tensor.device) for places in at)
+    return [float(f"{x:.6g}") for x in tensor[row, column].double().tolist()]
 
 
 def same_numbers(record: dict, base: Base) -> bool:
