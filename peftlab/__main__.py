@@ -14,8 +14,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from platform import python_version
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 LEAST = 1e9  # bytes of disk: lesson 11 exports its model
 
@@ -41,8 +43,9 @@ def packages() -> tuple[bool, str]:
 
 def python() -> tuple[bool, str]:
     """The version of Python."""
-    told = f"Python {sys.version.split()[0]}"
-    return sys.version_info >= (3, 11), f"{told} (3.11 or newer is needed)"
+    wanted, found = importlib.metadata.metadata("peftlab")["Requires-Python"], python_version()
+    good = SpecifierSet(wanted).contains(found, prereleases=True)
+    return good, f"Python {found}; {wanted} is needed"
 
 
 def kernel() -> tuple[bool, str]:

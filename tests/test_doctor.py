@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import re
-import sys
 
 import pytest
 
@@ -39,7 +38,7 @@ def missing(name):
 
 def test_what_is_too_small_is_no(monkeypatch):
     monkeypatch.setattr(doctor, "LEAST", 10**18)
-    monkeypatch.setattr(sys, "version_info", (3, 9))
+    monkeypatch.setattr(doctor, "python_version", lambda: "3.9.2")
     assert not doctor.disk()[0] and not doctor.python()[0]
     assert [good for good, _ in doctor.answers((doctor.disk,))] == [False]
 
