@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
-from ipywidgets.widgets.widget import _instances
+from ipywidgets.widgets.widget import Widget, _instances
 from models import letters, tiny
 
 import peftlab
@@ -585,20 +585,39 @@ def test_a_lab_that_was_not_run_is_refused():
         panels.soft_lab_view("prompt", "start", "speed")
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        panels.count_explorer,
-        panels.memory_explorer,
-        panels.rank_lab,
-        panels.soft_prompt_lab,
-        lambda: panels.live_trainer(peftlab.load("tiny-gpt")),
-    ],
-    ids=["count", "memory", "ranks", "soft prompts", "trainer"],
-)
-def test_a_closed_panel_leaves_no_widget(make):
+MAKERS = {
+    "count": panels.count_explorer,
+    "memory": panels.memory_explorer,
+    "ranks": panels.rank_lab,
+    "soft prompts": panels.soft_prompt_lab,
+    "trainer": lambda: panels.live_trainer(peftlab.load("tiny-gpt")),
+    "plotly's own": lambda: go.FigureWidget(go.Scatter(y=[1, 2])),
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_the_channel_opens_with_all_that_is_drawn(name, monkeypatch):
+    """Plotly's own opens empty: a page that draws before its second message has empty axes."""
+    opened, real = [], Widget.open
+
+    def opening(widget):
+        if widget.comm is None and isinstance(widget, go.FigureWidget):
+            opened.append(widget.get_state()["_widget_data"])
+        real(widget)
+
+    monkeypatch.setattr(Widget, "open", opening)
+    plot = getattr(panel := MAKERS[name](), "plot", panel)
+    (data,) = opened
+    if name == "plotly's own":
+        assert not data
+    else:
+        assert len(data) == len(plot.data) > 0 and plot.comm is not None
+
+
+@pytest.mark.parametrize("name", [name for name in MAKERS if name != "plotly's own"])
+def test_a_closed_panel_leaves_no_widget(name):
     before = set(_instances)
-    panel = make()
+    panel = MAKERS[name]()
     assert set(_instances) > before
     panel.close()
     assert set(_instances) == before

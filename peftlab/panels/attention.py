@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 
 from peftlab import figures
 from peftlab.bases.probes import AttentionMap
-from peftlab.panels.panel import Panel, replace_parts
+from peftlab.panels.panel import Panel, Plot, replace_parts
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class AttentionExplorer(Panel):
         }
         for name, widget in {**self.sliders, "text": self.text}.items():
             widget.add_class(f"peftlab-attention-{name}")
-        self.plot = go.FigureWidget(self.view.figure())
+        self.plot = Plot(self.view.figure())
         self.text.value = f"<b>{escape(self.view.text)}</b>"
         rows = [widgets.HBox([self.length, self.example]), widgets.HBox([self.layer, self.head])]
         self.widget = widgets.VBox([*rows, self.text, self.plot])

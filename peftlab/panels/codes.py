@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 import torch
 
 from peftlab import figures
-from peftlab.panels.panel import Panel, redraw
+from peftlab.panels.panel import Panel, Plot, redraw
 from peftlab.sites.quantisation import (
     QUANT_TYPES,
     bits_per_weight,
@@ -124,7 +124,7 @@ class CodeExplorer(Panel):
         for name, widget in (*self.controls.items(), ("answer", self.answer)):
             widget.add_class(f"peftlab-code-{name}")
         self.view = self._view()
-        self.plot = go.FigureWidget(self.view.figure())
+        self.plot = Plot(self.view.figure())
         top = widgets.HBox([self.weight, self.quant_type])
         below = widgets.HBox([self.block_size, self.double_quant])
         self.widget = widgets.VBox([top, below, self.answer, self.plot])

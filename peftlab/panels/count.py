@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from peftlab import accounting, figures
 from peftlab.bases.shapes import Shape, as_shape, names
 from peftlab.panels.choices import CHOICES, TARGETS, _counts, allowed_sizes, build_method
-from peftlab.panels.panel import Panel, redraw
+from peftlab.panels.panel import Panel, Plot, redraw
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class CountExplorer(Panel):
         ):
             widget.add_class(f"peftlab-{name}")
         self.view = count_view(method, choice.start, targets, model)
-        self.plot = go.FigureWidget(self.view.figure())
+        self.plot = Plot(self.view.figure())
         top = widgets.HBox([self.method, self.model])
         self.widget = widgets.VBox([top, self.size, row, self.answer, self.plot])
         self._busy = False

@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 from peftlab import figures, tasks
 from peftlab.bases import Base
 from peftlab.panels.choices import CHOICES, RANKS, allowed_sizes, build_method, starts
-from peftlab.panels.panel import Panel, redraw
+from peftlab.panels.panel import Panel, Plot, redraw
 from peftlab.training import Run, train
 from peftlab.tuned import attach
 
@@ -62,7 +62,7 @@ class LiveTrainer(Panel):
         self.status = widgets.HTML("Choose, then press Train.")
         self.scores = widgets.HTML()
         self._choose_method()
-        self.plot = go.FigureWidget(curve(self.records, self.method.value))
+        self.plot = Plot(curve(self.records, self.method.value))
         for name in ("method", "task", "size", "init", "steps", "lr", "status", "scores"):
             getattr(self, name).add_class(f"peftlab-trainer-{name}")
         self.train_button.add_class("peftlab-train")

@@ -19,7 +19,7 @@ from peftlab.methods import (
     PrefixTuning,
     PromptTuning,
 )
-from peftlab.panels.panel import Panel, replace_parts
+from peftlab.panels.panel import Panel, Plot, replace_parts
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 TOKENS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -177,7 +177,7 @@ class MemoryExplorer(Panel):
         for name in ("model", "batch", "length", "answer"):
             getattr(self, name).add_class(f"peftlab-memory-{name}")
         self.view = memory_view(model, batch, length)
-        self.plot = go.FigureWidget(self.view.figure())
+        self.plot = Plot(self.view.figure())
         controls = [self.model, self.batch, self.length, self.answer]
         self.widget = widgets.VBox([*controls, self.plot])
         for control in controls[:3]:

@@ -12,6 +12,26 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 STILL = "application/vnd.peftlab.still+json"  # a Plotly figure that stands for the panel
 
 
+class Plot(go.FigureWidget):
+    """A figure whose channel to the page opens with all that there is to draw.
+
+    Plotly opens it empty and sends the data in a second message, and a page that is busy may draw
+    in between: empty axes, which no later message fills.
+    """
+
+    _complete = False
+
+    def __init__(self, figure: go.Figure):
+        super().__init__(figure)
+        self._complete = True
+        self.open()
+
+    def open(self) -> None:
+        """Open the channel, once there is something to say."""
+        if self._complete:
+            super().open()
+
+
 class Panel:
     """A widget, and a figure of its state for where no kernel runs."""
 

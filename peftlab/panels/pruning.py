@@ -18,7 +18,7 @@ from peftlab.methods import (
     PruneStructures,
     calibration,
 )
-from peftlab.panels.panel import Panel, replace_parts
+from peftlab.panels.panel import Panel, Plot, replace_parts
 from peftlab.tuned import attach
 
 PRUNINGS = {  # what a lab's slider takes away: the option of PruneStructures, if any, and its score
@@ -151,7 +151,7 @@ class PruningLab(Panel):
         for name, widget in names.items():
             widget.add_class(f"peftlab-pruning-{name}")
         self._look()
-        self.plot = go.FigureWidget(self.view.figure())
+        self.plot = Plot(self.view.figure())
         self.widget = widgets.VBox([widgets.HBox([self.what, self.share]), self.text, self.plot])
         self._busy = False
         for widget in (self.what, self.share):

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 import torch
 
 from peftlab import figures
-from peftlab.panels.panel import Panel, redraw
+from peftlab.panels.panel import Panel, Plot, redraw
 
 LAB_SIZE, LAB_STEPS, LAB_RATE = 48, 40, 5e-3
 LAB_RANKS, LAB_ALPHAS = (1, 2, 4, 8, 16, 32, 48), (1, 2, 4, 8, 16, 32, 64, 128)
@@ -121,7 +121,7 @@ class RankLab(Panel):
         for name, widget in self.choices.items():
             widget.add_class(f"peftlab-rank-{name}")
             widget.observe(self._changed, "value")
-        self.plot = go.FigureWidget(self.view.figure())
+        self.plot = Plot(self.view.figure())
         self.widget = widgets.VBox([*self.choices.values(), self.answer, self.plot])
 
     def _changed(self, _=None) -> None:

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 
 from peftlab import figures
 from peftlab.bases.data import data_path
-from peftlab.panels.panel import Panel, replace_parts
+from peftlab.panels.panel import Panel, Plot, replace_parts
 
 SOFT_LAB = {  # what varies: a row's name in the heat map, its label in soft_lab.json
     ("prompt", "start"): {
@@ -162,7 +162,7 @@ class SoftPromptLab(Panel):
         for name, widget in self.choices.items():
             widget.add_class(f"peftlab-lab-{name}")
             widget.observe(self._changed, "value")
-        self.plot = go.FigureWidget(self.view.figure())
+        self.plot = Plot(self.view.figure())
         self.widget = widgets.VBox([widgets.HBox(list(self.choices.values())), self.plot])
 
     def _changed(self, _=None) -> None:

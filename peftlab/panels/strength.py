@@ -8,7 +8,7 @@ import ipywidgets as widgets
 import plotly.graph_objects as go
 
 from peftlab import figures
-from peftlab.panels.panel import Panel, redraw
+from peftlab.panels.panel import Panel, Plot, redraw
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class StrengthExplorer(Panel):
         self.text = widgets.HTML(f"<b>{escape(self.view.text)}</b>")
         self.strength.add_class("peftlab-strength")
         self.text.add_class("peftlab-strength-text")
-        self.plot = go.FigureWidget(self.view.figure())
+        self.plot = Plot(self.view.figure())
         self.widget = widgets.VBox([self.strength, self.text, self.plot])
         self.strength.observe(self._changed, "value")
 
