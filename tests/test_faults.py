@@ -38,6 +38,9 @@ from peftlab.sites import codes, site
 from peftlab.tuned import folders
 
 QLORA = QLoRA(r=2, block_size=8)
+# The same sums in another order: at most 44 terms, each sum off by 44 · 2⁻²⁴ of its largest part,
+# in two layers of four maps one after the other.
+ROUNDING = 8 * 44 * 2**-24
 OUT_OF_MEMORY = torch.OutOfMemoryError("on purpose")
 
 
@@ -78,7 +81,7 @@ def test_a_merge_that_fails_is_undone(family, methods, monkeypatch):
                 with pytest.raises(KeyboardInterrupt):
                     tuned.merge(requantise=True)
             assert not tuned.merged and hook_count(base.model) == hooks
-            torch.testing.assert_close(call(tuned, ids), wanted, rtol=0, atol=1e-5)
+            assert torch.equal(call(tuned, ids), wanted)
     tuned.detach()
     assert surroundings(base) == before
 
@@ -268,7 +271,8 @@ def test_what_stops_a_save_leaves_the_old_adapter(tmp_path, monkeypatch, write, 
         before = {path.name: path.read_bytes() for path in folder.iterdir()}
         stir(tuned)
         failing_at(monkeypatch, peftlab.tuned.saving, write, 1, error)
-        with pytest.raises(type(error), match="nothing was changed|"):
+        words = "nothing was changed" if isinstance(error, OSError) else "^$"
+        with pytest.raises(type(error), match=words):
             tuned.save(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["it"]
@@ -334,7 +338,7 @@ def test_a_folder_says_that_its_base_was_in_codes(tmp_path):
         (folder / "peftlab.json").unlink()
         with attach(base, folder) as again, torch.no_grad():
             assert isinstance(again.methods[0], NF4)
-            torch.testing.assert_close(call(again, ids), wanted, rtol=0, atol=1e-4)
+            assert (call(again, ids) - wanted).abs().max() <= ROUNDING * wanted.abs().max()
         with pytest.warns(UserWarning, match="base_weights_in_codes"):
             peft.PeftConfig.from_pretrained(folder)
 
@@ -469,7 +473,7 @@ def test_who_saves_the_model_with_codes_saves_their_numbers(tmp_path):
     other = tiny("gpt2")
     other.model.load_state_dict(tuned.model.state_dict())
     with torch.no_grad():
-        torch.testing.assert_close(call(other, ids), wanted)
+        assert (call(other, ids) - wanted).abs().max() <= ROUNDING * wanted.abs().max()
 
 
 # --- threads -----------------------------------------------------------------------------------

@@ -12,7 +12,9 @@ from peftlab.bases import Base
 from peftlab.bases.anatomy import CODES
 from peftlab.bases.plain import has_numbers
 
-ROUNDING = 1e-4  # of the largest logit: another number of threads sums in another order
+# Of the largest logit. A GPU may take another kernel for the same product: TF32 rounds a number by
+# up to 2⁻¹¹, a type of 16 bits by half of its eps, and a few layers add up.
+TF32, LAYERS = 2**-11, 4
 
 
 @dataclass
@@ -53,7 +55,8 @@ class Seen:
         elif held := [n for n, m in base.model.named_modules() if {PREFIX, CODES} & vars(m).keys()]:
             what = f"{held[0]} still has codes or a prefix"
         elif (now.device, now.types) == (self.device, self.types) and self.logits is not None:
-            most = ROUNDING * self.logits.nan_to_num().abs().max().item()
+            rounding = LAYERS * max(TF32, torch.finfo(self.logits.dtype).eps)
+            most = rounding * self.logits.nan_to_num().abs().max().item()
             if not torch.allclose(_logits(base), self.logits, rtol=0, atol=most, equal_nan=True):
                 what = "its logits differ"
         if what:

@@ -229,9 +229,10 @@ class Tuned(LanguageModel):
         """Write every delta into its weight: the same output, without extra work in forward.
 
         In 16 bits W + ΔW is rounded to the type of W, which moves the output a little. Masks and
-        codes are in the weight already. A delta is merged into codes only with
-        `requantise`, because the sum is rounded to codes again and the output changes. Raises
-        ValueError if a method has no delta to merge, and RuntimeError after detach().
+        codes are in the weight already. A delta is merged into codes only with `requantise`,
+        because the sum is rounded to codes again and the output changes. If one weight cannot be
+        merged, none is. Raises ValueError if a method has no delta to merge, and RuntimeError after
+        detach().
         """
         self._check_attached()
         sites = self.mergeable()
@@ -280,7 +281,7 @@ class Tuned(LanguageModel):
 
         Its `forward` takes a batch of `batch_loss`, or of transformers' data collators, and returns
         `.loss` and `.logits`. Of its parameters, those that train are `trainable`; its `state_dict`
-        has the adapter alone. A loop also calls `module.after_step(step, steps)` behind each
+        has the adapter alone. A loop also calls `module.after_step(step, steps)` after each
         `optimizer.step()`: `Trainer(module, ..., callbacks=[module.callback])` does. Raises
         ValueError if nothing can train now, and RuntimeError after detach().
         """
