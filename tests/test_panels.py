@@ -1,5 +1,6 @@
 """Every slider over its whole range, as pure functions and as widgets; training in a panel."""
 
+import gzip
 import json
 import re
 import sys
@@ -19,6 +20,8 @@ from peftlab.bases import probes
 from peftlab.bases.shapes import Shape, names
 from peftlab.experiments import sweep_soft
 from peftlab.methods import FullFineTuning, LoRA, PrefixTuning, PromptTuning
+from peftlab.panels import plot
+from peftlab.panels.plot import Plot
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
@@ -300,7 +303,7 @@ def test_a_base_in_use_is_refused_in_the_panel(trainer):
 def test_the_curve_is_drawn_no_more_often_than_the_eye_follows(trainer, monkeypatch, pause, frames):
     drawn = []
     monkeypatch.setattr(panels.live, "SECONDS_BETWEEN_FRAMES", pause)
-    monkeypatch.setattr(panels.live, "redraw", lambda plot, figure: drawn.append(figure))
+    monkeypatch.setattr(trainer.plot, "draw", drawn.append)
     trainer.train_button.click()
     finish(trainer)
     assert len(drawn) == frames  # one a step, if at all, and one at the end
@@ -591,33 +594,67 @@ MAKERS = {
     "ranks": panels.rank_lab,
     "soft prompts": panels.soft_prompt_lab,
     "trainer": lambda: panels.live_trainer(peftlab.load("tiny-gpt")),
-    "plotly's own": lambda: go.FigureWidget(go.Scatter(y=[1, 2])),
 }
 
 
-@pytest.mark.parametrize("name", MAKERS)
-def test_the_channel_opens_with_all_that_is_drawn(name, monkeypatch):
-    """Plotly's own opens empty: a page that draws before its second message has empty axes."""
-    opened, real = [], Widget.open
+@pytest.fixture(params=MAKERS)
+def maker(request):
+    return MAKERS[request.param]
+
+
+def test_the_channel_opens_with_all_that_is_drawn(maker, monkeypatch):
+    """A page that draws before a second message comes has the whole figure, and the script."""
+    opened, real = {}, Widget.open
 
     def opening(widget):
-        if widget.comm is None and isinstance(widget, go.FigureWidget):
-            opened.append(widget.get_state()["_widget_data"])
+        if widget.comm is None:
+            for kind in (Plot, plot.Library):
+                if isinstance(widget, kind):
+                    opened[kind] = widget.get_state()
         real(widget)
 
     monkeypatch.setattr(Widget, "open", opening)
-    plot = getattr(panel := MAKERS[name](), "plot", panel)
-    (data,) = opened
-    if name == "plotly's own":
-        assert not data
-    else:
-        assert len(data) == len(plot.data) > 0 and plot.comm is not None
+    monkeypatch.setattr(plot, "_library", None)
+    panel = maker()
+    drawn = json.loads(opened[Plot]["figure"])
+    assert len(drawn["data"]) == len(panel.plot.data) > 0
+    assert drawn["layout"] == json.loads(panel.static().to_json())["layout"]
+    assert gzip.decompress(opened[plot.Library]["packed"]).startswith(b"/**\n* plotly.js v")
 
 
-@pytest.mark.parametrize("name", [name for name in MAKERS if name != "plotly's own"])
-def test_a_closed_panel_leaves_no_widget(name):
+def test_the_script_travels_once_a_kernel():
+    first, second = panels.rank_lab(), panels.count_explorer()
+    assert first.plot.library is second.plot.library
+    first.close()
+    assert second.plot.library.comm is not None
+
+
+def answers(plot: Plot, content: dict, monkeypatch) -> list:
+    """What the kernel sends when the page asks."""
+    sent = []
+    with monkeypatch.context() as patch:
+        patch.setattr(plot, "send", lambda *message: sent.append(message))
+        patch.setattr(plot, "send_state", sent.append)
+        plot._handle_custom_msg(content, [])
+    return sent
+
+
+def test_the_kernel_sends_again_what_the_page_lacks(monkeypatch):
+    panel = panels.rank_lab()
+    panel.choices["r"].value = 8
+    assert panel.plot.version == 1
+    for have, sent in ((0, [["figure", "version"]]), (1, [])):
+        assert answers(panel.plot, {"ask": "figure", "have": have}, monkeypatch) == sent
+    (message,) = answers(panel.plot, {"ask": "library"}, monkeypatch)
+    assert message == ({"answer": "library"}, [panel.plot.library.packed])
+    for strange in ({}, {"ask": "a cake"}, {"ask": "figure"}):
+        assert answers(panel.plot, strange, monkeypatch) == []
+
+
+def test_a_closed_panel_leaves_no_widget(maker):
+    plot.library()  # what all panels share stays
     before = set(_instances)
-    panel = MAKERS[name]()
+    panel = maker()
     assert set(_instances) > before
     panel.close()
     assert set(_instances) == before

@@ -10,7 +10,8 @@ import plotly.graph_objects as go
 
 from peftlab import figures
 from peftlab.bases.probes import AttentionMap
-from peftlab.panels.panel import Panel, Plot, replace_parts
+from peftlab.panels.panel import Panel
+from peftlab.panels.plot import Plot
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ class AttentionExplorer(Panel):
         chosen = {name: widget.value for name, widget in self.sliders.items()}
         self.view = attention_view(self.scenes, **chosen)
         self.text.value = f"<b>{escape(self.view.text)}</b>"
-        replace_parts(self.plot, *figures.attention_parts(*self.view.shown))
+        self.plot.change(*figures.attention_parts(*self.view.shown))
 
     def static(self) -> go.Figure:
         return self.view.figure()

@@ -9,7 +9,8 @@ import plotly.graph_objects as go
 import torch
 
 from peftlab import figures
-from peftlab.panels.panel import Panel, Plot, redraw
+from peftlab.panels.panel import Panel
+from peftlab.panels.plot import Plot
 from peftlab.sites.quantisation import (
     QUANT_TYPES,
     bits_per_weight,
@@ -150,7 +151,7 @@ class CodeExplorer(Panel):
             self.block_size.value = max((s for s in sizes if s <= size), default=sizes[0])
         self.view = self._view()
         self.answer.value = f"<b style='font-size:1.25em'>{self.view.text}</b>"
-        redraw(self.plot, self.view.figure())
+        self.plot.draw(self.view.figure())
 
     def static(self) -> go.Figure:
         return self.view.figure()

@@ -9,7 +9,8 @@ import plotly.graph_objects as go
 from peftlab import accounting, figures
 from peftlab.bases.shapes import Shape, as_shape, names
 from peftlab.panels.choices import CHOICES, TARGETS, _counts, allowed_sizes, build_method
-from peftlab.panels.panel import Panel, Plot, redraw
+from peftlab.panels.panel import Panel
+from peftlab.panels.plot import Plot
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ class CountExplorer(Panel):
         self.size.disabled = name == "Full fine-tuning"
         self.view = count_view(name, self.size.value, self.chosen, model)
         self.answer.value = f"<b style='font-size:1.25em'>{self.view.text}</b>"
-        redraw(self.plot, self.view.figure())
+        self.plot.draw(self.view.figure())
 
     def static(self) -> go.Figure:
         return self.view.figure()

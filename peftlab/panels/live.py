@@ -13,7 +13,8 @@ import plotly.graph_objects as go
 from peftlab import figures, tasks
 from peftlab.bases import Base
 from peftlab.panels.choices import CHOICES, RANKS, allowed_sizes, build_method, starts
-from peftlab.panels.panel import Panel, Plot, redraw
+from peftlab.panels.panel import Panel
+from peftlab.panels.plot import Plot
 from peftlab.training import Run, train
 from peftlab.tuned import attach
 
@@ -150,7 +151,7 @@ class LiveTrainer(Panel):
     def _show_step(self, record: dict, steps: int) -> None:
         self.progress.value = record["step"]
         self.status.value = f"step {record['step']} of {steps}, loss {record['loss']:.3f}"
-        redraw(self.plot, curve(self.records, self.method.value))
+        self.plot.draw(curve(self.records, self.method.value))
 
     def _show_run(self, run: Run) -> None:
         self.progress.value = run.steps
@@ -159,7 +160,7 @@ class LiveTrainer(Panel):
         if run.problem:
             self.status.value += f"<br>{escape(run.problem)}"
         self.scores.value = scores_table(run.before, run.metrics)
-        redraw(self.plot, curve(self.records, self.method.value))
+        self.plot.draw(curve(self.records, self.method.value))
 
     def static(self) -> go.Figure:
         return curve(self.records, self.method.value)

@@ -19,7 +19,8 @@ from peftlab.methods import (
     PrefixTuning,
     PromptTuning,
 )
-from peftlab.panels.panel import Panel, Plot, replace_parts
+from peftlab.panels.panel import Panel
+from peftlab.panels.plot import Plot
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 TOKENS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -194,7 +195,7 @@ class MemoryExplorer(Panel):
         self.view = memory_view(self.model.value, self.batch.value, self.length.value)
         self.answer.value = f"<b style='font-size:1.25em'>{self.view.text}</b>"
         traces = figures.memory_traces(self.view.moments())
-        replace_parts(self.plot, traces, {"title_text": self.view.text})
+        self.plot.change(traces, {"title_text": self.view.text})
 
     def static(self) -> go.Figure:
         return self.view.figure()

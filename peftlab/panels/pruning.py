@@ -18,7 +18,8 @@ from peftlab.methods import (
     PruneStructures,
     calibration,
 )
-from peftlab.panels.panel import Panel, Plot, replace_parts
+from peftlab.panels.panel import Panel
+from peftlab.panels.plot import Plot
 from peftlab.tuned import attach
 
 PRUNINGS = {  # what a lab's slider takes away: the option of PruneStructures, if any, and its score
@@ -179,7 +180,7 @@ class PruningLab(Panel):
             self._look()
         finally:
             self._busy = False
-        replace_parts(self.plot, *figures.pruning_parts(*self.view.shown))
+        self.plot.change(*figures.pruning_parts(*self.view.shown))
 
     def static(self) -> go.Figure:
         return self.view.figure()

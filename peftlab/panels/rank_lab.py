@@ -9,7 +9,8 @@ import plotly.graph_objects as go
 import torch
 
 from peftlab import figures
-from peftlab.panels.panel import Panel, Plot, redraw
+from peftlab.panels.panel import Panel
+from peftlab.panels.plot import Plot
 
 LAB_SIZE, LAB_STEPS, LAB_RATE = 48, 40, 5e-3
 LAB_RANKS, LAB_ALPHAS = (1, 2, 4, 8, 16, 32, 48), (1, 2, 4, 8, 16, 32, 64, 128)
@@ -127,7 +128,7 @@ class RankLab(Panel):
     def _changed(self, _=None) -> None:
         self.view = rank_lab_view(**{name: w.value for name, w in self.choices.items()})
         self.answer.value = f"<b>{escape(self.view.text)}</b>"
-        redraw(self.plot, self.view.figure())
+        self.plot.draw(self.view.figure())
 
     def static(self) -> go.Figure:
         return self.view.figure()

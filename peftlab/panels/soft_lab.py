@@ -11,7 +11,8 @@ import plotly.graph_objects as go
 
 from peftlab import figures
 from peftlab.bases.data import data_path
-from peftlab.panels.panel import Panel, Plot, replace_parts
+from peftlab.panels.panel import Panel
+from peftlab.panels.plot import Plot
 
 SOFT_LAB = {  # what varies: a row's name in the heat map, its label in soft_lab.json
     ("prompt", "start"): {
@@ -168,7 +169,7 @@ class SoftPromptLab(Panel):
     def _changed(self, _=None) -> None:
         self.view = soft_lab_view(**{name: w.value for name, w in self.choices.items()})
         trace, layout = self.view.parts()
-        replace_parts(self.plot, [trace], layout)
+        self.plot.change([trace], layout)
 
     def static(self) -> go.Figure:
         return self.view.figure()

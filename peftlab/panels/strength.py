@@ -8,7 +8,8 @@ import ipywidgets as widgets
 import plotly.graph_objects as go
 
 from peftlab import figures
-from peftlab.panels.panel import Panel, Plot, redraw
+from peftlab.panels.panel import Panel
+from peftlab.panels.plot import Plot
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class StrengthExplorer(Panel):
     def _changed(self, _=None) -> None:
         self.view = strength_view(self.curves, self.strength.value, self.y_title)
         self.text.value = f"<b>{escape(self.view.text)}</b>"
-        redraw(self.plot, self.view.figure())
+        self.plot.draw(self.view.figure())
 
     def static(self) -> go.Figure:
         return self.view.figure()

@@ -25,12 +25,16 @@ def lab(tmp_path_factory) -> tuple[str, Path]:
 
 @pytest.fixture
 def open_lesson(lab) -> Callable[..., Lesson]:
-    """Opens a copy of a notebook, or of the cells that the calls named after it need.
-
-    When the test ends, no request may have left this machine.
+    """Opens a copy of a notebook, or of the cells that the calls named after it need; `before` is
+    handed the page first. When the test ends, no request may have left this machine.
     """
     address, folder = lab
     with browser_page() as (page, outside):
-        yield lambda path, *calls: Lesson(page, address, without_outputs(path, folder, calls))
+
+        def opened(path: Path, *calls: str, before: Callable = lambda page: None) -> Lesson:
+            before(page)
+            return Lesson(page, address, without_outputs(path, folder, calls))
+
+        yield opened
         stop_kernels(address)
         assert not outside, f"the page asked other machines for {sorted(outside)}"

@@ -54,9 +54,8 @@ def wait_until_up(server: subprocess.Popen, address: str, log: Path, seconds: fl
 
 
 def write_settings(folder: Path) -> None:
-    """Cells that are scrolled away stay in the page, and no question about news covers it."""
+    """A learner's own settings, except that no question about news covers the page."""
     settings = {
-        "notebook-extension/tracker": {"windowingMode": "none"},
         "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
     }
     for name, values in settings.items():

@@ -1,0 +1,108 @@
+/* Draws a Plotly figure in the page, always whole, so that it cannot stay wrong:
+ * when the view appears, at every change, and when the kernel, asked soon after the panel was last
+ * touched, has a newer one.
+ * Plotly itself travels once a kernel, in the model `library`, and is built once a page. */
+
+const SETTINGS = { displaylogo: false };
+const PATIENCE = 2000; // milliseconds until what did not come is asked for again
+
+const TOUCHES = ["pointerup", "keyup"];
+
+const pause = (milliseconds) => new Promise((resume) => setTimeout(resume, milliseconds));
+
+/* The packed library: from its own model or, where that never arrived, from the kernel. */
+async function packed(model) {
+  for (;;) {
+    try {
+      const name = model.get("library").slice("IPY_MODEL_".length);
+      const bytes = (await model.widget_manager.get_model(name)).get("packed");
+      if (bytes?.byteLength) return bytes;
+    } catch (missing) {
+      console.warn("peftlab: the drawing library did not arrive; asking again", missing);
+    }
+    const answer = new Promise((take) => {
+      const listen = (content, buffers) => {
+        if (content.answer !== "library") return;
+        model.off("msg:custom", listen);
+        take(buffers[0]);
+      };
+      model.on("msg:custom", listen);
+    });
+    model.send({ ask: "library" });
+    const bytes = await Promise.race([answer, pause(PATIENCE)]);
+    if (bytes?.byteLength) return bytes;
+  }
+}
+
+async function build(model) {
+  const stream = new Blob([await packed(model)]).stream();
+  const unpacked = stream.pipeThrough(new DecompressionStream("gzip"));
+  const module = { exports: {} };
+  new Function("module", await new Response(unpacked).text())(module);
+  return module.exports;
+}
+
+function library(model) {
+  globalThis.peftlabPlotly ??= build(model).catch((error) => {
+    globalThis.peftlabPlotly = undefined;
+    throw error;
+  });
+  return globalThis.peftlabPlotly;
+}
+
+function render({ model, el }) {
+  const place = document.createElement("div");
+  el.append(place);
+  let [stale, busy, gone, Plotly] = [true, false, false, undefined];
+
+  async function draw() {
+    stale = true;
+    if (busy) return;
+    busy = true;
+    try {
+      Plotly ??= await library(model);
+      while (stale && !gone) {
+        stale = false;
+        const figure = JSON.parse(model.get("figure"));
+        await Plotly.react(place, figure.data, figure.layout, SETTINGS);
+        place.dataset.version = model.get("version");
+      }
+    } catch (error) {
+      place.textContent = `The figure could not be drawn: ${error}`;
+      Plotly?.purge(place);
+    } finally {
+      busy = false;
+    }
+  }
+
+  /* The kernel answers with the whole figure if this is not its newest. */
+  let later;
+  const compare = () => {
+    clearTimeout(later);
+    const ask = () => model.send({ ask: "figure", have: model.get("version") });
+    later = setTimeout(ask, PATIENCE);
+  };
+  const touched = ({ target }) => {
+    if (target.closest?.(".widget-vbox")?.contains(el)) compare();
+  };
+  const watch = new ResizeObserver(() => {
+    if (Plotly && place.clientWidth) Plotly.Plots.resize(place);
+  });
+
+  model.on("change:version", draw);
+  for (const event of TOUCHES) document.addEventListener(event, touched);
+  watch.observe(el);
+  compare();
+  draw();
+
+  return () => {
+    gone = true;
+    clearTimeout(later);
+    watch.disconnect();
+    model.off("change:version", draw);
+    for (const event of TOUCHES) document.removeEventListener(event, touched);
+    Plotly?.purge(place);
+  };
+}
+
+export default { render };

@@ -1,0 +1,87 @@
+"""A Plotly figure in the page that is always sent, and drawn, whole."""
+
+import functools
+import gzip
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+import anywidget
+import plotly
+import plotly.graph_objects as go
+import traitlets
+from ipywidgets import Widget, widget_serialization
+
+CODE = Path(__file__).with_suffix(".js")
+
+
+class Library(Widget):
+    """Plotly's own script, packed with gzip; one for all the figures of a kernel."""
+
+    packed = traitlets.Bytes().tag(sync=True)
+
+
+@functools.cache
+def _packed() -> bytes:
+    script = resources.files(plotly) / "package_data" / "plotly.min.js"
+    return gzip.compress(script.read_bytes(), compresslevel=1, mtime=0)
+
+
+_library: Library | None = None
+
+
+def library() -> Library:
+    """The one `Library`; a new one if somebody closed it."""
+    global _library
+    if _library is None or _library.comm is None:
+        _library = Library(packed=_packed())
+    return _library
+
+
+class Plot(anywidget.AnyWidget):
+    """A figure in the page. `shown` is what it shows; change it with `draw` or `change`.
+
+    Every message has the whole figure, so one that is lost is made good by the next one. The page
+    asks again soon after the figure has appeared and after the panel around it was touched.
+    """
+
+    _esm = CODE.read_text(encoding="utf-8")
+    figure = traitlets.Unicode().tag(sync=True)
+    version = traitlets.Int().tag(sync=True)
+    library = traitlets.Instance(Library).tag(sync=True, **widget_serialization)
+
+    def __init__(self, figure: go.Figure):
+        self.shown = figure
+        super().__init__(figure=figure.to_json(), library=library())
+        self.on_msg(self._answer)
+
+    @property
+    def data(self) -> tuple:
+        """The traces that are shown."""
+        return self.shown.data
+
+    @property
+    def layout(self) -> go.Layout:
+        """The layout that is shown."""
+        return self.shown.layout
+
+    def draw(self, figure: go.Figure) -> None:
+        """Show another figure."""
+        self.shown = figure
+        with self.hold_sync():  # one message
+            self.figure = figure.to_json()
+            self.version += 1
+
+    def change(self, traces: Sequence[dict], layout: dict) -> None:
+        """Show what differs between two states of one figure."""
+        for old, new in zip(self.shown.data, traces, strict=True):
+            old.update(new)
+        self.shown.layout.update(layout)
+        self.draw(self.shown)
+
+    def _answer(self, _, content: dict, __) -> None:
+        match content:
+            case {"ask": "library"}:
+                self.send({"answer": "library"}, [_packed()])
+            case {"ask": "figure", "have": have} if have != self.version:
+                self.send_state(["figure", "version"])
