@@ -49,6 +49,12 @@ def test_load_gives_what_was_saved(folder, base):
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
 
 
+def test_files_that_the_authors_of_a_model_left_may_hold_anything(folder, base):
+    (folder / "data_config.json").write_text('[{"weight": 4}]')
+    (folder / "modules.json").write_text("[]")
+    assert peftlab.load(folder).fingerprint() == base.fingerprint()
+
+
 def test_load_in_another_type(folder):
     loaded = peftlab.load(folder, dtype=torch.bfloat16)
     assert {p.dtype for p in loaded.model.parameters()} == {torch.bfloat16}
