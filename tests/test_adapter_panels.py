@@ -1,4 +1,4 @@
-"""Lesson 08's sliders: the bottleneck counts and trains, the strength reads what was measured."""
+"""Lesson 09's sliders: the bottleneck counts and trains, the strength reads what was measured."""
 
 import pytest
 from models import letters, tiny

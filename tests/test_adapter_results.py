@@ -1,4 +1,4 @@
-"""What `sweep_adapters` and `time_adapters` measured, as lesson 08 tells it."""
+"""What `sweep_adapters` and `time_adapters` measured, as lesson 09 tells it."""
 
 import json
 

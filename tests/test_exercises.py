@@ -231,12 +231,12 @@ def test_solutions_do_what_they_are_for():
     """The solutions with which no other computation is compared."""
     draw = torch.Generator().manual_seed(0)
     codes = torch.randint(16, (40,), generator=draw).to(torch.uint8)
-    assert unpack(LESSON["07"].pack_solution(codes), 40).equal(codes)
+    assert unpack(LESSON["08"].pack_solution(codes), 40).equal(codes)
 
     W, b, x, factors = (torch.randn(*s, generator=draw) for s in ((4, 4), (4,), (6, 4), (4,)))
     for_outputs, for_inputs = (
         x @ W_.T + b_
-        for W_, b_ in (LESSON["08"].merge_factors_solution(W, b, factors, i) for i in (False, True))
+        for W_, b_ in (LESSON["09"].merge_factors_solution(W, b, factors, i) for i in (False, True))
     )
     assert same(for_outputs, factors * (x @ W.T + b))
     assert same(for_inputs, (x * factors) @ W.T + b)
@@ -245,9 +245,9 @@ def test_solutions_do_what_they_are_for():
     rows = torch.randn(3, 5, generator=draw)
     whole = torch.relu(rows @ up.T + bias)
     whole[:, [1, 4, 6]] = 0
-    up_, bias_, down_ = LESSON["09"].cut_neurons_solution(up, bias, down, (1, 4, 6))
+    up_, bias_, down_ = LESSON["10"].cut_neurons_solution(up, bias, down, (1, 4, 6))
     assert same(torch.relu(rows @ up_.T + bias_) @ down_.T, whole @ down.T)
-    assert is_two_four(LESSON["09"].two_four_solution(torch.rand(8, 12, generator=draw)))
+    assert is_two_four(LESSON["10"].two_four_solution(torch.rand(8, 12, generator=draw)))
 
 
 # --- the machinery -----------------------------------------------------------------------------

@@ -1,327 +1,346 @@
-"""Lesson 08, adapters and scales: the bottleneck, its start, its size, merged factors, a clinic."""
+"""Lesson 08, QLoRA: levels, blocks, bytes, the gradient through codes, and four broken readers."""
 
 from __future__ import annotations
 
-from functools import cache
-
 import pandas as pd
 import torch
-from torch import nn
-from torch.nn.functional import gelu, relu
 
-from peftlab.accounting import count
-from peftlab.exercises import Wrong, exercise, expect, question
+from peftlab.exercises import after, exercise, expect, question
 from peftlab.exercises.clinic import Ward
-from peftlab.exercises.forms import a_count, a_tensor, same, several, unlike
-from peftlab.methods import IA3, BitFit, HoulsbyAdapter
+from peftlab.exercises.forms import a_tensor, same, several, unlike
+from peftlab.sites.quantisation import NF4_OFFSET, blockwise, normal_levels, quantise, table, unpack
 
 
 # --- predict first -----------------------------------------------------------------------------
 @question(
-    "BERT-base has 12 blocks and d_model = 768. Houlsby's adapters have a bottleneck of 64 and "
-    "biases. How many numbers train in them?",
+    "A weight is a code of 4 bits. Every block of 64 weights has one scale in float32. How many "
+    "bits does a weight take, all in all?",
     {
-        "a": ("1,189,632", "That is one adapter a block. Houlsby has two, one a sublayer."),
-        "b": ("2,379,264", "That is W_down, W_up and both biases, twice a block."),
-        "c": ("2,359,296", "That is the matrices alone: each adapter has 64 + 768 biases."),
-        "d": ("14,155,776", "That is a d × d matrix for each adapter, with no bottleneck."),
-    },
-)
-def how_many():
-    m, d, places = 64, 768, 24
-    numbers = {
-        "a": 12 * (2 * m * d + m + d),
-        "b": places * (2 * m * d + m + d),
-        "c": places * 2 * m * d,
-        "d": places * d * d,
-    }
-    trained = count(HoulsbyAdapter(64), "bert-base")
-    letter = next(letter for letter, number in numbers.items() if number == trained)
-    return letter, f"24 adapters × (2·64·768 + 64 + 768) = {trained:,}."
+        "a": ("4", "Nobody can read the codes without their scales, and those take bits too."),
+        "b": ("4.127",
+              "That is with scales in 8 bits, which is the next step: double quantisation."),
+        "c": ("4.5", "One scale of 32 bits is shared by 64 weights."),
+        "d": ("36", "Each block has one scale, not each weight.")},
+)  # fmt: skip
+def how_many_bits():
+    values = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
+    held = quantise(values, 64, double_quant=False)
+    bits = {"a": 4.0, "b": round(quantise(torch.ones(4096, 256)).bits, 3), "c": 4.5, "d": 36.0}
+    letter = next(letter for letter, number in bits.items() if number == held.bits)
+    return (
+        letter,
+        f"{held.bytes:,} bytes are held for {values.numel():,} weights: {held.bits} bits.",
+    )
 
 
 @question(
-    "BitFit trains every bias of a model and nothing else. How many numbers is that on Llama-3-8B?",
+    "A text says: 'in QLoRA backpropagation goes only through A and B, which is why memory falls.' "
+    "Two layers in a row, both with codes and A, B. What must the gradient of the first layer's B "
+    "pass through on its way?",
     {
-        "a": ("0.08% of it", "That is its share on BERT, where every linear map has a bias."),
-        "b": ("as many as (IA)³ has", "(IA)³ brings its own vectors. BitFit has what it finds."),
-        "c": ("the shifts of the norms", "An RMSNorm has a scale alone, and no shift."),
-        "d": ("none", "A method that picks from what is there depends on what is there."),
-    },
-)
-def biases_of_llama():
-    trained, scales = count(BitFit(), "llama-3-8b"), count(IA3(), "llama-3-8b")
-    letter = "d" if trained == 0 else "b" if trained == scales else "a"
-    bert = count(BitFit(), "bert-base")
-    return letter, f"{trained:,} on Llama-3-8B, {bert:,} on BERT-base."
-
-
-@question(
-    "The bias of a key, b_k, is added to every key: the score of query q with key k becomes "
-    "q·(k + b_k). You change b_k to anything at all. What becomes of the attention weights?",
-    {
-        "a": ("they become uniform", "Adding one number to all scores flattens nothing."),
-        "b": ("they become sharper", "Sharper needs larger differences; none changes."),
-        "c": ("they stay as they are", "q·b_k is the same for every key of this query."),
-        "d": ("it depends on the sign", "Either sign adds one number to all scores of a query."),
-    },
-)
-def key_bias():
+        "a": ("only A and B of both layers", "A and B of the second layer are beside its W̃: the "
+              "output of the first goes into both, so the gradient comes back out of both."),
+        "b": ("W̃ of the second layer as well", "The first layer's output is read by W̃ too."),
+        "c": ("W̃ of both layers", "The first layer's own W̃ lies beside its B, not behind it.")},
+)  # fmt: skip
+def which_way():
     generator = torch.Generator().manual_seed(0)
-    q, k = torch.randn(2, 5, 8, generator=generator, dtype=torch.float64)
-    b = 10 * torch.randn(8, generator=generator, dtype=torch.float64)
-    before, after = ((q @ keys.T).softmax(dim=-1) for keys in (k, k + b))
-    moved = (after - before).abs().max().item()
-    spread = after.std(dim=-1).mean() / before.std(dim=-1).mean()
-    letter = "c" if moved < 1e-9 else "b" if spread > 1 else "a"
-    return letter, f"Five queries, five keys, a bias ten times as large: moved by {moved:.0e}."
 
+    def draw(*size):
+        return torch.randn(*size, generator=generator)
 
-# --- the adapter -------------------------------------------------------------------------------
-def parts(tokens: int = 4, d: int = 5, m: int = 3) -> list[torch.Tensor]:
-    """Random y (4, 5), W_down (3, 5), b_down, W_up (5, 3) and b_up, the same at every call."""
-    generator = torch.Generator().manual_seed(8)
-    sizes = (tokens, d), (m, d), (m,), (d, m), (d,)
-    return [torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes]
+    first, second, x = draw(6, 6), draw(6, 6), draw(1, 6)
+    A, B = (draw(2, 6), draw(2, 6)), (draw(6, 2), draw(6, 2))
 
+    def gradient(first, second):
+        b = B[0].clone().requires_grad_()
+        h = first @ x.T + b @ (A[0] @ x.T)
+        # A linear loss: the gradient is a product of what stands behind b, and of nothing else.
+        (second @ h + B[1] @ (A[1] @ h)).sum().backward()
+        return b.grad
 
-def adapter_solution(y, W_down, b_down, W_up, b_up):
-    hidden = torch.relu(y @ W_down.T + b_down)
-    return y + hidden @ W_up.T + b_up
-
-
-def _with_gelu(y, W_down, b_down, W_up, b_up):
-    return y + gelu(y @ W_down.T + b_down) @ W_up.T + b_up
-
-
-@exercise(
-    "A sequential adapter", solution=adapter_solution, difficulty=1, importance=5, minutes=4,
-    mistakes=(
-        (lambda y, D, b, U, c: relu(y @ D.T + b) @ U.T + c,
-         "the bottleneck is right, but you forgot the way around it: y + f(y)"),
-        (lambda y, D, b, U, c: y + (y @ D.T + b) @ U.T + c,
-         "nothing bends: without σ the adapter is one matrix, LoRA's"),
-        (_with_gelu,
-         "your σ is GELU, which Houlsby's code has: here it is ReLU",
-         lambda given, right: same(given, _with_gelu(*parts()), atol=0.02)),
-        (lambda y, D, b, U, c: y + relu((y @ D.T + b) @ U.T + c),
-         "the bend stands behind W_up; its place is in the middle"),
-        (lambda y, D, b, U, c: y + relu(y @ D.T) @ U.T, "you left out the biases b_down and b_up"),
-        (lambda y, D, b, U, c: y + relu(y @ D + b) @ U.T + c,
-         "the shapes do not fit: W_down is (m, d) and W_up is (d, m), so both are transposed when "
-         "they stand behind y"),
-        (lambda y, D, b, U, c: relu(y + relu(y @ D.T + b) @ U.T + c),
-         "the sum goes through σ; only W_down y + b_down does")),
-    praise="down, bend, up, and y around it all", otherwise=unlike, again=(7, 9, 5),
-    hints=(
-        "Down, bend, up, and then add what you started from.",
-        "W_down is (m, d) and y is (tokens, d): y @ W_down.T is (tokens, m)."),
-)  # fmt: skip
-def adapter(answer, *sizes):
-    return a_tensor(answer(*parts(*sizes)))
-
-
-# --- its start ---------------------------------------------------------------------------------
-def start_solution(d, m):
-    W_down = torch.randn(m, d) / d**0.5
-    W_up = torch.zeros(d, m)
-    return W_down, W_up
-
-
-@exercise(
-    "Start at the identity", solution=start_solution,
-    mistakes=(
-        (lambda d, m: (torch.zeros(m, d), torch.zeros(d, m)), "no gradient ever comes"),
-        (lambda d, m: (torch.randn(m, d) / 3, torch.randn(d, m)), "not the base"),
-        (lambda d, m: (torch.zeros(m, d), torch.randn(d, m)), "σ has no slope"),
-        (lambda d, m: (torch.randn(d, m), torch.zeros(m, d)), "W_down should be"),
-        (lambda d, m: (torch.ones(m, d) / d, torch.zeros(d, m)), "all units of the bottleneck")),
-    again=(9, 5), difficulty=2, importance=5, minutes=5,
-    hints=(
-        "y + f(y) = y for every y needs f = 0. Which matrix at zero is enough?",
-        "The other one must let something through, or the first step has nothing to go by."),
-)  # fmt: skip
-def start(answer, d=6, m=4):
-    D, U = several(answer(d, m), 2, "return two tensors, W_down and W_up")
-    a_tensor(D, (m, d), "W_down"), a_tensor(U, (d, m), "W_up")
-    expect(D.isfinite().all() and U.isfinite().all(), "a number is infinite, or none at all")
-    D, U = (t.detach().float().requires_grad_() for t in (D, U))
-    y = torch.randn(32, d, generator=torch.Generator().manual_seed(1))
-    f = relu(y @ D.T) @ U.T
-    expect(
-        not (f != 0).any(),
-        f"the start is not the base: |f(y)| is {f.norm() / y.norm():.2g} of |y|. Houlsby's is near "
-        "zero; here, make it zero",
+    usual = gradient(first, second)
+    needs_second = not torch.allclose(usual, gradient(first, torch.zeros(6, 6)))
+    needs_first = not torch.allclose(usual, gradient(torch.zeros(6, 6), second))
+    letter = "c" if needs_first else "b" if needs_second else "a"
+    return letter, (
+        f"Put zeros in place of the second W̃: the gradient changes: {needs_second}. "
+        f"In place of the first: {needs_first}."
     )
-    (y + f - 1).square().mean().backward()
-    if not U.grad.any() and not D.grad.any():
-        expect(U.any(), "both are zero, so no gradient ever comes: each one's passes the other")
-        raise Wrong(
-            "with W_down at zero every unit sits where σ has no slope, and ReLU passes nothing back"
-        )
-    expect(
-        torch.linalg.matrix_rank(D.detach()) > 1,
-        "all units of the bottleneck are equal, and get equal gradients: it has one unit, not m",
-    )
-    return "f = 0 at the start, and W_up has a gradient: ParallelAdapter's start"
 
 
-# --- its size ----------------------------------------------------------------------------------
-def count_adapters_solution(m, layers, d_model, a_block):
-    return layers * a_block * (2 * m * d_model + m + d_model)
-
-
-@exercise(
-    "Count adapters", solution=count_adapters_solution, difficulty=1, importance=3, minutes=4,
-    mistakes=(
-        (lambda m, L, d, n: L * n * 2 * m * d,
-         "the matrices are right, but you left out the biases"),
-        (lambda m, L, d, n: L * n * (m * d + m + d), "you counted one of the two matrices"),
-        (lambda m, L, d, n: L * (2 * m * d + m + d), "that is one adapter a block"),
-        (lambda m, L, d, n: L * n * (2 * m * d + 2 * d),
-         "the bias of W_down has m numbers and not d_model"),
-        (lambda m, L, d, n: n * (2 * m * d + m + d), "that is one block: you forgot the blocks")),
-    praise=lambda given, right: "on BERT-base with m = 48, two a block: "
-        f"{count(HoulsbyAdapter(48), 'bert-base'):,}",
-    otherwise="for m = {case[0]}, {case[1]} blocks, d_model = {case[2]}, {case[3]} a block: "
-              "not {given:,}",
-    right=lambda: {
-        (48, 12, 768, 2): count(HoulsbyAdapter(48), "bert-base"),
-        (3, 6, 192, 1): count_adapters_solution(3, 6, 192, 1),
-    },
-    hints=(
-        "W_down has m·d_model numbers, b_down has m. And W_up and b_up?",
-        "Houlsby puts two adapters into a block, Pfeiffer one."),
+@question(
+    "ΔW is a hundredth of the size of W. You merge it: W + ΔW is written in 4 bits again, with "
+    "blocks of 64. How much of ΔW is in the new weight?",
+    {
+        "a": ("nearly all of it", "A code moves only when W + ΔW crosses a halfway point."),
+        "b": ("about half of it", "Few codes move, but one that moves goes a whole level, which is "
+              "far more than ΔW asked for."),
+        "c": ("none of it: what arrives is as far from ΔW as nothing would be",
+              "The few codes that move go by a whole level, and the scales of the blocks "
+              "move too.")},
 )  # fmt: skip
-def count_adapters(answer):
-    return {case: a_count(answer(*case)) for case in ((48, 12, 768, 2), (3, 6, 192, 1))}
+def how_much_arrives():
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(256, 256, generator=generator)
+    delta = 0.01 * torch.randn(256, 256, generator=generator)
+    start = quantise(W).dequantise()
+    arrived = quantise(start + delta).dequantise() - start
+    moved = (quantise(start + delta).packed != quantise(start).packed).float().mean().item()
+    wrong = ((arrived - delta).norm() / delta.norm()).item()
+    letter = "a" if wrong < 0.2 else "b" if wrong < 0.8 else "c"
+    return letter, (
+        f"{moved:.1%} of the bytes change. What arrives differs from ΔW by {wrong:.1f} times ΔW."
+    )
 
 
-# --- merged factors ----------------------------------------------------------------------------
-def merge_factors_solution(W, b, factors, of_input):
-    if of_input:
-        return W * factors, b
-    return W * factors[:, None], b * factors
+# --- the levels --------------------------------------------------------------------------------
+def levels_solution(quantile):
+    offset = ((1 - 1 / 30) + (1 - 1 / 32)) / 2
+    positive = [quantile(0.5 + i * (offset - 0.5) / 8) for i in range(1, 9)]
+    negative = [-quantile(0.5 + i * (offset - 0.5) / 7) for i in range(7, 0, -1)]
+    return [level / positive[-1] for level in (*negative, 0.0, *positive)]
+
+
+def _sides(quantile, negative, positive, top=NF4_OFFSET, zero=True):
+    sides = [
+        [quantile(0.5 + i * (top - 0.5) / count) for i in range(1, count + 1)]
+        for count in (negative, positive)
+    ]
+    return [*(-q for q in sides[0][::-1]), *([0.0] if zero else []), *sides[1]]
+
+
+def _scaled(levels):
+    return [level / max(map(abs, levels)) for level in levels]
 
 
 @exercise(
-    "Merge (IA)³", solution=merge_factors_solution,
+    "The sixteen levels", solution=levels_solution,
     mistakes=(
-        (lambda W, b, f, i: (W * f if i else W * f[:, None], b),
-         "W is right, but the output was l ⊙ (W x + b): the bias as well"),
-        (lambda W, b, f, i: (W * f, b * 2) if i else (W * f[:, None], b * f),
-         "W is right, but here the bias stays: x is scaled, not b"),
-        (lambda W, b, f, i: (W * f, b * f),
-         "you scaled columns, that is inputs; outputs are rows, W * l[:, None]"),
-        (lambda W, b, f, i: (W + f if i else W + f[:, None], b),
-         "you added the factors; (IA)³ multiplies"),
-        (lambda W, b, f, i: (W / f, b) if i else (W / f[:, None], b / f),
-         "you divided: that is how one would unmerge")),
-    praise="rows and bias for outputs, columns alone for inputs",
+        (lambda q: levels_solution(q)[::-1], "these are the levels in another order: code 0 is the "
+         "lowest, and what is written with one order is not read with another",
+         lambda given, right: same(given.sort().values, right)),
+        (lambda q: _scaled(_sides(q, 7, 8, top=1.0)), "a level is infinite or not a number: the "
+         "quantile of probability 1 is infinite, so stop at the offset",
+         lambda given, right: not given.isfinite().all()),
+        (lambda q: [i / 7.5 - 1 for i in range(16)],
+         "these lie at equal distances: no quantile was asked for",
+         lambda given, right: len(given) == 16 and given.diff().std() < 1e-6),
+        (lambda q: _scaled(_sides(q, 7, 7)),
+         "15 levels, the same on both sides: this table circulates, and a sixteenth code is wasted",
+         lambda given, right: len(given) == 15),
+        (lambda q: _scaled(_sides(q, 8, 8, zero=False)), "no level is zero: a weight of zero could "
+         "not be written, and padding and pruned weights would come back as something else",
+         lambda given, right: len(given) == 16 and 0 not in given),
+        (lambda q: _sides(q, 7, 8), "they are right up to a factor: divide by the largest, so that "
+         "a block's largest weight has the level 1",
+         lambda given, right: same(given / given.abs().max(), right)),
+        (lambda q: _scaled(_sides(q, 8, 7)),
+         "the eighth level is on the wrong side: NF4 has eight above zero and seven below"),
+        (lambda q: _scaled(_sides(q, 7, 8, top=1 - 1 / 32)),
+         lambda given, right: "sixteen levels with a zero, but of another offset: the "
+             f"probabilities go from ½ to {NF4_OFFSET:.4f}; {unlike(given, right)}",
+         lambda given, right: len(given) == 16)),
+    praise="the table of NF4, within 1e-6 of the one that is used everywhere",
+    otherwise=lambda given, right: f"16 levels are needed; yours are {len(given)}",
+    right=normal_levels, difficulty=3, importance=4, minutes=8,
+    hints=(
+        "Eight levels above zero, zero itself, seven below: sixteen.",
+        "The probabilities go from ½ to the offset in equal steps: 8 above, 7 below, each side "
+        "with steps of its own. The offset is the mean of 1 − 1/30 and 1 − 1/32.",
+        "At last divide all of them by the largest, so that they lie in [−1, 1]."),
+)  # fmt: skip
+def levels(answer):
+    def quantile(probability):
+        made = torch.special.ndtri(torch.as_tensor(probability, dtype=torch.float64))
+        return made if isinstance(probability, torch.Tensor) else made.item()
+
+    return a_tensor(answer(quantile)).double().flatten()
+
+
+# --- blocks ------------------------------------------------------------------------------------
+def encode_solution(weights, levels, block_size):
+    blocks = weights.view(-1, block_size)
+    absmax = blocks.abs().amax(dim=1)
+    scaled = blocks / absmax[:, None]
+    codes = (scaled[..., None] - levels).abs().argmin(dim=-1)
+    return codes.view(-1), absmax
+
+
+def _encode(weights, levels, block_size, absmax=None, nearest=True):
+    blocks = weights.view(-1, block_size)
+    absmax = blocks.abs().amax(dim=1) if absmax is None else absmax(blocks)
+    scaled = blocks / absmax[:, None]
+    if nearest:
+        return (scaled[..., None] - levels).abs().argmin(dim=-1).view(-1), absmax
+    return (torch.searchsorted(levels, scaled, right=True) - 1).clamp(0).view(-1), absmax
+
+
+def _weights(blocks=8, size=64):
+    weights = torch.randn(blocks * size, generator=torch.Generator().manual_seed(3))
+    weights[:size] *= 0.1  # one block is much smaller than the others
+    return weights
+
+
+@exercise(
+    "Codes, block by block", solution=encode_solution,
+    mistakes=(
+        (lambda w, t, b: (encode_solution(w, t, b)[0], torch.ones(len(w) // b)),
+         "the codes are right, but the scales are all 1: nobody could read them back"),
+        (lambda w, t, b: _encode(w, t, b, lambda x: torch.ones(len(x))),
+         "the weights were never divided by a scale",
+         lambda given, right: (given[1] == 1).all() and (given[0] != right[0]).any()),
+        (lambda w, t, b: _encode(w, t, b, lambda x: x.abs().max().expand(len(x))),
+         "one scale for all blocks: a single large weight then decides about all of them",
+         lambda given, right: (given[1] == given[1][0]).all()),
+        (lambda w, t, b: _encode(w, t, b, lambda x: x.amax(dim=1)),
+         "the scale is the largest weight, with its sign: take the largest absolute value"),
+        (lambda w, t, b: _encode(w, t, b, lambda x: x.std(dim=1)),
+         "the scale is the standard deviation: weights beyond it would have no level at all"),
+        (lambda w, t, b: _encode(w, t, b, nearest=False),
+         "the level below is taken, not the nearest: the error is twice as large",
+         lambda given, right: (given[0] <= right[0]).all())),
+    praise="codes and scales as the package has them",
+    otherwise=lambda given, right: f"{int((given[0] != right[0]).sum())} of {len(right[0])} codes "
+        f"are not those of the nearest level: {unlike(given, right)}",
+    right=lambda blocks=8, size=64: blockwise(_weights(blocks, size), size, table("nf4")),
+    again=(7, 45), difficulty=2, importance=5, minutes=6,
+    hints=(
+        "weights.view(-1, block_size) has one block a row.",
+        "The scale of a block is its largest absolute value, so that the scaled weights lie "
+        "in [−1, 1].",
+        "(scaled[..., None] - levels).abs() is the distance to every level; argmin finds "
+        "the nearest."),
+)  # fmt: skip
+def encode(answer, blocks=8, size=64):
+    made = answer(_weights(blocks, size), table("nf4"), size)
+    codes, absmax = (part.flatten() for part in several(made, 2, "return codes and scales"))
+    n = blocks * size
+    expect(len(codes) == n, f"one code a weight is needed: {n}, not {len(codes)}")
+    expect(len(absmax) == blocks, f"one scale a block is needed: {blocks}, not {len(absmax)}")
+    return codes, absmax
+
+
+# --- bytes -------------------------------------------------------------------------------------
+def pack_solution(codes):
+    return codes[::2] * 16 + codes[1::2]
+
+
+@exercise(
+    "Two codes in a byte", solution=pack_solution, difficulty=1, importance=3, minutes=4,
+    mistakes=(
+        (lambda c: c[::2] + c[1::2],
+         "the two codes lie on top of each other: 3 and 4 would read like 4 and 3"),
+        (lambda c: c[::2] + 16 * c[1::2], "the first code is in the low half: that would work too, "
+         "but readers of this format look for it in the high half"),
+        (lambda c: c, "still one code a byte: half as many bytes do",
+         lambda given, right: len(given) == 2 * len(right)),
+        (lambda c: c[: len(c) // 2] * 16 + c[len(c) // 2 :],
+         "you pair the first half of all codes with the second: neighbours share a byte"),
+        (lambda c: c[::2] * 10 + c[1::2], "you multiply by ten: four bits are sixteen values")),
+    praise="half as many bytes, and unpacking gives all codes back", again=(54,),
     otherwise=lambda given, right: (
-        "of inputs: each column of W belongs to one input, so W * l"
-        if given[0]
-        else "of outputs: each row of W belongs to one output, so W * l[:, None] and b * l"
+        f"the first byte of codes {unpack(right, 2).tolist()} should be {right[0]}, not {given[0]}"
+        if len(given) == len(right) and given[0] != right[0]
+        else f"{len(right)} bytes are needed: {unlike(given, right)}"
     ),
-    difficulty=3, importance=4, minutes=8, again=(7,),
     hints=(
-        "l ⊙ (W x + b) = W' x + b' for every x. Which rows or columns of W belong to l?",
-        "Output factors scale rows, l[:, None], and the bias. Input factors scale columns only."),
+        "A byte has 8 bits, a code has 4. The first goes into the high four: times 16.",
+        "codes[::2] are the first of every pair, codes[1::2] the second."),
 )  # fmt: skip
-def merge_factors(answer, d=4):
-    """Whether inputs are scaled, and W and the bias there: of the first that goes wrong, if any.
-
-    The bias is told to be right or not, and not judged (None) where W is wrong.
-    """
-    generator = torch.Generator().manual_seed(3)
-    W, b, factors = (
-        torch.randn(*size, generator=generator, dtype=torch.float64)
-        for size in ((d, d), (d,), (d,))
-    )
-    for of_input in (False, True):
-        made = answer(W, b, factors, of_input)
-        made = several(made, 2, "return two tensors: W and b, merged")
-        for name, got, old in zip("Wb", made, (W, b), strict=True):
-            a_tensor(got, tuple(old.shape), f"{name} keeps its shape when factors are merged: it")
-        right = merge_factors_solution(W, b, factors, of_input)
-        weight, bias = (same(one, other) for one, other in zip(made, right, strict=True))
-        if not (weight and bias):
-            break
-    return of_input, made[0], bias if weight else None
+def pack(answer, n=40):
+    codes = torch.randint(16, (n,), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+    return a_tensor(answer(codes)).flatten()
 
 
-# --- a clinic ----------------------------------------------------------------------------------
+# --- the gradient ------------------------------------------------------------------------------
+def backward_solution(gradient, codes):
+    return gradient @ codes.dequantise()
+
+
+@exercise(
+    "The gradient through the codes", solution=backward_solution,
+    mistakes=(
+        (lambda g, c: g @ c.dequantise().T, "the shapes do not fit: ȳ is (tokens, d_out) and W̃ is "
+         "(d_out, d_in), so no transpose is needed"),
+        (lambda g, c: g.T @ g, lambda given, right: f"yours is {tuple(given.shape)}: that looks "
+             f"like the gradient of a weight, and W̃ has none. x̄ is as x, {tuple(right.shape)}",
+         lambda given, right: given.shape != right.shape),
+        (after(backward_solution, torch.zeros_like),
+         "no gradient at all: everything below this layer, with its A and B, would never train"),
+        (lambda g, c: g @ table("nf4")[c.codes.int()],
+         "you left out the scales: levels times m of their block are the weights"),
+        (lambda g, c: g @ c.codes.float(),
+         "the codes are only the numbers of the levels, not weights: decode them first")),
+    praise="ȳ W̃, with W̃ decoded a second time: nothing dense was kept",
+    otherwise=lambda given, right: f"x̄ should be ȳ W̃: {unlike(given, right)}",
+    atol=1e-4, again=(7, 33, 15), difficulty=3, importance=5, minutes=6,
+    hints=(
+        "Forward, row by row, it is y = x W̃ᵀ with W̃ (d_out, d_in). Which matrix turns ȳ into x̄?",
+        "W̃ is frozen: no gradient of W̃ is asked for. But x came from somewhere that trains.",
+        "codes.dequantise() is W̃. It is made again here, so that nothing dense is kept between."),
+)  # fmt: skip
+def backward(answer, tokens=5, d_out=48, d_in=64):
+    generator = torch.Generator().manual_seed(2)
+    codes = quantise(torch.randn(d_out, d_in, generator=generator), d_in)
+    return a_tensor(answer(torch.randn(tokens, d_out, generator=generator), codes))
+
+
+# --- the clinic --------------------------------------------------------------------------------
 WARD = Ward({
-    "healthy": ("B", "nothing is wrong",
-        "Its output starts at the base's, its W_down gets a gradient, the base is still."),
-    "no way around": ("D", "y is not added to f(y)",
-        "At the start its output is gone entirely: moved by 100%."),
-    "both zero": ("A", "W_down and W_up both started at zero",
-        "Its W_down gets no gradient, so only the bias of W_up can learn."),
-    "base not frozen": ("C", "the base's weights were given to the optimizer too",
-        "Look at what the base moved by, and at how many numbers train."),
+    "one block": ("C", "one scale for the whole matrix, where each block of 64 should have its own",
+        "Its largest weight is right and the error is not: most weights have become zero."),
+    "swapped": ("A", "the two codes of each byte are read in the wrong order",
+        "Its error all but vanishes once neighbours are exchanged."),
+    "no scale": ("D", "the levels are never multiplied by the scale of their block",
+        "Its largest weight is exactly 1, whatever the matrix was."),
+    "no mean": ("B", "double quantisation, and the mean of the scales is not added back",
+        "It has about as many zeros as it should have, but all weights are far too small."),
 })  # fmt: skip
 FAULTS = WARD.faults
 
 
-class Patient(nn.Module):
-    """A frozen linear map with an adapter behind it, ill or well."""
-
-    def __init__(self, fault: str):
-        super().__init__()
-        self.base, self.fault = nn.Linear(8, 8), fault
-        self.down, self.up = nn.Linear(8, 4), nn.Linear(4, 8)
-        nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)
-        if fault == "both zero":
-            nn.init.zeros_(self.down.weight)
-            nn.init.zeros_(self.down.bias)
-        self.base.requires_grad_(fault == "base not frozen")
-
-    def forward(self, x):
-        y = self.base(x)
-        f = self.up(torch.relu(self.down(y)))
-        return f if self.fault == "no way around" else y + f
+def _patient(fault: str | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix with a few large weights, and what this reader makes of its codes."""
+    generator = torch.Generator().manual_seed(4)
+    weight = 0.02 * torch.randn(128, 256, generator=generator)
+    weight.view(-1)[::4099] = 0.4  # as real matrices have them
+    if fault == "one block":
+        return weight, quantise(weight, weight.numel()).dequantise()
+    codes = quantise(weight, 64)
+    if fault == "swapped":
+        return weight, codes.dequantise().view(-1, 2).flip(1).view(weight.shape)
+    if fault == "no scale":
+        return weight, codes.levels[codes.codes.int()]
+    if fault == "no mean":
+        scales = (codes.scales - codes.mean)[:, None]
+        return weight, (codes.levels[codes.codes.int()].view(-1, 64) * scales).view(weight.shape)
+    return weight, codes.dequantise()
 
 
-@cache
-def clinic(steps: int = 60) -> pd.DataFrame:
-    """What four patients show: at the start, in the first gradients, and after some steps."""
-    rows = {}
-    for letter, fault in WARD.right.items():
-        with torch.random.fork_rng():
-            torch.manual_seed(8)
-            model = Patient(fault)
-            x, rule = torch.randn(256, 8), torch.randn(8, 8) / 3
-        before = model.base.weight.detach().clone()
-        plain = model.base(x).detach()
-        target = plain + torch.relu(x @ rule)
-        change = (model(x) - plain).norm() / plain.norm()
-        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
-        losses = []
-        for step in range(steps):
-            loss = (model(x) - target).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            if step == 1:  # the first in which a zero W_up has let W_down see anything
-                gradient = model.down.weight.grad.norm().item()
-            optimizer.step()
-            losses.append(loss.item())
-        rows[letter] = {
-            "output at the start, moved by": change.item(),
-            "loss at the start": losses[0],
-            "loss at the end": losses[-1],
-            "gradient of W_down, step 2": gradient,
-            "base moved by": (model.base.weight - before).norm().item() / before.norm().item(),
-            "trained numbers": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        }
-    return pd.DataFrame(rows).T.rename_axis("patient")
+def _seen(fault: str | None) -> list[dict[str, float]]:
+    weight, read = _patient(fault)
+    exchanged = read.view(-1, 2).flip(1).view(weight.shape)
+    row = {
+        "error, % of W": 100 * ((read - weight).norm() / weight.norm()).item(),
+        "neighbours exchanged": 100 * ((exchanged - weight).norm() / weight.norm()).item(),
+        "zeros, %": 100 * (read == 0).float().mean().item(),
+        "largest / largest of W": (read.abs().max() / weight.abs().max()).item(),
+        "typical / typical of W": (read.abs().mean() / weight.abs().mean()).item(),
+    }
+    return [row]
+
+
+def clinic() -> pd.DataFrame:
+    """Four readers of one matrix's codes, and a sound one: errors, zeros, the largest weight."""
+    return WARD.examine(_seen).set_index("patient")
 
 
 debug = WARD.exercise(
-    "debug", "Debug the broken adapters", confused=("AB", "BC", "CD"), unknown="overfitting",
-    difficulty=3, importance=5, minutes=8,
+    "debug", "Debug the broken readers", confused=("AB", "BC", "CD"), unknown="too few bits",
+    difficulty=3, importance=4, minutes=8,
     hints=(
-        "Begin with the column on the base: three of the four must not move it.",
-        "An output moved by 1 at the start is an output that was replaced."),
+        "Which patient gets well when neighbours are exchanged?",
+        "Levels without scales lie in [−1, 1], wherever the weights lay.",
+        "A single large weight makes one scale for all large: what is then nearest to the others?"),
 )  # fmt: skip

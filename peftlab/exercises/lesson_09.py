@@ -1,294 +1,327 @@
-"""Lesson 09, pruning: a mask, two scores, a cut that is really smaller, and a merge that is not."""
+"""Lesson 09, adapters and scales: the bottleneck, its start, its size, merged factors, a clinic."""
 
 from __future__ import annotations
 
-import json
-import tempfile
-from pathlib import Path
+from functools import cache
 
+import pandas as pd
 import torch
-from safetensors.torch import save_file
+from torch import nn
+from torch.nn.functional import gelu, relu
 
-from peftlab.bases.data import data_path
-from peftlab.exercises import after, exercise, expect, question
-from peftlab.exercises.forms import a_tensor, same, several, unlike
-from peftlab.methods.scores import choose
+from peftlab.accounting import count
+from peftlab.exercises import Wrong, exercise, expect, question
+from peftlab.exercises.clinic import Ward
+from peftlab.exercises.forms import a_count, a_tensor, same, several, unlike
+from peftlab.methods import IA3, BitFit, HoulsbyAdapter
 
 
 # --- predict first -----------------------------------------------------------------------------
 @question(
-    "You set half of a 512×512 matrix to zero and save it. Its safetensors file is now:",
+    "BERT-base has 12 blocks and d_model = 768. Houlsby's adapters have a bottleneck of 64 and "
+    "biases. How many numbers train in them?",
     {
-        "a": ("about half as large", "A zero is stored as any other number: four bytes."),
-        "b": ("as large as before", "The file holds shape times width, whatever the values are."),
-        "c": ("about 3% larger", "That would be values and mask: one bit more for 32."),
-        "d": ("about 53% as large", "That is values that are not zero, and one bit an entry."),
+        "a": ("1,189,632", "That is one adapter a block. Houlsby has two, one a sublayer."),
+        "b": ("2,379,264", "That is W_down, W_up and both biases, twice a block."),
+        "c": ("2,359,296", "That is the matrices alone: each adapter has 64 + 768 biases."),
+        "d": ("14,155,776", "That is a d × d matrix for each adapter, with no bottleneck."),
     },
 )
-def half_the_file():
-    W = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
-    (mask,) = choose([W.abs()], 0.5, "layer")
-    with tempfile.TemporaryDirectory() as folder:
-        sizes = []
-        for tensor in (W, W * mask):
-            save_file({"W": tensor}, path := Path(folder) / "W.safetensors")
-            sizes.append(path.stat().st_size)
-    ratio = sizes[1] / sizes[0]
-    letter = "b" if ratio == 1 else "a" if ratio < 0.515 else "d" if ratio < 1 else "c"
-    return letter, f"{sizes[0]:,} bytes before, {sizes[1]:,} after."
+def how_many():
+    m, d, places = 64, 768, 24
+    numbers = {
+        "a": 12 * (2 * m * d + m + d),
+        "b": places * (2 * m * d + m + d),
+        "c": places * 2 * m * d,
+        "d": places * d * d,
+    }
+    trained = count(HoulsbyAdapter(64), "bert-base")
+    letter = next(letter for letter, number in numbers.items() if number == trained)
+    return letter, f"24 adapters × (2·64·768 + 64 + 768) = {trained:,}."
 
 
 @question(
-    "Half of W is zero. Beside it you trained a LoRA that knows nothing of the mask, and merge it: "
-    "W + (α/r) B A. How much of the result is zero?",
+    "BitFit trains every bias of a model and nothing else. How many numbers is that on Llama-3-8B?",
     {
-        "a": ("still half", "ΔW is written onto the zeros as well."),
-        "b": ("a quarter", "A and B would need zeros of their own for that."),
-        "c": ("next to nothing",
-              "A product of two dense matrices has a number at every entry, small as it may be."),
-        "d": ("what the rank allows: r of every d", "Low rank is not the same as few entries.")},
-)  # fmt: skip
-def merged_zeros():
+        "a": ("0.08% of it", "That is its share on BERT, where every linear map has a bias."),
+        "b": ("as many as (IA)³ has", "(IA)³ brings its own vectors. BitFit has what it finds."),
+        "c": ("the shifts of the norms", "An RMSNorm has a scale alone, and no shift."),
+        "d": ("none", "A method that picks from what is there depends on what is there."),
+    },
+)
+def biases_of_llama():
+    trained, scales = count(BitFit(), "llama-3-8b"), count(IA3(), "llama-3-8b")
+    letter = "d" if trained == 0 else "b" if trained == scales else "a"
+    bert = count(BitFit(), "bert-base")
+    return letter, f"{trained:,} on Llama-3-8B, {bert:,} on BERT-base."
+
+
+@question(
+    "The bias of a key, b_k, is added to every key: the score of query q with key k becomes "
+    "q·(k + b_k). You change b_k to anything at all. What becomes of the attention weights?",
+    {
+        "a": ("they become uniform", "Adding one number to all scores flattens nothing."),
+        "b": ("they become sharper", "Sharper needs larger differences; none changes."),
+        "c": ("they stay as they are", "q·b_k is the same for every key of this query."),
+        "d": ("it depends on the sign", "Either sign adds one number to all scores of a query."),
+    },
+)
+def key_bias():
     generator = torch.Generator().manual_seed(0)
-    W = torch.randn(96, 96, generator=generator)
-    (mask,) = choose([W.abs()], 0.5, "layer")
-    delta = torch.randn(96, 8, generator=generator) @ torch.randn(8, 96, generator=generator)
-    share = ((W * mask + 1e-3 * delta) == 0).float().mean().item()
-    letter = "c" if share < 0.01 else "d" if share < 0.15 else "b" if share < 0.4 else "a"
-    return letter, f"Zeros before {(~mask).float().mean():.0%}, after {share:.0%}."
+    q, k = torch.randn(2, 5, 8, generator=generator, dtype=torch.float64)
+    b = 10 * torch.randn(8, generator=generator, dtype=torch.float64)
+    before, after = ((q @ keys.T).softmax(dim=-1) for keys in (k, k + b))
+    moved = (after - before).abs().max().item()
+    spread = after.std(dim=-1).mean() / before.std(dim=-1).mean()
+    letter = "c" if moved < 1e-9 else "b" if spread > 1 else "a"
+    return letter, f"Five queries, five keys, a bias ten times as large: moved by {moved:.0e}."
 
 
-@question(
-    "Take a sixth of the neurons out of every MLP of tiny-gpt. Which choice hurts most?",
-    {
-        "a": ("drawn at random", "At random you lose a fair sample. There is something worse."),
-        "b": ("those with the smallest weights", "Small weights can stand for large effects: the "
-              "activation between them is not small."),
-        "c": ("those that the loss feels least",
-              "That choice looks at the effect itself, to first order.")},
-)  # fmt: skip
-def worst_neurons():
-    rows = json.loads(data_path("results", "pruning.json").read_text(encoding="utf-8"))["curves"]
-    loss = {}
-    for row in rows:
-        if (row["base"], row["group"]) == ("tiny-gpt", "neurons") and row["amount"] < 0.2:
-            loss.setdefault(row["label"], []).append(row["loss"])
-    mean = {label: sum(values) / len(values) for label, values in loss.items()}
-    letters = {"random": "a", "by magnitude": "b", "by gradient": "c"}
-    found = ", ".join(f"{label} {value:.2f}" for label, value in mean.items())
-    return letters[max(mean, key=mean.get)], f"Loss in nats: {found}."
+# --- the adapter -------------------------------------------------------------------------------
+def parts(tokens: int = 4, d: int = 5, m: int = 3) -> list[torch.Tensor]:
+    """Random y (4, 5), W_down (3, 5), b_down, W_up (5, 3) and b_up, the same at every call."""
+    generator = torch.Generator().manual_seed(8)
+    sizes = (tokens, d), (m, d), (m,), (d, m), (d,)
+    return [torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes]
 
 
-# --- the mask ----------------------------------------------------------------------------------
-def weight(rows: int = 6, columns: int = 8, seed: int = 9) -> torch.Tensor:
-    """Random numbers, no two of one size; those of one row are larger than those of another."""
-    generator = torch.Generator().manual_seed(seed)
-    W = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
-    return W * torch.linspace(0.2, 2, rows, dtype=torch.float64)[:, None]
+def adapter_solution(y, W_down, b_down, W_up, b_up):
+    hidden = torch.relu(y @ W_down.T + b_down)
+    return y + hidden @ W_up.T + b_up
 
 
-def by_magnitude_solution(W, sparsity):
-    count = round(sparsity * W.numel())
-    order = W.abs().flatten().argsort()
-    mask = torch.ones(W.numel(), dtype=torch.bool)
-    mask[order[:count]] = False
-    return mask.view(W.shape)
-
-
-def _lowest(scores, count):
-    mask = torch.ones(scores.numel(), dtype=torch.bool)
-    mask[scores.flatten().argsort()[:count]] = False
-    return mask.view(scores.shape)
-
-
-def _other_number(given, right):
-    s = next(s for s in right if not same(given[s], right[s]))
-    mine, wanted = (int((mask[s] == 0).sum()) for mask in (given, right))
-    taken = f"takes {mine}" if mine != wanted else "takes as many others"
-    return f"{wanted} of {right[s].numel()} entries should go, the smallest; yours {taken}"
+def _with_gelu(y, W_down, b_down, W_up, b_up):
+    return y + gelu(y @ W_down.T + b_down) @ W_up.T + b_up
 
 
 @exercise(
-    "A mask by magnitude", solution=by_magnitude_solution,
+    "A sequential adapter", solution=adapter_solution, difficulty=1, importance=5, minutes=4,
     mistakes=(
-        (after(by_magnitude_solution, lambda mask: ~mask),
-         "the wrong way round: True is what stays"),
-        (lambda W, s: _lowest(W, round(s * W.numel())),
-         "you took the most negative entries: −3 is far from zero, 0.1 is near"),
-        (lambda W, s: choose([W.abs()], s, "row")[0],
-         "you compared row by row; here the entries of the whole matrix are compared"),
-        (lambda W, s: W * by_magnitude_solution(W, s),
-         "that is the pruned matrix: return the mask alone"),
-        (lambda W, s: W.abs() > s,
-         "the sparsity is a share of the entries, no threshold for their size"),
-        (lambda W, s: _lowest(W.abs(), round((1 - s) * W.numel())),
-         "you read the sparsity as the share that stays: it is the share that goes")),
-    praise="exactly round(s · n) of the smallest entries, wherever they stand",
-    otherwise=_other_number, again=(7, 9), difficulty=1, importance=5, minutes=4,
+        (lambda y, D, b, U, c: relu(y @ D.T + b) @ U.T + c,
+         "the bottleneck is right, but you forgot the way around it: y + f(y)"),
+        (lambda y, D, b, U, c: y + (y @ D.T + b) @ U.T + c,
+         "nothing bends: without σ the adapter is one matrix, LoRA's"),
+        (_with_gelu,
+         "your σ is GELU, which Houlsby's code has: here it is ReLU",
+         lambda given, right: same(given, _with_gelu(*parts()), atol=0.02)),
+        (lambda y, D, b, U, c: y + relu((y @ D.T + b) @ U.T + c),
+         "the bend stands behind W_up; its place is in the middle"),
+        (lambda y, D, b, U, c: y + relu(y @ D.T) @ U.T, "you left out the biases b_down and b_up"),
+        (lambda y, D, b, U, c: y + relu(y @ D + b) @ U.T + c,
+         "the shapes do not fit: W_down is (m, d) and W_up is (d, m), so both are transposed when "
+         "they stand behind y"),
+        (lambda y, D, b, U, c: relu(y + relu(y @ D.T + b) @ U.T + c),
+         "the sum goes through σ; only W_down y + b_down does")),
+    praise="down, bend, up, and y around it all", otherwise=unlike, again=(7, 9, 5),
     hints=(
-        "Sort the absolute values of the whole matrix, not those of each row.",
-        "round(sparsity · number of entries) of the smallest become False, all others are True."),
+        "Down, bend, up, and then add what you started from.",
+        "W_down is (m, d) and y is (tokens, d): y @ W_down.T is (tokens, m)."),
 )  # fmt: skip
-def by_magnitude(answer, *sizes):
-    W, masks = weight(*sizes), {}
-    for sparsity in (0.25, 0.375):
-        mine = a_tensor(answer(W, sparsity), tuple(W.shape), "the mask's shape")
-        two = ((mine == 0) | (mine == 1)).all()
-        expect(
-            two or same(mine, W * by_magnitude_solution(W, sparsity)),
-            f"a mask is of True and False; yours is of other numbers, {mine.dtype}",
+def adapter(answer, *sizes):
+    return a_tensor(answer(*parts(*sizes)))
+
+
+# --- its start ---------------------------------------------------------------------------------
+def start_solution(d, m):
+    W_down = torch.randn(m, d) / d**0.5
+    W_up = torch.zeros(d, m)
+    return W_down, W_up
+
+
+@exercise(
+    "Start at the identity", solution=start_solution,
+    mistakes=(
+        (lambda d, m: (torch.zeros(m, d), torch.zeros(d, m)), "no gradient ever comes"),
+        (lambda d, m: (torch.randn(m, d) / 3, torch.randn(d, m)), "not the base"),
+        (lambda d, m: (torch.zeros(m, d), torch.randn(d, m)), "σ has no slope"),
+        (lambda d, m: (torch.randn(d, m), torch.zeros(m, d)), "W_down should be"),
+        (lambda d, m: (torch.ones(m, d) / d, torch.zeros(d, m)), "all units of the bottleneck")),
+    again=(9, 5), difficulty=2, importance=5, minutes=5,
+    hints=(
+        "y + f(y) = y for every y needs f = 0. Which matrix at zero is enough?",
+        "The other one must let something through, or the first step has nothing to go by."),
+)  # fmt: skip
+def start(answer, d=6, m=4):
+    D, U = several(answer(d, m), 2, "return two tensors, W_down and W_up")
+    a_tensor(D, (m, d), "W_down"), a_tensor(U, (d, m), "W_up")
+    expect(D.isfinite().all() and U.isfinite().all(), "a number is infinite, or none at all")
+    D, U = (t.detach().float().requires_grad_() for t in (D, U))
+    y = torch.randn(32, d, generator=torch.Generator().manual_seed(1))
+    f = relu(y @ D.T) @ U.T
+    expect(
+        not (f != 0).any(),
+        f"the start is not the base: |f(y)| is {f.norm() / y.norm():.2g} of |y|. Houlsby's is near "
+        "zero; here, make it zero",
+    )
+    (y + f - 1).square().mean().backward()
+    if not U.grad.any() and not D.grad.any():
+        expect(U.any(), "both are zero, so no gradient ever comes: each one's passes the other")
+        raise Wrong(
+            "with W_down at zero every unit sits where σ has no slope, and ReLU passes nothing back"
         )
-        masks[sparsity] = mine.bool() if two else mine
-    return masks
+    expect(
+        torch.linalg.matrix_rank(D.detach()) > 1,
+        "all units of the bottleneck are equal, and get equal gradients: it has one unit, not m",
+    )
+    return "f = 0 at the start, and W_up has a gradient: ParallelAdapter's start"
 
 
-# --- Wanda -------------------------------------------------------------------------------------
-def wanda_score_solution(W, X):
-    return W.abs() * X.norm(dim=0)
-
-
-@exercise(
-    "Wanda's score", solution=wanda_score_solution,
-    mistakes=(
-        (lambda W, X: W * X.norm(dim=0),
-         "some scores are negative: W itself is in it, and not its size"),
-        (lambda W, X: W.abs(), "that is magnitude alone: the inputs do not appear in it"),
-        (lambda W, X: W.abs() * X.norm(dim=1)[: W.shape[1]],
-         "you took the norm over the features of a token; take it over the tokens, dim=0"),
-        (lambda W, X: W.abs() * X.norm(dim=1),
-         "the shapes do not fit: dim=1 makes one number a token; a column is over tokens, dim=0"),
-        (lambda W, X: W.abs() * X.square().mean(dim=0).sqrt(),
-         "you took the mean over the tokens: a norm is the root of a sum"),
-        (lambda W, X: W.abs() * X.square().sum(dim=0),
-         "you forgot the square root: ‖X_j‖₂, not its square"),
-        (lambda W, X: W.abs() * X.sum(dim=0),
-         "you summed the inputs: positive and negative ones cancel. A norm cannot"),
-        (lambda W, X: W.abs() * W.norm(dim=0),
-         "those are norms of the columns of W. X is what comes in")),
-    praise="an entry counts for as much as what usually comes through it",
-    otherwise=lambda given, right: "S_ij = |W_ij| · ‖X_j‖₂, with X_j the column j of X over all "
-        f"tokens: {unlike(given, right)}",
-    again=(7, 9, 35), difficulty=2, importance=4, minutes=5,
-    hints=(
-        "X is (tokens, d_in): one norm for each of its columns.",
-        "Column j of W is multiplied by the norm of input j, in every row."),
-)  # fmt: skip
-def wanda_score(answer, d_out=5, d_in=8, tokens=40):
-    W = weight(d_out, d_in)
-    X = weight(tokens, d_in, seed=10) * torch.linspace(3, 0.1, d_in, dtype=torch.float64)
-    return a_tensor(answer(W, X), (d_out, d_in), "a score for each entry: the shape")
-
-
-# --- 2:4 ---------------------------------------------------------------------------------------
-def two_four_solution(scores):
-    groups = scores.reshape(-1, 4)
-    keep = groups.argsort(dim=1)[:, 2:]  # the places of the two largest
-    mask = torch.zeros_like(groups, dtype=torch.bool).scatter(1, keep, True)
-    return mask.view(scores.shape)
-
-
-def _kept_in_fours(given, right):
-    counts = given.bool().reshape(-1, 4).sum(dim=1)
-    if (counts == 2).all():
-        return "each of your groups keeps 2 entries, and not always the largest"
-    return f"your groups keep {counts.min()} to {counts.max()} entries; each must keep 2"
+# --- its size ----------------------------------------------------------------------------------
+def count_adapters_solution(m, layers, d_model, a_block):
+    return layers * a_block * (2 * m * d_model + m + d_model)
 
 
 @exercise(
-    "Two of every four", solution=two_four_solution,
+    "Count adapters", solution=count_adapters_solution, difficulty=1, importance=3, minutes=4,
     mistakes=(
-        (lambda S: two_four_solution(S.T).T,
-         "your fours lie along the output, down the columns; hardware wants them along the input"),
-        (lambda S: ~two_four_solution(S), "you kept the two smallest of each group"),
-        (lambda S: choose([S], 0.5, "row")[0], "that is half of every row, wherever it falls: some "
-         "fours have three zeros and some have one"),
-        (lambda S: choose([S], 0.5, "layer")[0], "that is half of the matrix, wherever it falls: "
-         "some fours have three zeros and some have one"),
-        (lambda S: two_four_solution(S.roll(-2, 1)).roll(2, 1),
-         "your groups begin in the middle: the first is columns 0 to 3")),
-    praise="every group of four along the input keeps its two largest",
-    otherwise=_kept_in_fours, again=(7, 20), difficulty=2, importance=4, minutes=6,
+        (lambda m, L, d, n: L * n * 2 * m * d,
+         "the matrices are right, but you left out the biases"),
+        (lambda m, L, d, n: L * n * (m * d + m + d), "you counted one of the two matrices"),
+        (lambda m, L, d, n: L * (2 * m * d + m + d), "that is one adapter a block"),
+        (lambda m, L, d, n: L * n * (2 * m * d + 2 * d),
+         "the bias of W_down has m numbers and not d_model"),
+        (lambda m, L, d, n: n * (2 * m * d + m + d), "that is one block: you forgot the blocks")),
+    praise=lambda given, right: "on BERT-base with m = 48, two a block: "
+        f"{count(HoulsbyAdapter(48), 'bert-base'):,}",
+    otherwise="for m = {case[0]}, {case[1]} blocks, d_model = {case[2]}, {case[3]} a block: "
+              "not {given:,}",
+    right=lambda: {
+        (48, 12, 768, 2): count(HoulsbyAdapter(48), "bert-base"),
+        (3, 6, 192, 1): count_adapters_solution(3, 6, 192, 1),
+    },
     hints=(
-        "A group is four neighbours of one row: scores.reshape(-1, 4) has one a line.",
-        "argsort along dim=1 gives places, the lowest score first. The last two stay."),
+        "W_down has m·d_model numbers, b_down has m. And W_up and b_up?",
+        "Houlsby puts two adapters into a block, Pfeiffer one."),
 )  # fmt: skip
-def two_four(answer, rows=8, columns=12):
-    given = answer(weight(rows, columns).abs())
-    return a_tensor(given, (rows, columns), "the mask is as the scores: its shape")
+def count_adapters(answer):
+    return {case: a_count(answer(*case)) for case in ((48, 12, 768, 2), (3, 6, 192, 1))}
 
 
-# --- the cut -----------------------------------------------------------------------------------
-def cut_neurons_solution(up, bias, down, gone):
-    stay = [j for j in range(len(up)) if j not in gone]
-    return up[stay], bias[stay], down[:, stay]
-
-
-def _zeroed(up, bias, down, gone):
-    up, bias, down = up.clone(), bias.clone(), down.clone()
-    up[list(gone)], bias[list(gone)], down[:, list(gone)] = 0, 0, 0
-    return up, bias, down
-
-
-def _bias_as_it_was(up, bias, down, gone):
-    up, _, down = cut_neurons_solution(up, bias, down, gone)
-    return up, bias, down
+# --- merged factors ----------------------------------------------------------------------------
+def merge_factors_solution(W, b, factors, of_input):
+    if of_input:
+        return W * factors, b
+    return W * factors[:, None], b * factors
 
 
 @exercise(
-    "Take neurons out", solution=cut_neurons_solution, difficulty=2, importance=5, minutes=6,
+    "Merge (IA)³", solution=merge_factors_solution,
     mistakes=(
-        (_zeroed, "up is as large as before: zeroing a row does not remove it",
-         lambda given, right: len(given[0]) > len(right[0])),
-        (lambda u, b, d, gone: (*cut_neurons_solution(u, b, d, gone)[:2], d),
-         "down still has a column for every neuron: the shapes no longer fit",
-         lambda given, right: given[2].shape[1] > right[2].shape[1]),
-        (_bias_as_it_was, "the bias still has an entry for every neuron",
-         lambda given, right: len(given[1]) > len(right[1])),
-        (lambda u, b, d, gone: (u[list(gone)], b[list(gone)], d[:, list(gone)]),
-         "you kept the ones that were to go"),
-        (lambda u, b, d, gone: (*cut_neurons_solution(u, b, d, gone)[:2], d[:, len(gone) :]),
-         "up is right, but down has other neurons' columns: the same places must go in both",
-         lambda given, right: same(given[0], right[0]) and not same(given[2], right[2]))),
-    again=(9, 7, (0, 3, 4, 8)),
-    praise="the neurons are gone, and the output is that of the full size with them silenced",
-    otherwise=lambda given, right: next(
-        f"{name} is another: {unlike(mine, other)}"
-        for name, mine, other in zip(("up", "the bias", "down"), given, right, strict=True)
-        if not same(mine, other)),
+        (lambda W, b, f, i: (W * f if i else W * f[:, None], b),
+         "W is right, but the output was l ⊙ (W x + b): the bias as well"),
+        (lambda W, b, f, i: (W * f, b * 2) if i else (W * f[:, None], b * f),
+         "W is right, but here the bias stays: x is scaled, not b"),
+        (lambda W, b, f, i: (W * f, b * f),
+         "you scaled columns, that is inputs; outputs are rows, W * l[:, None]"),
+        (lambda W, b, f, i: (W + f if i else W + f[:, None], b),
+         "you added the factors; (IA)³ multiplies"),
+        (lambda W, b, f, i: (W / f, b) if i else (W / f[:, None], b / f),
+         "you divided: that is how one would unmerge")),
+    praise="rows and bias for outputs, columns alone for inputs",
+    otherwise=lambda given, right: (
+        "of inputs: each column of W belongs to one input, so W * l"
+        if given[0]
+        else "of outputs: each row of W belongs to one output, so W * l[:, None] and b * l"
+    ),
+    difficulty=3, importance=4, minutes=8, again=(7,),
     hints=(
-        "Neuron j is row j of up (d_ff, d_model), entry j of its bias, column j of down.",
-        "Keep the same list of places in all three. Zeroing is not removing."),
+        "l ⊙ (W x + b) = W' x + b' for every x. Which rows or columns of W belong to l?",
+        "Output factors scale rows, l[:, None], and the bias. Input factors scale columns only."),
 )  # fmt: skip
-def cut_neurons(answer, d_ff=8, d=5, gone=(1, 4, 6)):
-    mine = answer(weight(d_ff, d), weight(1, d_ff, 11)[0], weight(d, d_ff, 12), gone)
-    return several(mine, 3, "return three tensors: up, bias, down")
+def merge_factors(answer, d=4):
+    """Whether inputs are scaled, and W and the bias there: of the first that goes wrong, if any.
+
+    The bias is told to be right or not, and not judged (None) where W is wrong.
+    """
+    generator = torch.Generator().manual_seed(3)
+    W, b, factors = (
+        torch.randn(*size, generator=generator, dtype=torch.float64)
+        for size in ((d, d), (d,), (d,))
+    )
+    for of_input in (False, True):
+        made = answer(W, b, factors, of_input)
+        made = several(made, 2, "return two tensors: W and b, merged")
+        for name, got, old in zip("Wb", made, (W, b), strict=True):
+            a_tensor(got, tuple(old.shape), f"{name} keeps its shape when factors are merged: it")
+        right = merge_factors_solution(W, b, factors, of_input)
+        weight, bias = (same(one, other) for one, other in zip(made, right, strict=True))
+        if not (weight and bias):
+            break
+    return of_input, made[0], bias if weight else None
 
 
-# --- the merge ---------------------------------------------------------------------------------
-def merge_masked_solution(W, mask, A, B, alpha):
-    delta = alpha / len(A) * B @ A
-    return mask * (W + delta)
+# --- a clinic ----------------------------------------------------------------------------------
+WARD = Ward({
+    "healthy": ("B", "nothing is wrong",
+        "Its output starts at the base's, its W_down gets a gradient, the base is still."),
+    "no way around": ("D", "y is not added to f(y)",
+        "At the start its output is gone entirely: moved by 100%."),
+    "both zero": ("A", "W_down and W_up both started at zero",
+        "Its W_down gets no gradient, so only the bias of W_up can learn."),
+    "base not frozen": ("C", "the base's weights were given to the optimizer too",
+        "Look at what the base moved by, and at how many numbers train."),
+})  # fmt: skip
+FAULTS = WARD.faults
 
 
-@exercise(
-    "Merge and keep the zeros", solution=merge_masked_solution,
-    mistakes=(
-        (lambda W, M, A, B, a: M * W + a / len(A) * B @ A,
-         "the zeros are gone: ΔW has a number at every entry"),
-        (lambda W, M, A, B, a: W + M * (a / len(A) * B @ A),
-         "what was pruned from W came back: the mask belongs to W as well"),
-        (lambda W, M, A, B, a: M * W, "ΔW is missing: what LoRA learned is lost"),
-        (lambda W, M, A, B, a: M * (W + a * B @ A), "did you divide alpha by r?"),
-        (lambda W, M, A, B, a: merge_masked_solution(W, ~M, A, B, a),
-         "your mask is upside down: True is what stays")),
-    praise="half is still exactly zero, and what was learned is in the rest",
-    otherwise=lambda given, right: f"M ⊙ (W + (α / r) B A) is expected: {unlike(given, right)}",
-    again=(7, 9, 3, 5.0), difficulty=2, importance=4, minutes=5,
+class Patient(nn.Module):
+    """A frozen linear map with an adapter behind it, ill or well."""
+
+    def __init__(self, fault: str):
+        super().__init__()
+        self.base, self.fault = nn.Linear(8, 8), fault
+        self.down, self.up = nn.Linear(8, 4), nn.Linear(4, 8)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+        if fault == "both zero":
+            nn.init.zeros_(self.down.weight)
+            nn.init.zeros_(self.down.bias)
+        self.base.requires_grad_(fault == "base not frozen")
+
+    def forward(self, x):
+        y = self.base(x)
+        f = self.up(torch.relu(self.down(y)))
+        return f if self.fault == "no way around" else y + f
+
+
+@cache
+def clinic(steps: int = 60) -> pd.DataFrame:
+    """What four patients show: at the start, in the first gradients, and after some steps."""
+    rows = {}
+    for letter, fault in WARD.right.items():
+        with torch.random.fork_rng():
+            torch.manual_seed(8)
+            model = Patient(fault)
+            x, rule = torch.randn(256, 8), torch.randn(8, 8) / 3
+        before = model.base.weight.detach().clone()
+        plain = model.base(x).detach()
+        target = plain + torch.relu(x @ rule)
+        change = (model(x) - plain).norm() / plain.norm()
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
+        losses = []
+        for step in range(steps):
+            loss = (model(x) - target).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            if step == 1:  # the first in which a zero W_up has let W_down see anything
+                gradient = model.down.weight.grad.norm().item()
+            optimizer.step()
+            losses.append(loss.item())
+        rows[letter] = {
+            "output at the start, moved by": change.item(),
+            "loss at the start": losses[0],
+            "loss at the end": losses[-1],
+            "gradient of W_down, step 2": gradient,
+            "base moved by": (model.base.weight - before).norm().item() / before.norm().item(),
+            "trained numbers": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        }
+    return pd.DataFrame(rows).T.rename_axis("patient")
+
+
+debug = WARD.exercise(
+    "debug", "Debug the broken adapters", confused=("AB", "BC", "CD"), unknown="overfitting",
+    difficulty=3, importance=5, minutes=8,
     hints=(
-        "ΔW is alpha / r · B A, dense. Which entries of it may be written?",
-        "M ⊙ (W + ΔW): what is pruned stays zero in both terms."),
+        "Begin with the column on the base: three of the four must not move it.",
+        "An output moved by 1 at the start is an output that was replaced."),
 )  # fmt: skip
-def merge_masked(answer, d_out=6, d_in=8, r=2, alpha=6.0):
-    W, A, B = weight(d_out, d_in), weight(r, d_in, 14), weight(d_out, r, 15)
-    (M,) = choose([W.abs()], 0.5, "layer")
-    return a_tensor(answer(W, M, A, B, alpha))

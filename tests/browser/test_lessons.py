@@ -110,9 +110,9 @@ def test_lesson_06_counts_what_the_slider_says(open_lesson, record_property):
         lesson.page.screenshot(path=path)
 
 
-def test_lesson_07_quantises_at_the_block_size_that_the_slider_says(open_lesson):
+def test_lesson_08_quantises_at_the_block_size_that_the_slider_says(open_lesson):
     """One press of an arrow key changes block size, bits, error and figure."""
-    lesson = open_lesson(NOTEBOOKS / "07_qlora.ipynb", "code_explorer")
+    lesson = open_lesson(NOTEBOOKS / "08_qlora.ipynb", "code_explorer")
     lesson.run_all()
     answer = lesson.page.locator(".peftlab-code-answer").first
     handle = lesson.page.locator(".peftlab-code-block [role=slider]").first
@@ -130,11 +130,11 @@ def test_lesson_07_quantises_at_the_block_size_that_the_slider_says(open_lesson)
     expect(answer).to_contain_text(code_view(drawn, 128, "int4").text)
 
 
-def test_lesson_08_counts_what_the_bottleneck_says(open_lesson):
+def test_lesson_09_counts_what_the_bottleneck_says(open_lesson):
     """An arrow key changes the bottleneck, another the strength."""
     detaches = "mine.load_state_dict"  # stands in the cell that detaches what one above attached
     panels = ("count_explorer", "strength_explorer", detaches)
-    lesson = open_lesson(NOTEBOOKS / "08_adapters_and_scales.ipynb", *panels)
+    lesson = open_lesson(NOTEBOOKS / "09_adapters_and_scales.ipynb", *panels)
     lesson.run_all()
     count = lesson.page.locator(".peftlab-count").first
     handle = lesson.page.locator(".peftlab-size [role=slider]").first

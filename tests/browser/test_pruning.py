@@ -1,4 +1,4 @@
-"""A keyboard moves the sparsity slider of lesson 09 in a real JupyterLab: the loss is read anew."""
+"""A keyboard moves the sparsity slider of lesson 10 in a real JupyterLab: the loss is read anew."""
 
 import re
 from pathlib import Path
@@ -14,9 +14,9 @@ pytestmark = pytest.mark.browser
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 
 
-def test_lesson_09_prunes_what_the_slider_says(open_lesson):
+def test_lesson_10_prunes_what_the_slider_says(open_lesson):
     """One press of an arrow key prunes more, and the text says the loss."""
-    lesson = open_lesson(NOTEBOOKS / "09_pruning.ipynb", "pruning_lab")
+    lesson = open_lesson(NOTEBOOKS / "10_pruning.ipynb", "pruning_lab")
     lesson.run_all()
     text = lesson.page.locator(".peftlab-pruning-text").first
     expect(text).to_contain_text("50% gone of the weights, by magnitude")

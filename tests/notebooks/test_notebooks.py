@@ -34,7 +34,7 @@ def tags(cell) -> set[str]:
 
 
 def test_the_lessons_are_here():
-    assert {"00_start_here", "02_prompt_tuning", "06_lora", "07_qlora"} <= {
+    assert {"00_start_here", "02_prompt_tuning", "06_lora", "08_qlora"} <= {
         path.stem for path in NOTEBOOKS
     }
 
