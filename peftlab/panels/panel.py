@@ -43,13 +43,9 @@ class Panel:
             widget.close()
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
-        if self.plot is not None:
-            self.plot._repr_mimebundle_()  # on Colab this allows widgets from outside ipywidgets
-        return self._bundle(json.loads(self.static().to_json()))
-
-    def _bundle(self, still: dict) -> dict:
         """What is shown, the same under ipywidgets 7, which Colab has, and 8."""
         view = {"version_major": 2, "version_minor": 0, "model_id": self.widget.model_id}
+        still = json.loads(self.static().to_json())
         return {WIDGET: view, "text/plain": self.describe(), STILL: still}
 
     def _ipython_display_(self) -> None:
