@@ -59,6 +59,7 @@ from peftlab.tuned.layouts.patterns import matches
 from peftlab.tuned.layouts.write import shortest
 
 from .test_peft_differs import distilbert
+from .twins import greedy
 
 FLOAT32, FLOAT64 = torch.float32, torch.float64
 CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "peftlab.json"
@@ -233,8 +234,7 @@ def test_the_same_text(family, method, tmp_path):
     for text, words in zip(texts, wanted, strict=True):
         given = {k: tuned.tokenizer(text, return_tensors="pt")[k] for k in ("input_ids",)}
         given["attention_mask"] = torch.ones_like(given["input_ids"])
-        end = {"eos_token_id": tuned.tokenizer.eos_token_id, "pad_token_id": 0}
-        out = model.generate(**given, max_new_tokens=6, do_sample=False, **end)
+        out = greedy(model, given, 6, tuned.tokenizer.eos_token_id)
         new = out[0, given["input_ids"].shape[1] :]
         assert tuned.tokenizer.decode(new, skip_special_tokens=True) == words
 

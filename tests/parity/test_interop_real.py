@@ -31,6 +31,8 @@ from peftlab import (
 from peftlab.bases.real import REAL
 from peftlab.tuned.interop import from_peft, to_peft
 
+from .twins import greedy
+
 TEXT = "The capital of France is"
 SHIFTED = {"shift_positions": True}
 METHODS = {
@@ -86,8 +88,7 @@ def test_there_and_back_on_a_real_model(real, method, tmp_path):
     assert (wanted - output(theirs, ids)).abs().max() <= 4 * E
     if base.kind == "decoder":
         given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        end = base.tokenizer.pad_token_id
-        out = theirs.generate(**given, max_new_tokens=4, do_sample=False, pad_token_id=end)
+        out = greedy(theirs, given, 4, theirs.generation_config.eos_token_id)
         assert base.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True) == text
     with from_peft(base, folder) as back:
         difference = (output(back.model, ids) - wanted).abs().max()

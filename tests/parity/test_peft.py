@@ -26,7 +26,7 @@ import peftlab
 from peftlab import IA3, LayerNormTuning, LoRA, PromptTuning, PTuning
 from peftlab.bases import Base
 
-from .twins import CachePrefix, fitting_t5, twins
+from .twins import CachePrefix, fitting_t5, greedy, twins
 
 ENCODER = {"sizes": "peft", "encoder_hidden_size": 7}
 METHODS = {
@@ -206,15 +206,19 @@ def test_tokens_and_text(family, method):
     shown = ours.generate(["ab>", "the longest> one", "q>"], max_new_tokens=8)
     start = [] if ours.kind == "decoder" else ours.decoder_start
 
-    def generated(model, texts):
-        given = dict(ours.tokenizer(texts, return_tensors="pt", padding=True, padding_side=side))
-        given = {key: given[key] for key in ("input_ids", "attention_mask")}
+    def given(texts):
+        found = dict(ours.tokenizer(texts, return_tensors="pt", padding=True, padding_side=side))
+        found = {key: found[key] for key in ("input_ids", "attention_mask")}
         if start:
-            given["decoder_input_ids"] = torch.tensor([start]).expand(len(texts), -1)
-        out = model.generate(**given, max_new_tokens=8, do_sample=False, pad_token_id=0)
-        return out[:, len(start) or given["input_ids"].shape[1] :].tolist()
+            found["decoder_input_ids"] = torch.tensor([start]).expand(len(texts), -1)
+        return found
 
-    for text, tokens, words in zip(texts, generated(ours.model, texts), shown, strict=True):
-        theirs = generated(pair.theirs, [text])[0]
+    batch, eos = given(texts), pair.theirs.generation_config.eos_token_id
+    out = ours.model.generate(**batch, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    new = out[:, len(start) or batch["input_ids"].shape[1] :].tolist()
+    for text, tokens, words in zip(texts, new, shown, strict=True):
+        alone = given([text])
+        theirs = greedy(pair.theirs, alone, 8, eos)[0]
+        theirs = theirs[len(start) or alone["input_ids"].shape[1] :].tolist()
         assert tokens[: len(theirs)] == theirs
         assert words == ours.tokenizer.decode(theirs, skip_special_tokens=True)

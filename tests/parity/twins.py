@@ -19,6 +19,9 @@ Prefixes. PEFT's reaches what a cache reaches, `CachePrefix` here: every attenti
 an encoder alone, and of T5 the decoder's attention to itself. Its table is as wide as the keys.
 Under grouped heads that is less than ours, d_model, and the columns beyond are zero here. On T5
 its layer l reads the prefix of layer 2 l mod L, of L in all: see test_peft_differs.py.
+
+Text. Where PEFT's `generate` writes other tokens behind a prompt or a prefix than its own logits
+say (not `GENERATES`: see test_peft_differs.py), the tokens are those of its logits.
 """
 
 from __future__ import annotations
@@ -31,6 +34,8 @@ from dataclasses import dataclass
 import models
 import peft
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import T5ForConditionalGeneration
@@ -46,6 +51,8 @@ from peftlab import (
     attach,
 )
 from peftlab.bases import Base
+
+GENERATES = Version(transformers.__version__) < Version("5.24")
 
 TASKS = {
     "decoder": "CAUSAL_LM",
@@ -331,3 +338,21 @@ def fitting_t5(dtype, **sizes) -> tuple[Base, T5ForConditionalGeneration]:
                 model.set_submodule(name, norm)
         made.append(model)
     return Base("fitting-t5", made[0], models.tokenizer("t5")), made[1]
+
+
+def greedy(model: nn.Module, given: dict[str, Tensor], steps: int, eos: int | None) -> Tensor:
+    """The tokens that PEFT's model writes behind one prompt, the prompt's (the decoder's) in front:
+    by `generate`, or one after another from the logits of all so far. (1, T + at most `steps`)"""
+    if GENERATES:
+        options = {"max_new_tokens": steps, "do_sample": False, "pad_token_id": 0}
+        return model.generate(**given, **options, eos_token_id=eos)
+    key = "decoder_input_ids" if "decoder_input_ids" in given else "input_ids"
+    for _ in range(steps):
+        with torch.no_grad():
+            token = model(**given).logits[:, -1:].argmax(dim=-1)
+        given = given | {key: torch.cat([given[key], token], dim=1)}
+        if key == "input_ids":
+            given["attention_mask"] = torch.ones_like(given[key])
+        if token.item() == eos:
+            break
+    return given[key]
