@@ -73,15 +73,19 @@ class Arrow:
 
 @dataclass
 class Drawing:
-    """A `Tuned` as boxes and arrows. `layers` counts the blocks of each stack; `first` says whether
-    norms come before their sublayers; `heads` are (query heads, key-value heads), `weights` the sizes (d_out, d_in) that each linear weight
-    of the base has, by stack and role: one, unless the layers differ."""
+    """A `Tuned` as boxes and arrows.
+
+    layers   how many blocks each stack has
+    first    whether the norms come before their sublayers
+    weights  the sizes (d_out, d_in) of each linear weight of the base, by stack and role: one,
+             unless the layers differ
+    """
 
     title: str
     model: str
     layers: dict[str, int]
     first: bool
-    heads: tuple[int, int]
+    head_dim: int
     gated: bool
     total: int
     weights: dict[tuple[str, str], list[tuple[int, int]]] = field(default_factory=dict)
@@ -140,7 +144,7 @@ def describe(tuned: Tuned) -> Drawing:
     drawing = Drawing(
         f"{tuned.label} on {tuned.name}", tuned.name,
         {stack: len(blocks) for stack, blocks in tuned.anatomy.layers.items()},
-        plan.first, (shape.heads, shape.kv_heads), shape.gated, count.base,
+        plan.first, shape.head_dim, shape.gated, count.base,
     )  # fmt: skip
     with contextlib.ExitStack() as stack:
         for source in tuned.sources.values():  # a network runs once, whatever reads it

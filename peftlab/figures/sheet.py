@@ -18,15 +18,16 @@ import plotly.graph_objects as go
 from peftlab.figures.theme import contrast, theme
 
 WIDTH, SMALL, NORMAL, LARGE = 800, 11, 12, 15
-TOP = 48  # room for the title
-Point = tuple[float, float]
+TOP = 44  # room for the title
+Number = int | float
+Point = tuple[Number, Number]
 # Widths of Helvetica's letters, in thousandths of the size; the others are as wide as a digit.
 _WIDTHS = {222: "ijl'", 278: " .,:;/!|ft[]I", 333: "r()-·", 500: "ckvsxyzJ", 722: "CDHNRUw×+=≤",
            778: "GOQ⊙", 833: "mM", 944: "W", 667: "ABEKPSVXY&", 1000: "→←…—"}  # fmt: skip
 _WIDTH = {letter: width / 1000 for width, letters in _WIDTHS.items() for letter in letters}
 
 
-def width_of(text: str, size: float) -> float:
+def width_of(text: str, size: Number) -> Number:
     """About how wide a line of text is, in pixels; tags take no room."""
     lines = re.sub(r"<(?!br)[^>]*>", "", text).split("<br>")
     return size * max(sum(_WIDTH.get(letter, 0.556) for letter in line) for line in lines)
@@ -41,7 +42,7 @@ class Sheet:
     """A sheet of `width` by `height` pixels, x to the right and y down; a title stands above it."""
 
     def __init__(
-        self, title: str, height: float, alt: str, dark: bool | None = None, width: int = WIDTH
+        self, title: str, height: Number, alt: str, dark: bool | None = None, width: int = WIDTH
     ):
         self.theme, self.width, self.height = theme(dark), width, height
         self.figure = go.Figure(
@@ -51,7 +52,7 @@ class Sheet:
                 width=width,
                 height=height + TOP,
                 margin=dict(l=0, r=0, t=TOP, b=0),
-                meta=dict(alt=alt),
+                meta=dict(alt=alt, paper=self.theme.paper),
                 showlegend=False,
                 hovermode="closest",
             )
@@ -61,6 +62,14 @@ class Sheet:
         self.figure.update_xaxes(range=[0, width], **hidden)
         self.figure.update_yaxes(range=[height, 0], **hidden)
         self._shapes, self._notes, self._hover = [], [], []
+
+    def resized(self, title: str, height: Number) -> "Sheet":
+        """The same sheet with another title and height, known when all is placed."""
+        self.height = height
+        self.figure.update_layout(height=height + TOP, width=self.width)
+        self.figure.layout.title.update(text=title, y=1 - 22 / (height + TOP), x=12 / self.width)
+        self.figure.update_yaxes(range=[height, 0]).update_xaxes(range=[0, self.width])
+        return self
 
     def done(self) -> go.Figure:
         """The figure, with all that was drawn."""
@@ -74,8 +83,8 @@ class Sheet:
         return self.figure
 
     def box(
-        self, x: float, y: float, w: float, h: float, fill: str = "", edge: str = "",
-        dash: str = "solid", width: float = 1.0, hover: str = "",
+        self, x: Number, y: Number, w: Number, h: Number, fill: str = "", edge: str = "",
+        dash: str = "solid", width: Number = 1.0, hover: str = "",
     ) -> None:  # fmt: skip
         """A rectangle from its upper left corner; frozen unless a colour is given."""
         fill, edge = fill or self.theme.frozen, edge or self.theme.edge
@@ -86,7 +95,7 @@ class Sheet:
             self._hover.append((x + w / 2, y + h / 2, hover))
 
     def matrix(
-        self, x: float, y: float, w: float, h: float, name: str = "", colour: str = "",
+        self, x: Number, y: Number, w: Number, h: Number, name: str = "", colour: str = "",
         made: bool = False, hover: str = "",
     ) -> None:  # fmt: skip
         """A box to scale: grey, or in a method's colour; pale and dotted if made, not trained.
@@ -101,16 +110,16 @@ class Sheet:
             self.text(x + w / 2, y + h / 2, f"<b>{name}</b>", NORMAL, t.on(fill), "center")
 
     def columns(
-        self, x: float, y: float, count: int, w: float, h: float, colour: str = "",
-        gap: float = 1.5, made: bool = False,
-    ) -> float:  # fmt: skip
+        self, x: Number, y: Number, count: int, w: Number, h: Number, colour: str = "",
+        gap: Number = 1.5, made: bool = False,
+    ) -> Number:  # fmt: skip
         """Tokens, each a column w wide; returns the x behind the last."""
         for i in range(count):
             self.matrix(x + i * (w + gap), y, w, h, colour=colour, made=made)
         return x + count * (w + gap) - gap
 
     def text(
-        self, x: float, y: float, text: str, size: float = NORMAL, colour: str = "",
+        self, x: Number, y: Number, text: str, size: Number = NORMAL, colour: str = "",
         align: str = "left", at: str = "middle", angle: int = 0,
     ) -> None:  # fmt: skip
         """Words at a point: `align` left, center or right of it, `at` top, middle or bottom."""
@@ -121,7 +130,7 @@ class Sheet:
         self._notes[-1] |= dict(font=font, textangle=angle, borderpad=0)
 
     def line(
-        self, points: Sequence[Point], colour: str = "", width: float = 1.5, dash: str = "solid"
+        self, points: Sequence[Point], colour: str = "", width: Number = 1.5, dash: str = "solid"
     ) -> None:
         """A line through points."""
         path = "M" + "L".join(f"{x:.1f},{y:.1f}" for x, y in points)
@@ -129,8 +138,9 @@ class Sheet:
         self._shapes.append(dict(type="path", path=path, line=line))
 
     def arrow(
-        self, points: Sequence[Point], colour: str = "", width: float = 1.5, dash: str = "solid"
-    ) -> None:
+        self, points: Sequence[Point], colour: str = "", width: Number = 1.5, dash: str = "solid",
+        head: Number = 1.0,
+    ) -> None:  # fmt: skip
         """A line through points that ends in a head."""
         (x0, y0), (x1, y1) = points[-2:]
         long = ((x1 - x0) ** 2 + (y1 - y0) ** 2) ** 0.5
@@ -141,11 +151,13 @@ class Sheet:
             dict(
                 x=x1, y=y1, ax=x1 - (x1 - x0) * min(1, 9 / long),
                 ay=y1 - (y1 - y0) * min(1, 9 / long), axref="x", ayref="y", text="",
-                arrowhead=2, arrowwidth=width, arrowcolor=colour or self.theme.ink,
+                arrowhead=2, arrowsize=head, arrowwidth=width, arrowcolor=colour or self.theme.ink,
             )
         )  # fmt: skip
 
-    def plus(self, x: float, y: float, sign: str = "+", colour: str = "", r: float = 8.5) -> None:
+    def plus(
+        self, x: Number, y: Number, sign: str = "+", colour: str = "", r: Number = 8.5
+    ) -> None:
         """A small circle in which two things meet: + or ×."""
         t = self.theme
         line = dict(color=colour or t.ink, width=1.4)
@@ -157,13 +169,13 @@ class Sheet:
         else:
             self.text(x, y, sign, NORMAL, colour or t.ink, "center")
 
-    def stream(self, x0: float, x1: float, y: float, words: str = "") -> None:
+    def stream(self, x0: Number, x1: Number, y: Number, words: str = "") -> None:
         """The residual stream, from left to right."""
-        self.arrow([(x0, y), (x1, y)], self.theme.edge, 4)
+        self.arrow([(x0, y), (x1, y)], self.theme.edge, 4, head=0.6)
         if words:
             self.text(x0 + 4, y - 6, words, SMALL, self.theme.quiet, at="bottom")
 
-    def key(self, x: float, y: float, entries: Sequence[tuple[str, str]]) -> None:
+    def key(self, x: Number, y: Number, entries: Sequence[tuple[str, str]]) -> None:
         """Small boxes with what their colour means: (colour, words); "" is frozen."""
         for colour, words in entries:
             self.matrix(x, y - 5, 14, 10, colour=colour)
@@ -171,7 +183,7 @@ class Sheet:
             x += 19 + width_of(words, SMALL) + 22
 
 
-def extents(figure: go.Figure) -> list[tuple[float, float, float, float, str]]:
+def extents(figure: go.Figure) -> list[tuple[Number, Number, Number, Number, str]]:
     """The rectangle that each text of a drawing takes: left, top, right, bottom, and the text."""
     found = []
     for note in figure.layout.annotations:
@@ -201,7 +213,7 @@ def overlaps(figure: go.Figure) -> list[str]:
 
 def pale(figure: go.Figure) -> list[str]:
     """Which words stand out from what is behind them by less than 3."""
-    wrong, paper = [], theme(figure.layout.meta.get("dark")).paper
+    wrong, paper = [], figure.layout.meta["paper"]
     boxes = [s for s in figure.layout.shapes if s.type == "rect"]
     for note in figure.layout.annotations:
         if note.text:

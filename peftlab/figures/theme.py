@@ -20,7 +20,7 @@ def contrast(one: str, other: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
-def mixed(one: str, other: str, share: float) -> str:
+def mixed(one: str, other: str, share: int | float) -> str:
     """The colour that has this share of `other` in it."""
     pairs = [(int(one[i : i + 2], 16), int(other[i : i + 2], 16)) for i in (1, 3, 5)]
     return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in pairs)
@@ -47,7 +47,7 @@ class Theme:
         far = contrast(colour, self.paper) >= 1.5
         return colour if far else {"#000000": "#f2f2f2"}.get(colour, self.ink)
 
-    def line(self, colour: str, least: float = 3.0) -> str:
+    def line(self, colour: str, least: int | float = 3.0) -> str:
         """The colour, moved towards the ink until it stands out from the paper by `least`."""
         colour = self.fill(colour)
         steps = (mixed(colour, self.ink, i / 20) for i in range(21))
