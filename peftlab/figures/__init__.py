@@ -6,6 +6,8 @@ and show real tensors; `draw` shows what is attached. Each has a text for those 
 """
 
 from peftlab.figures.attention import attention_pair, attention_parts, token_bars
+from peftlab.figures.bell import bell
+from peftlab.figures.block import block_of_weights
 from peftlab.figures.curves import (
     bars_by_method,
     counts_figure,
@@ -15,9 +17,16 @@ from peftlab.figures.curves import (
     spectrum,
     strengths,
 )
-from peftlab.figures.draw import describe, draw
+from peftlab.figures.definitions import soft_definitions
+from peftlab.figures.described import Box, Drawing, describe
+from peftlab.figures.draw import draw
+from peftlab.figures.gate import gate_road
+from peftlab.figures.masks import masked_matrix, usual_masks
 from peftlab.figures.memory import PARTS, by_layer, memory_bars, memory_traces
-from peftlab.figures.sheet import alt_text
+from peftlab.figures.roads import adapter_places, bottleneck, narrow_road
+from peftlab.figures.scores import score_matrix
+from peftlab.figures.sheet import Sheet, alt_text
+from peftlab.figures.site_map import site_map
 from peftlab.figures.sites import SITES, five_sites
 from peftlab.figures.style import (
     BLACK,
@@ -34,6 +43,7 @@ from peftlab.figures.style import (
     method_key,
     use_template,
 )
+from peftlab.figures.timeline import step_timeline
 from peftlab.figures.weights import (
     CODE_TYPES,
     code_errors,

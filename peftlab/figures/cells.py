@@ -21,6 +21,19 @@ def labels(boxes: list[Box], sheet: Sheet) -> Words:
     a method holds frozen."""
     found: Words = []
     moving = [box for box in boxes if box.trained or box.made]
+    if sheet.brief:
+        methods = dict.fromkeys(box.method for box in moving)
+        deep = max((len(box.shape) for box in moving), default=0)  # matrices alone, if any
+        moving = [box for box in moving if len(box.shape) == deep]
+        named = [[box for box in moving if box.method == method] for method in methods]
+        return [
+            (
+                sheet.marks.get(own[0].method, "") + ", ".join(box.name for box in own),
+                sheet.theme.text(colour_of(own[0])),
+            )
+            for own in named
+            if own
+        ]
     for at, box in enumerate(moving):
         ink = sheet.theme.text(colour_of(box))
         found.append((f"{box.name} {box.size}", ink))
@@ -109,7 +122,7 @@ class Cell:
     @property
     def heading(self) -> str:
         role = self.role.rpartition(".")[2]
-        return f"<b>{role}</b> {self.size}"
+        return f"<b>{role}</b>" if self.sheet.brief else f"<b>{role}</b> {self.size}"
 
     def thick(self, box: Box, side: int) -> Number:
         return max(3.0, (box.shape[side] if len(box.shape) > 1 else 1) * self.unit)

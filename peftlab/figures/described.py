@@ -77,6 +77,8 @@ class Drawing:
 
     layers   how many blocks each stack has
     first    whether the norms come before their sublayers
+    brief    to be drawn with names alone, without sizes; `marks` has what stands before the names
+             of each method
     weights  the sizes (d_out, d_in) of each linear weight of the base, by stack and role: one,
              unless the layers differ
     """
@@ -88,6 +90,8 @@ class Drawing:
     head_dim: int
     gated: bool
     total: int
+    brief: bool = False
+    marks: dict[str, str] = field(default_factory=dict)
     weights: dict[tuple[str, str], list[tuple[int, int]]] = field(default_factory=dict)
     boxes: list[Box] = field(default_factory=list)
     arrows: list[Arrow] = field(default_factory=list)

@@ -1,21 +1,16 @@
 """What is attached, drawn: one block of the model with every trained tensor at its place."""
 
+from collections.abc import Callable
+
 import plotly.graph_objects as go
 
 from peftlab.accounting import readable_percent
+from peftlab.figures.attention_frame import COLUMN, MOST, TEXT_TOKENS, AttentionFrame
 from peftlab.figures.cells import LINE, colour_of, times
 from peftlab.figures.described import Box, Drawing, describe
+from peftlab.figures.frames import BAND, FOOT, MlpFrame
 from peftlab.figures.sheet import SMALL, WIDTH, Number, Sheet, width_of
 from peftlab.figures.style import BLACK, COLOURS
-from peftlab.figures.sublayers import (
-    BAND,
-    COLUMN,
-    FOOT,
-    MOST,
-    TEXT_TOKENS,
-    AttentionFrame,
-    MlpFrame,
-)
 from peftlab.methods.method import METHODS
 from peftlab.tuned import Tuned
 
@@ -37,16 +32,24 @@ def draw(tuned: Tuned, dark: bool | None = None, stack: str | None = None) -> go
     return render(describe(tuned), dark, stack)
 
 
-def render(drawing: Drawing, dark: bool | None = None, stack: str | None = None) -> go.Figure:
-    """A description as a figure."""
+def render(
+    drawing: Drawing,
+    dark: bool | None = None,
+    stack: str | None = None,
+    title: str = "",
+    legend: Callable[[Sheet, Number], Number] | None = None,
+) -> go.Figure:
+    """A description as a figure. `title` and `legend` replace those that tell what trains; the
+    legend draws itself at a height and returns its own."""
     stacks = list(drawing.layers)
     if stack is not None and stack not in stacks:
         raise ValueError(f"stack={stack!r}: {drawing.model} has {', '.join(map(repr, stacks))}")
     sheet = Sheet("", 100, drawing.words(), dark)
+    sheet.brief, sheet.marks = drawing.brief, drawing.marks
     rows = [
         _Row(drawing, sheet, each, at) for at, each in enumerate(stacks) if stack in (None, each)
     ]
-    strips = _strips(drawing)
+    strips = [] if drawing.brief else _strips(drawing)
     y = 0.0
     for row in rows:
         row.top = y
@@ -56,14 +59,15 @@ def render(drawing: Drawing, dark: bool | None = None, stack: str | None = None)
         row.draw(rows[0])
     for kind, boxes in strips:
         y = _strip(sheet, drawing, y, kind, boxes)
-    _key(sheet, drawing, y + 12)
-    title = f"{drawing.title}: "
-    title += (
-        f"{drawing.numbers:,} numbers train ({readable_percent(drawing.numbers, drawing.total)})"
-        if drawing.numbers
-        else "nothing trains"
-    )
-    return sheet.resized(title, y + 26).done()
+    y += 12 + (_key(sheet, y + 12, drawing) if legend is None else legend(sheet, y + 12))
+    return sheet.resized(title or _title(drawing), y).done()
+
+
+def _title(drawing: Drawing) -> str:
+    if not drawing.numbers:
+        return f"{drawing.title}: nothing trains"
+    share = readable_percent(drawing.numbers, drawing.total)
+    return f"{drawing.title}: {drawing.numbers:,} numbers train ({share})"
 
 
 class _Row:
@@ -88,7 +92,7 @@ class _Row:
             self.frames.append(AttentionFrame(*args, cross=True))
         self.frames.append(MlpFrame(*args))
         self.prompt = [b for b in drawing.boxes if b.how == "token" and at == 0]
-        self.words = ", ".join(_prompt_words(box) for box in self.prompt)
+        self.words = ", ".join(_prompt_words(box, drawing) for box in self.prompt)
         tokens = (min(MOST, self.prompt[0].shape[-2]) if self.prompt else 0) + TEXT_TOKENS
         words = max(width_of(self.words, SMALL) + 8, 66 if at == 0 else 0)
         self.entry = max(tokens * (COLUMN + 1.5) + 14, words)
@@ -150,7 +154,9 @@ class _Row:
             ends = [(left - 2, low + high / 2 + k + 3), (right + 2, low + high / 2 + k - 3)]
             sheet.line(ends, sheet.theme.paper, 2)
         ink = sheet.theme.text(colour) if colour else sheet.theme.quiet
-        sheet.text(14, low + high + 9, f"<b>E</b> {table.size}", SMALL, ink)
+        sheet.text(
+            14, low + high + 9, "<b>E</b>" if sheet.brief else f"<b>E</b> {table.size}", SMALL, ink
+        )
 
     def _remember(self, frame: AttentionFrame, first: "_Row") -> None:
         """The encoder's output, which the decoder's second attention reads."""
@@ -167,7 +173,9 @@ class _Row:
         self.sheet.text(right - 6, above, "the encoder's output", SMALL, ink, "right")
 
 
-def _prompt_words(box: Box) -> str:
+def _prompt_words(box: Box, drawing: Drawing) -> str:
+    if drawing.brief:
+        return f"{drawing.marks.get(box.method, '')}{box.name}, virtual tokens"
     made = ", made" if box.made else ""
     return f"{box.name} {box.size}" + (f" {times(box)}" if box.layers else "") + made
 
@@ -210,7 +218,7 @@ def _strip(sheet: Sheet, drawing: Drawing, y: Number, kind: str, boxes: list[Box
     return y + 40 + 2 * LINE + 6
 
 
-def _key(sheet: Sheet, drawing: Drawing, y: Number) -> None:
+def _key(sheet: Sheet, y: Number, drawing: Drawing) -> Number:
     methods = dict.fromkeys(box.method for box in drawing.boxes if box.trained)
     titles = {name: METHODS[name].title for name in methods if name in METHODS}
     entries = [("", "frozen")]
@@ -218,3 +226,4 @@ def _key(sheet: Sheet, drawing: Drawing, y: Number) -> None:
         words = f"trained by {titles[method]}" if method in titles else "the new head, trained"
         entries.append((COLOURS.get(method, BLACK), words))
     sheet.key(14, y, entries)
+    return 14

@@ -33,6 +33,11 @@ def width_of(text: str, size: Number) -> Number:
     return size * max(sum(_WIDTH.get(letter, 0.556) for letter in line) for line in lines)
 
 
+def number(value: Number, digits: int) -> str:
+    """With so many digits behind the point, and a real minus sign."""
+    return f"{value:.{digits}f}".replace("-", "−")
+
+
 def alt_text(figure: go.Figure) -> str:
     """What a drawing says, in words."""
     return figure.layout.meta["alt"]
@@ -45,6 +50,8 @@ class Sheet:
         self, title: str, height: Number, alt: str, dark: bool | None = None, width: int = WIDTH
     ):
         self.theme, self.width, self.height = theme(dark), width, height
+        self.brief = False  # True: names alone, without sizes
+        self.marks: dict[str, str] = {}  # a number in front of what a method brings
         self.figure = go.Figure(
             layout=dict(
                 template=self.theme.template,
@@ -84,13 +91,14 @@ class Sheet:
 
     def box(
         self, x: Number, y: Number, w: Number, h: Number, fill: str = "", edge: str = "",
-        dash: str = "solid", width: Number = 1.0, hover: str = "",
+        dash: str = "solid", width: Number = 1.0, hover: str = "", under: bool = False,
     ) -> None:  # fmt: skip
-        """A rectangle from its upper left corner; frozen unless a colour is given."""
+        """A rectangle from its upper left corner; frozen unless a colour is given. `under`: below
+        the traces of the figure."""
         fill, edge = fill or self.theme.frozen, edge or self.theme.edge
         line = dict(color=edge, width=width, dash=dash)
         self._shapes.append(dict(type="rect", x0=x, y0=y, x1=x + w, y1=y + h, fillcolor=fill))
-        self._shapes[-1] |= dict(line=line)
+        self._shapes[-1] |= dict(line=line, layer="below" if under else "above")
         if hover:
             self._hover.append((x + w / 2, y + h / 2, hover))
 
@@ -137,6 +145,12 @@ class Sheet:
         line = dict(color=colour or self.theme.ink, width=width, dash=dash)
         self._shapes.append(dict(type="path", path=path, line=line))
 
+    def area(self, points: Sequence[Point], fill: str, edge: str = "") -> None:
+        """A closed shape through points."""
+        path = "M" + "L".join(f"{x:.1f},{y:.1f}" for x, y in points) + "Z"
+        line = dict(color=edge or fill, width=1 if edge else 0)
+        self._shapes.append(dict(type="path", path=path, fillcolor=fill, line=line))
+
     def arrow(
         self, points: Sequence[Point], colour: str = "", width: Number = 1.5, dash: str = "solid",
         head: Number = 1.0,
@@ -144,7 +158,7 @@ class Sheet:
         """A line through points that ends in a head."""
         (x0, y0), (x1, y1) = points[-2:]
         long = ((x1 - x0) ** 2 + (y1 - y0) ** 2) ** 0.5
-        back = min(0.99, 5 / long)
+        back = min(0.99, max(5, 2.2 * width * head) / long)
         neck = (x1 - (x1 - x0) * back, y1 - (y1 - y0) * back)
         self.line([*points[:-1], neck], colour, width, dash)
         self._notes.append(
@@ -168,6 +182,15 @@ class Sheet:
             self.line([(x, y - r / 2), (x, y + r / 2)], colour or t.ink)
         else:
             self.text(x, y, sign, NORMAL, colour or t.ink, "center")
+
+    def dot(self, x: Number, y: Number, colour: str = "", hover: str = "") -> None:
+        """A point that was measured."""
+        line = dict(color=self.theme.paper, width=1.5)
+        place = dict(x0=x - 4.5, x1=x + 4.5, y0=y - 4.5, y1=y + 4.5)
+        fill = colour or self.theme.ink
+        self._shapes.append(dict(type="circle", fillcolor=fill, line=line, **place))
+        if hover:
+            self._hover.append((x, y, hover))
 
     def stream(self, x0: Number, x1: Number, y: Number, words: str = "") -> None:
         """The residual stream, from left to right."""
