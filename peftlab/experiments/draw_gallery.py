@@ -1,4 +1,4 @@
-"""Write every drawing as PNG, in light and dark: `python -m peftlab.experiments.draw_gallery FOLDER`.
+"""Write every drawing as PNG, light and dark: `python -m peftlab.experiments.draw_gallery FOLDER`.
 
 They are made of the bases that ship, so that an eye can look at all of them at once.
 """

@@ -29,7 +29,7 @@ class AttentionFrame(Frame):
         self.label += 8 if self.label else 0
         self.head = max(width_of(cell.heading, SMALL) for cell in self.three)
         strips = max(cell.full_width for cell in self.three)
-        left = max(strips + self._tall_strips + self.label + 6, self.head + 4)
+        left = max(strips + self.label + 6, self.head + 4)
         self.left = max(left, wide(self.whole))
         self.columns = max(
             self._columns_width,
@@ -37,12 +37,6 @@ class AttentionFrame(Frame):
             wide(self._virtual_words("value")),
         )
         self.width = 22 + self.left + self.columns + 18 + 46 + 14 + self.end + 6
-
-    @property
-    def _tall_strips(self) -> Number:
-        return 6.0 * sum(
-            box.name != "W" for box in self.drawing.at(self.stack, f"{self.prefix}qkv")
-        )
 
     @property
     def _shown(self) -> int:
@@ -89,13 +83,13 @@ class AttentionFrame(Frame):
             start = bus if middle in taps else bus + 6
             sheet.arrow([(start, middle), (at - 1, middle)])
             cell.draw(at, y)
-            words_at = at + cell.full_width + 5 + self._tall_strips
+            words_at = at + cell.full_width + 5
             write(
                 sheet, words_at, max(y + 6, middle - LINE * (len(cell.words) - 1) / 2), cell.words
             )
             used = words_at + wide(cell.words) + 2 if cell.words else at + cell.full_width + 2
             self._result(i, used, beside, middle)
-        self._fused(at, ys, middles)
+        write(sheet, at, ys[2] + self.three[2].full_height + 12, self.whole)
         pill = beside + self.columns + 18
         edge = beside + self.columns
         between = (middles[0] + middles[1]) / 2
@@ -137,14 +131,3 @@ class AttentionFrame(Frame):
         sheet.columns(at, middle - high / 2, TEXT_TOKENS, COLUMN, high)
         end = at + TEXT_TOKENS * (COLUMN + 1.5)
         sheet.line([(end, middle), (x + self.columns, middle)])
-
-    def _fused(self, x: Number, ys: list[Number], middles: list[Number]) -> None:
-        """What belongs to q, k and v as one matrix: tall strips at their side, its words below."""
-        boxes = [b for b in self.drawing.at(self.stack, f"{self.prefix}qkv") if b.how != "frozen"]
-        at = x + max(cell.full_width for cell in self.three) + 4
-        for box in boxes:
-            if box.name != "W" and box.shape[0] > self.three[0].cols:
-                high = box.shape[0] * self.unit
-                self.sheet.matrix(at, middles[1] - high / 2, 3, high, "", colour_of(box))
-                at += 6
-        write(self.sheet, x, ys[2] + self.three[2].full_height + 12, self.whole)

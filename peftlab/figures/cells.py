@@ -86,15 +86,21 @@ class Cell:
         self.rows, self.cols = self.drawing.weights[self.stack, self.role][0]
         every = self.drawing.at(self.stack, self.role)
         self.boxes = [box for box in every if box.how != "frozen"]
-        parts = self.drawing.at(self.stack, self._fused)
-        whole = [box for box in [*self.boxes, *parts] if box.how == "own" and box.name == "W"]
+        self.joined = [b for b in self.drawing.at(self.stack, self._fused) if b.how != "frozen"]
+        whole = [box for box in [*self.boxes, *self.joined] if (box.how, box.name) == ("own", "W")]
         self.colour = colour_of(whole[0]) if whole else ""
         self.words: Words = labels(self.boxes, self.sheet)
         self.w, self.h = max(3, self.cols * self.unit), max(3, self.rows * self.unit)
-        strips = [box for box in self.boxes if not (box.how == "own" and box.name == "W")]
-        strips = [box for box in strips if box.how not in ("mask", "codes")]
+        inside = ("mask", "codes")
+        strips = [box for box in self.boxes if box not in whole and box.how not in inside]
         self.right = [box for box in strips if self._has_rows(box)]
         self.under = [box for box in strips if box not in self.right]
+        for box in self.joined:  # of one tensor for q, k and v each gets its rows
+            if box not in whole and box.how not in inside:
+                if box.shape[0] > self.rows:
+                    self.right.append(box)
+                elif self.role.endswith("v"):
+                    self.under.append(box)
 
     @property
     def _fused(self) -> str:
@@ -146,7 +152,7 @@ class Cell:
         )
         sheet.text(x, y - 3, self.heading, SMALL, t.ink, at="bottom")
         for how, step in (("codes", 4), ("mask", 5)):
-            if any(box.how == how for box in self.boxes):
+            if any(box.how == how for box in [*self.boxes, *self.joined]):
                 self._pattern(x, y, how, step)
         at = x + self.w + 2
         for box in self.right:
