@@ -31,12 +31,15 @@ def tuned(request):
     tuned.detach()
 
 
-every_case = pytest.mark.parametrize("tuned", PAIRS, ids=lambda p: "-".join(p), indirect=True)
-
-
-@every_case
-def test_every_trained_tensor_is_drawn_once_with_its_size(tuned):
+@pytest.mark.parametrize("tuned", PAIRS, ids=lambda p: "-".join(p), indirect=True)
+def test_a_drawing_is_what_is_attached(tuned):
     drawing = describe(tuned)
+    every_trained_tensor_is_drawn_once_with_its_size(tuned, drawing)
+    nothing_is_drawn_that_is_not_there(tuned, drawing)
+    no_words_of_the_picture_touch_or_leave_it(tuned, drawing)
+
+
+def every_trained_tensor_is_drawn_once_with_its_size(tuned, drawing):
     parts = Counter(part for box in drawing.boxes for part in box.tensors)
     assert set(parts.values()) <= {1}
     whole = {name for name, index in parts if index is None}
@@ -56,9 +59,8 @@ def test_every_trained_tensor_is_drawn_once_with_its_size(tuned):
     assert drawing.numbers == count.measured + count.head
 
 
-@every_case
-def test_nothing_is_drawn_that_is_not_there(tuned):
-    drawing, anatomy = describe(tuned), tuned.anatomy
+def nothing_is_drawn_that_is_not_there(tuned, drawing):
+    anatomy = tuned.anatomy
     own = Counter(tuple(p.shape) for p in tuned.model.parameters())
     for box in drawing.boxes:
         stacks = [stack or "" for stack in anatomy.stacks]
@@ -80,15 +82,14 @@ def test_nothing_is_drawn_that_is_not_there(tuned):
     assert sum(box.numbers for box in frozen) == sum(x.d_out * x.d_in for x in linears)
 
 
-@every_case
-def test_no_words_of_the_picture_touch_or_leave_it(tuned):
-    figure = draw(tuned)
+def no_words_of_the_picture_touch_or_leave_it(tuned, drawing):
+    figure = render(drawing)
     assert overlaps(figure) == []
     assert min(note.font.size for note in figure.layout.annotations if note.text) >= 11
     if tuned.kind != "encoder-decoder":
         assert figure.layout.height <= 600 and figure.layout.width <= 900
     text = figures.alt_text(figure)
-    for box in describe(tuned).trained:
+    for box in drawing.trained:
         assert f"{box.name} ({box.size})" in text
 
 

@@ -1,7 +1,9 @@
 """Drawings of one idea: their numbers are those of the objects they were given."""
 
 import copy
+import json
 
+import nbformat
 import numpy as np
 import plotly.io as pio
 import pytest
@@ -11,6 +13,7 @@ from models import tiny
 import peftlab as pl
 from peftlab import figures
 from peftlab.bases.probes import attention_map, gate
+from peftlab.experiments.run_notebooks import PLOTLY, PNG, add_pictures
 from peftlab.figures.described import describe
 from peftlab.figures.sheet import alt_text, extents, overlaps, pale
 from peftlab.figures.theme import DARK, LIGHT, contrast
@@ -277,3 +280,17 @@ def test_the_map_lights_what_it_is_asked_to():
     assert base.fingerprint() == before and base.adapted_by is None
     with pytest.raises(ValueError, match="unknown site 'optimizer'"):
         figures.site_map(base, "optimizer")
+
+
+def test_a_stored_drawing_has_its_words_beside_its_picture():
+    figure = figures.bell(0.1, 1)
+    data = {PLOTLY: json.loads(figure.to_json())}
+    plain = {PLOTLY: {"data": [], "layout": {}}}
+    made = [nbformat.v4.new_output("display_data", data=each) for each in (data, plain)]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("", outputs=made)])
+    add_pictures(notebook, lambda figure: "cGl4ZWxz", {})
+    first, second = notebook.cells[0].outputs
+    assert first["data"][PNG] == "cGl4ZWxz" == second["data"][PNG]
+    assert first["metadata"][PNG]["alt"] == alt_text(figure)
+    assert PNG not in second["metadata"]
+    nbformat.validate(notebook)

@@ -196,7 +196,7 @@ def _strip(sheet: Sheet, drawing: Drawing, y: Number, kind: str, boxes: list[Box
     """A row of matrices with their names and sizes; returns where the next row begins."""
     t, x, first = sheet.theme, 14.0, next(iter(drawing.layers))
     sheet.text(14, y + 14, AROUND[kind], SMALL, t.quiet)
-    y += 28
+    y += 24
     longest = max(n for box in boxes for n in box.shape)
     unit = 40 / min(longest, 4 * max(rows for rows, _ in drawing.weights[first, "down"]))
     for box in boxes:
