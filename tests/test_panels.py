@@ -651,6 +651,10 @@ def test_the_kernel_sends_again_what_the_page_lacks(monkeypatch):
         assert answers(panel.plot, strange, monkeypatch) == []
 
 
+MAKERS_OF_TEXT = {**MAKERS, "chat": lambda: panels.chat(tiny("gpt2"), {}, "who?", 2)}
+
+
+@pytest.mark.parametrize("maker", MAKERS_OF_TEXT.values(), ids=MAKERS_OF_TEXT)
 def test_a_closed_panel_leaves_no_widget(maker):
     plot.library()  # what all panels share stays
     before = set(_instances)
