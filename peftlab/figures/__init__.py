@@ -17,6 +17,13 @@ from peftlab.figures.curves import (
 )
 from peftlab.figures.draw import describe, draw
 from peftlab.figures.memory import PARTS, by_layer, memory_bars, memory_traces
+from peftlab.figures.prefix import (
+    positions,
+    score_matrix,
+    seeds_by_row,
+    thrown_away,
+    within_and_through,
+)
 from peftlab.figures.sheet import alt_text
 from peftlab.figures.sites import SITES, five_sites
 from peftlab.figures.style import (

@@ -34,6 +34,14 @@ from peftlab.panels.codes import (
     code_view,
 )
 from peftlab.panels.count import CountExplorer, CountView, count_explorer, count_view
+from peftlab.panels.gate import (
+    GATE_SPLITS,
+    GATE_SUMS,
+    GateLab,
+    GateView,
+    gate_lab,
+    gate_view,
+)
 from peftlab.panels.live import (
     RATES,
     SECONDS_BETWEEN_FRAMES,
@@ -99,6 +107,10 @@ __all__ = [
     "CodeView",
     "CountExplorer",
     "CountView",
+    "GATE_SPLITS",
+    "GATE_SUMS",
+    "GateLab",
+    "GateView",
     "HashedWeight",
     "LAB_ALPHAS",
     "LAB_RANKS",
@@ -142,6 +154,8 @@ __all__ = [
     "count_explorer",
     "count_view",
     "curve",
+    "gate_lab",
+    "gate_view",
     "live_trainer",
     "memory_explorer",
     "memory_lengths",
