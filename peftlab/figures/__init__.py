@@ -19,6 +19,7 @@ from peftlab.figures.draw import describe, draw
 from peftlab.figures.memory import PARTS, by_layer, memory_bars, memory_traces
 from peftlab.figures.prefix import (
     positions,
+    rates,
     score_matrix,
     seeds_by_row,
     thrown_away,

@@ -74,7 +74,7 @@ def score_matrix(
 
 
 def gate_plane(
-    text_values: Any, text: Any, prefix: Any, output: Any, gate: float, title: str
+    text_values: Any, text: Any, prefix: Any, output: Any, gate: int | float, title: str
 ) -> go.Figure:
     """Values in a plane: the text's, their mixture, the prefix's, and the output between the two.
 
@@ -101,7 +101,7 @@ def gate_plane(
 
 
 def gate_parts(
-    text_values: Any, text: Any, prefix: Any, output: Any, gate: float, title: str
+    text_values: Any, text: Any, prefix: Any, output: Any, gate: int | float, title: str
 ) -> tuple[list[dict], dict]:
     """What changes in `gate_plane` from one setting to the next: its five traces, its layout."""
     points = [np.asarray(p, dtype=float) for p in (text_values, text, prefix, output)]
@@ -207,12 +207,12 @@ def positions(tokens: Sequence[str], virtual: int, dark: bool | None = None) -> 
 
 
 def within_and_through(
-    distance: Sequence[float], ranks: Sequence[int], virtual: int, most: int, title: str
+    distance: Sequence[int | float], ranks: Sequence[int], virtual: int, most: int, title: str
 ) -> go.Figure:
     """Layer by layer: how far the words' attention among themselves moved, and the rank of what
     the prefix added, beside its bound in one layer; `most` is as much as a head can have."""
     layers = list(range(1, 1 + len(ranks)))
-    fig = figure(title, "", "", height=380, showlegend=False)
+    fig = figure(title, "", "", height=380, showlegend=False, margin_l=90)
     colour = COLOURS["prefix_tuning"]
     points = dict(mode="lines+markers", line=dict(color=colour, width=1.5))
     points |= dict(marker=dict(color=colour, symbol="square", size=9))
@@ -230,9 +230,30 @@ def within_and_through(
     ):  # fmt: skip
         end = "" if i == 1 else "2"
         across = dict(domain=domain, anchor=f"y{end}", title=dict(text="layer"), dtick=1)
-        up = dict(anchor=f"x{end}", title=dict(text=name, font=dict(size=12)), rangemode="tozero")
+        up = dict(anchor=f"x{end}", title=dict(text=name, font=dict(size=12), standoff=14))
         fig.update_layout({f"xaxis{end}": {**AXIS, **across}, f"yaxis{end}": {**AXIS, **up}})
     return fig.update_layout(yaxis2_range=[0, 1.25 * most], yaxis_range=[-0.02, 1])
+
+
+def rates(table: pd.DataFrame, title: str) -> go.Figure:
+    """The share right against the learning rate, for one or two values of `form`: every run's
+    point, a line through the means, and its name over the rates where the mean is above 0.9."""
+    fig = figure(title, "learning rate", "share right", height=400, showlegend=False)
+    colour, ticks = COLOURS["prefix_tuning"], sorted(table["lr"].unique())
+    looks = (("square", "solid"), ("square-open", "dash"))
+    for (form, runs), (marker, dash) in zip(table.groupby("form", sort=False), looks, strict=False):
+        mean = runs.groupby("lr")["exact"].mean()
+        line = dict(color=colour, dash=dash, width=2)
+        fig.add_scatter(x=mean.index, y=mean, mode="lines", line=line, name=form)
+        look = dict(color=colour, symbol=marker, size=9, opacity=0.7)
+        fig.add_scatter(x=runs["lr"], y=runs["exact"], mode="markers", marker=look, name=form)
+        works = mean[mean > 0.9].index
+        middle = (np.log10(works.min()) + np.log10(works.max())) / 2
+        most = mean[works].max()
+        fig.add_annotation(text=form, x=middle, y=most, yshift=18, showarrow=False)
+    marks = dict(tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
+    fig.update_xaxes(type="log", **marks)
+    return fig.update_yaxes(range=[-0.05, 1.2], tickvals=[0, 0.25, 0.5, 0.75, 1])
 
 
 def seeds_by_row(table: pd.DataFrame, value: str, row: str, title: str, x_title: str) -> go.Figure:
@@ -252,7 +273,8 @@ def seeds_by_row(table: pd.DataFrame, value: str, row: str, title: str, x_title:
             fig.add_shape(type="line", x0=mean, x1=mean, y0=at - 0.12, y1=at + 0.12,
                           line=dict(color=style["colour"], width=2.5))  # fmt: skip
     legend = dict(orientation="h", x=0, xanchor="left", y=1.0, yanchor="bottom")
-    fig.update_layout(legend=legend, margin_l=190)
+    fig.update_layout(legend=legend, margin_l=170)
+    fig.update_layout(title=dict(x=0, xref="container", pad_l=12))
     return fig.update_yaxes(
         tickvals=list(range(len(rows))), ticktext=rows, range=[len(rows) - 0.5, -0.5]
     )

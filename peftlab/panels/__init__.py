@@ -50,6 +50,7 @@ from peftlab.panels.live import (
     live_trainer,
     scores_table,
 )
+from peftlab.panels.live_curve import LiveCurve
 from peftlab.panels.memory import (
     BATCHES,
     BESIDE_FULL,
@@ -119,6 +120,7 @@ __all__ = [
     "LAB_SIZE",
     "LAB_STEPS",
     "LENGTHS",
+    "LiveCurve",
     "LiveTrainer",
     "MemoryExplorer",
     "MemoryView",

@@ -22,22 +22,22 @@ class GateView:
     `prefix_sum` is the sum of e^score over the prefix, `split` the part of token 1 among the words.
     """
 
-    prefix_sum: float
-    split: float
+    prefix_sum: int | float
+    split: int | float
 
     @property
-    def gate(self) -> float:
+    def gate(self) -> int | float:
         return self.prefix_sum / (self.prefix_sum + TEXT_SUM)
 
     @property
-    def alone(self) -> tuple[float, float]:
+    def alone(self) -> tuple[int | float, int | float]:
         """Attention to the text alone."""
         one, two = TEXT_VALUES
         x, y = (self.split * a + (1 - self.split) * b for a, b in zip(one, two, strict=True))
         return x, y
 
     @property
-    def output(self) -> tuple[float, float]:
+    def output(self) -> tuple[int | float, int | float]:
         mixed = zip(self.alone, PREFIX_VALUE, strict=True)
         x, y = ((1 - self.gate) * a + self.gate * b for a, b in mixed)
         return x, y
@@ -60,7 +60,7 @@ class GateView:
         return drawn.gate_plane(*self.shown)
 
 
-def gate_view(prefix_sum: float = 4, split: float = 0.5) -> GateView:
+def gate_view(prefix_sum: int | float = 4, split: int | float = 0.5) -> GateView:
     """One setting. Raises ValueError for one that the sliders do not have."""
     for name, value, all_ in (
         ("prefix_sum", prefix_sum, GATE_SUMS),
@@ -74,7 +74,7 @@ def gate_view(prefix_sum: float = 4, split: float = 0.5) -> GateView:
 class GateLab(Panel):
     """See `gate_lab`."""
 
-    def __init__(self, prefix_sum: float, split: float):
+    def __init__(self, prefix_sum: int | float, split: int | float):
         self.view = gate_view(prefix_sum, split)
         options = dict(style={"description_width": "170px"}, layout=widgets.Layout(width="460px"))
         self.prefix_sum = widgets.SelectionSlider(
@@ -109,7 +109,7 @@ class GateLab(Panel):
         return f"Gate lab: {self.view.text}"
 
 
-def gate_lab(prefix_sum: float = 4, split: float = 0.5) -> GateLab:
+def gate_lab(prefix_sum: int | float = 4, split: int | float = 0.5) -> GateLab:
     """A panel with one output of attention in the plane: two words, and a prefix of one.
 
     The prefix's slider moves the output between the text and the prefix; only the query's moves
