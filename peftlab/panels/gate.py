@@ -80,13 +80,13 @@ class GateLab(Panel):
         self.prefix_sum = widgets.SelectionSlider(
             options=[(f"{v:g}", v) for v in GATE_SUMS],
             value=prefix_sum,
-            description="the prefix: its Z",
+            description="e^score of the prefix",
             **options,
         )
         self.split = widgets.SelectionSlider(
             options=[(f"{v:.0%}", v) for v in GATE_SPLITS],
             value=split,
-            description="the query: token 1 gets",
+            description="query: token 1 gets",
             **options,
         )
         self.text = widgets.HTML(f"<b>{escape(self.view.text)}</b>")
