@@ -1,4 +1,4 @@
-"""Lesson 04, prefix tuning: attend with a prefix, let the mask through, fold, count, diagnose."""
+"""Lesson 04, prefix tuning: the mask, the gate, attention with a prefix, fold, diagnose."""
 
 import math
 
@@ -21,13 +21,111 @@ from peftlab.attention import cache_name
 from peftlab.bases.shapes import Shape
 from peftlab.exercises import after, exercise, expect, question
 from peftlab.exercises.clinic import Ward, course, distance
-from peftlab.exercises.forms import a_count, a_tensor, same, several, unlike
+from peftlab.exercises.forms import a_tensor, same, several, unlike
 from peftlab.methods import DeepPromptTuning, PrefixTuning
 from peftlab.methods.prompt_starts import initial_prefix
 from peftlab.training import target_loss
 
 
-# --- 1 · attention with a prefix ---------------------------------------------------------------
+# --- 1 · the mask ------------------------------------------------------------------------------
+def may_see(mask, P):
+    batch, T = mask.shape
+    text = torch.ones(T, T, dtype=torch.bool).tril() & mask[:, None, None, :].bool()
+    prefix = torch.ones(batch, 1, T, P, dtype=torch.bool)
+    return torch.cat([prefix, text], dim=-1)
+
+
+def _prefix(seen):
+    return seen[..., : seen.shape[-1] - seen.shape[-2]]
+
+
+def _plain_triangle(mask, P):
+    whole = F.pad(mask, (P, 0), value=1)[:, None, None, :].bool()
+    return torch.ones(mask.shape[1], P + mask.shape[1], dtype=torch.bool).tril() & whole
+
+
+@exercise(
+    "Let the mask see the prefix", solution=may_see, difficulty=3, importance=5, minutes=8,
+    hints=(
+        "The result has a row for each of the T queries and a column for each of the P + T keys.",
+        "The left block, T × P, is True throughout: every query sees the whole prefix.",
+        "The right block is the usual one: not the future (`tril`), and no padding."),
+    mistakes=(
+        (_plain_triangle, "your triangle begins at the first column: the first query sees one "
+         "virtual key, and the last tokens are seen by nobody. The triangle belongs to the text's "
+         "columns"),
+        (lambda mask, P: torch.zeros(may_see(mask, P).shape).masked_fill(
+            ~may_see(mask, P), -math.inf), "your mask is one to be added to scores, 0 and −∞: here "
+         "it says True where a query may see", lambda given, right: given.min() < 0),
+        (lambda mask, P: F.pad(may_see(mask, 0), (P, 0)), "your mask hides the prefix: it would "
+         "never be read, and never train", lambda given, right: not _prefix(given).any()),
+        (after(may_see, lambda seen: seen & (torch.arange(seen.shape[-1]) > 0)),
+         "some queries do not see all of the prefix",
+         lambda given, right: not _prefix(given).all()),
+        (lambda mask, P: may_see(mask, P) | F.pad(mask[:, None, None], (P, 0), value=1).bool(),
+         "a token sees the future: the text's columns need the causal triangle",
+         lambda given, right: given[0, 0, :, -len(right[0, 0]) :].triu(1).any()),
+        (lambda mask, P: may_see(torch.ones_like(mask), P), "the second row is padded, and its "
+         "padding is seen", lambda given, right: (given & ~right)[1].any()),
+        (lambda mask, P: may_see(mask, 0), "there are 7 keys")),
+    otherwise="the text's columns have changed",
+    praise="every query sees the prefix, nobody sees padding or the future", again=(5, 7),
+)  # fmt: skip
+def mask_for(answer, P=3, T=4):
+    mask, batch = torch.ones(2, T, dtype=torch.long), 2
+    mask[1, : T // 2] = 0  # padded on the left
+    given = a_tensor(answer(mask, P))
+    expect(
+        given.ndim == 4 and given.shape[-1] == P + T,
+        f"there are {P + T} keys, {P} of them virtual, and your mask has {given.shape[-1]} columns "
+        f"in a shape of {tuple(given.shape)}; wanted is {(batch, 1, T, P + T)}",
+    )
+    return (given if (given < 0).any() else given.bool()).expand(batch, 1, T, P + T)
+
+
+# --- 2 · the gate ------------------------------------------------------------------------------
+def gate_of(p, t):
+    return torch.sigmoid(p.logsumexp(dim=-1) - t.logsumexp(dim=-1))
+
+
+@exercise(
+    "Compute the gate", solution=gate_of, difficulty=2, importance=5, minutes=6,
+    hints=(
+        "λ = Z_P / (Z_P + Z_T). Each Z is a sum of exponentials over the last axis.",
+        "Some scores here are above 100, and e to that power is infinite in float32. "
+        "Stay with the logarithms: `p.logsumexp(dim=-1)` is log Z_P.",
+        "a / (a + b) is 1 / (1 + b / a), and b / a is e to the power log b − log a: a sigmoid."),
+    mistakes=(
+        (lambda p, t: p.exp().sum(-1) / (p.exp().sum(-1) + t.exp().sum(-1)),
+         "the formula is right and the numbers are not: e to the power of the largest scores "
+         "overflows. Compute with log Z: `logsumexp`",
+         lambda given, right: not given.isfinite().all()),
+        (lambda p, t: torch.sigmoid(t.logsumexp(-1) - p.logsumexp(-1)),
+         "that is 1 − λ, the part of the text"),
+        (lambda p, t: torch.sigmoid(p.mean(-1) - t.mean(-1)), "you compare mean scores: a softmax "
+         "adds up exponentials, so one large score outweighs many small ones"),
+        (lambda p, t: torch.sigmoid(p.amax(-1) - t.amax(-1)), "you compare the largest scores "
+         "alone: every key adds its part to Z"),
+        (lambda p, t: p.logsumexp(-1) / (p.logsumexp(-1) + t.logsumexp(-1)),
+         "that is a ratio of logarithms: λ is a ratio of the sums themselves"),
+        (lambda p, t: torch.cat([p, t], -1).softmax(-1)[..., 0], "that is the share of the first "
+         "virtual token alone: λ is that of all of them"),
+        (lambda p, t: torch.cat([p, t], -1).softmax(-1)[..., : p.shape[-1]],
+         "that is a share for each virtual token: add them up, one λ for each query",
+         lambda given, right: given.ndim == right.ndim + 1 and given.shape[-1] > 1)),
+    otherwise=unlike, again=(5, 7, 4), atol=1e-5,
+    praise="one number between 0 and 1 for each query, however large the scores are",
+)  # fmt: skip
+def gate(answer, queries=4, P=3, T=5):
+    draw = torch.Generator().manual_seed(0)
+    p, t = (torch.randn(queries, n, generator=draw) for n in (P, T))
+    p[1], t[1] = p[1] + 120, t[1] + 120  # too large for exp in float32
+    t[0, 1:] = -math.inf  # the first query sees one token of the text
+    given = a_tensor(answer(p, t))
+    return given[:, 0] if given.shape == (queries, 1) else given
+
+
+# --- 3 · attention with a prefix ---------------------------------------------------------------
 def attend_with_prefix(query, key, value, mask, P_k, P_v):
     key = torch.cat([P_k.expand(len(key), -1, -1, -1), key], dim=2)
     value = torch.cat([P_v.expand(len(value), -1, -1, -1), value], dim=2)
@@ -104,63 +202,7 @@ def attend(answer, heads=3, T=4, P=2, d=8):
     return a_tensor(given, tuple(query.shape), "the output is as the queries: its shape")
 
 
-# --- 2 · the mask ------------------------------------------------------------------------------
-def may_see(mask, P):
-    batch, T = mask.shape
-    text = torch.ones(T, T, dtype=torch.bool).tril() & mask[:, None, None, :].bool()
-    prefix = torch.ones(batch, 1, T, P, dtype=torch.bool)
-    return torch.cat([prefix, text], dim=-1)
-
-
-def _prefix(seen):
-    return seen[..., : seen.shape[-1] - seen.shape[-2]]
-
-
-def _plain_triangle(mask, P):
-    whole = F.pad(mask, (P, 0), value=1)[:, None, None, :].bool()
-    return torch.ones(mask.shape[1], P + mask.shape[1], dtype=torch.bool).tril() & whole
-
-
-@exercise(
-    "Let the mask see the prefix", solution=may_see, difficulty=3, importance=5, minutes=10,
-    hints=(
-        "The result has a row for each of the T queries and a column for each of the P + T keys.",
-        "The left block, T × P, is True throughout: every query sees the whole prefix.",
-        "The right block is the usual one: not the future (`tril`), and no padding."),
-    mistakes=(
-        (_plain_triangle, "your triangle begins at the first column: the first query sees one "
-         "virtual key, and the last tokens are seen by nobody. The triangle belongs to the text's "
-         "columns"),
-        (lambda mask, P: torch.zeros(may_see(mask, P).shape).masked_fill(
-            ~may_see(mask, P), -math.inf), "your mask is one to be added to scores, 0 and −∞: here "
-         "it says True where a query may see", lambda given, right: given.min() < 0),
-        (lambda mask, P: F.pad(may_see(mask, 0), (P, 0)), "your mask hides the prefix: it would "
-         "never be read, and never train", lambda given, right: not _prefix(given).any()),
-        (after(may_see, lambda seen: seen & (torch.arange(seen.shape[-1]) > 0)),
-         "some queries do not see all of the prefix",
-         lambda given, right: not _prefix(given).all()),
-        (lambda mask, P: may_see(mask, P) | F.pad(mask[:, None, None], (P, 0), value=1).bool(),
-         "a token sees the future: the text's columns need the causal triangle",
-         lambda given, right: given[0, 0, :, -len(right[0, 0]) :].triu(1).any()),
-        (lambda mask, P: may_see(torch.ones_like(mask), P), "the second row is padded, and its "
-         "padding is seen", lambda given, right: (given & ~right)[1].any()),
-        (lambda mask, P: may_see(mask, 0), "there are 7 keys")),
-    otherwise="the text's columns have changed",
-    praise="every query sees the prefix, nobody sees padding or the future", again=(5, 7),
-)  # fmt: skip
-def mask_for(answer, P=3, T=4):
-    mask, batch = torch.ones(2, T, dtype=torch.long), 2
-    mask[1, : T // 2] = 0  # padded on the left
-    given = a_tensor(answer(mask, P))
-    expect(
-        given.ndim == 4 and given.shape[-1] == P + T,
-        f"there are {P + T} keys, {P} of them virtual, and your mask has {given.shape[-1]} columns "
-        f"in a shape of {tuple(given.shape)}; wanted is {(batch, 1, T, P + T)}",
-    )
-    return (given if (given < 0).any() else given.bool()).expand(batch, 1, T, P + T)
-
-
-# --- 3 · fold the MLP away ---------------------------------------------------------------------
+# --- 4 · fold the MLP away ---------------------------------------------------------------------
 def fold(table, mlp, layers, kv_heads):
     with torch.no_grad():
         made = mlp(table).view(len(table), 2, layers, kv_heads, -1)
@@ -208,49 +250,6 @@ def fold_the_mlp(answer, P=5, d=6, layers=3, kv_heads=2, head_dim=4):
     given = [*given] if isinstance(given, torch.Tensor) and given.ndim else given
     P_k, P_v = several(given, 2, "return two tensors: keys, values")
     return P_k, P_v, P_k.requires_grad or P_v.requires_grad
-
-
-# --- 4 · count ---------------------------------------------------------------------------------
-def numbers_in(P, layers, decoder_layers, d_model, kv_heads, head_dim):
-    return 2 * P * (layers + 2 * decoder_layers) * kv_heads * head_dim
-
-
-PREFIXES = {
-    f"for P = {P} on {name},": (P, Shape.named(name))
-    for name in ("gpt2-medium", "llama-3-8b", "t5-base")
-    for P in (1, 10, 20)
-}
-
-
-@exercise(
-    "How many numbers are in a prefix?", solution=numbers_in, difficulty=2, importance=4, minutes=5,
-    hints=(
-        "A virtual token has one key and one value in each attention.",
-        "A key is as wide as the keys of the text: kv_heads · head_dim. With grouped heads that is "
-        "less than d_model.",
-        "A decoder layer of T5 has two attentions: to itself and to the encoder."),
-    mistakes=(
-        (lambda *sizes: numbers_in(*sizes) // 2,
-         "{case} {given:,}, is half of what it should be: there is a key and a value"),
-        (lambda P, layers, decoder_layers, d_model, kv_heads, head_dim: 2 * P * kv_heads * head_dim,
-         "{case} {given:,}, is for one attention alone; there is a prefix in each"),
-        (lambda P, layers, decoder_layers, d_model, kv_heads, head_dim:
-         2 * P * (layers + 2 * decoder_layers) * d_model, "{case} {given:,}, has keys that are "
-         "d_model wide. This model has 8 heads of 128 for keys"),
-        (lambda P, layers, decoder_layers, d_model, kv_heads, head_dim:
-         2 * P * (layers + decoder_layers) * kv_heads * head_dim,
-         "{case} {given:,}, forgets that a decoder layer of T5 has two attentions"),
-        (lambda *sizes: float(numbers_in(*sizes)) + 0.5, "whole number")),
-    otherwise="{case} {given:,}, is not {right:,}",
-    praise="GPT-2, grouped heads and two stacks are right",
-    right=lambda: {case: count(PrefixTuning(P), shape) for case, (P, shape) in PREFIXES.items()},
-)  # fmt: skip
-def count_the_prefix(answer):
-    made = {}
-    for case, (P, shape) in PREFIXES.items():
-        sizes = shape.layers, shape.decoder_layers, shape.d_model, shape.kv_heads, shape.head_dim
-        made[case] = a_count(answer(P, *sizes), "how many parameters a prefix has")
-    return made
 
 
 # --- 5 · debug the broken adapter --------------------------------------------------------------

@@ -23,6 +23,14 @@ from peftlab.figures.draw import draw
 from peftlab.figures.gate import gate_road
 from peftlab.figures.masks import masked_matrix, usual_masks
 from peftlab.figures.memory import PARTS, by_layer, memory_bars, memory_traces
+from peftlab.figures.prefix import (
+    positions,
+    rates,
+    score_matrix,
+    seeds_by_row,
+    thrown_away,
+    within_and_through,
+)
 from peftlab.figures.roads import adapter_places, bottleneck, narrow_road
 from peftlab.figures.scores import score_matrix
 from peftlab.figures.sheet import Sheet, alt_text

@@ -71,9 +71,11 @@ def attention_parts(
     traces: list[dict] = [dict(z=np.sqrt(w), customdata=w) for w in weights]
     traces += [dict(x=np.asarray(share, dtype=float), y=rows) for share in gates.values()]
     small = dict(size=10)
-    named = [i for i in range(len(keys)) if i >= virtual or i in (0, virtual - 1)]
+    ends = [0, virtual - 1] if virtual > 3 else [0][:virtual]  # two narrow columns: one name
+    named = [*ends, *range(virtual, len(keys))]
     letters = _spelled(keys[i].strip() or keys[i] for i in named)  # narrow: the rows show blanks
-    columns = dict(tickvals=named, ticktext=letters, tickfont=small)
+    at = [i - 0.6 if 0 < i < virtual else i for i in named]  # clear of the first word's name
+    columns = dict(tickvals=at, ticktext=letters, tickfont=small)
     columns |= dict(range=[-0.5, len(keys) - 0.5])
     edge = dict(x0=virtual - 0.5, x1=virtual - 0.5, y0=-0.5, y1=len(queries) - 0.5, type="line")
     edge |= dict(yref="y", line=dict(color="white", width=3))

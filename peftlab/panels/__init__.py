@@ -34,6 +34,14 @@ from peftlab.panels.codes import (
     code_view,
 )
 from peftlab.panels.count import CountExplorer, CountView, count_explorer, count_view
+from peftlab.panels.gate import (
+    GATE_SPLITS,
+    GATE_SUMS,
+    GateLab,
+    GateView,
+    gate_lab,
+    gate_view,
+)
 from peftlab.panels.live import (
     RATES,
     SECONDS_BETWEEN_FRAMES,
@@ -42,6 +50,7 @@ from peftlab.panels.live import (
     live_trainer,
     scores_table,
 )
+from peftlab.panels.live_curve import LiveCurve
 from peftlab.panels.memory import (
     BATCHES,
     BESIDE_FULL,
@@ -99,6 +108,10 @@ __all__ = [
     "CodeView",
     "CountExplorer",
     "CountView",
+    "GATE_SPLITS",
+    "GATE_SUMS",
+    "GateLab",
+    "GateView",
     "HashedWeight",
     "LAB_ALPHAS",
     "LAB_RANKS",
@@ -107,6 +120,7 @@ __all__ = [
     "LAB_SIZE",
     "LAB_STEPS",
     "LENGTHS",
+    "LiveCurve",
     "LiveTrainer",
     "MemoryExplorer",
     "MemoryView",
@@ -142,6 +156,8 @@ __all__ = [
     "count_explorer",
     "count_view",
     "curve",
+    "gate_lab",
+    "gate_view",
     "live_trainer",
     "memory_explorer",
     "memory_lengths",
