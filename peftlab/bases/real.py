@@ -40,6 +40,7 @@ SECONDS = 5  # how long to wait for the hub's only answer
 WANTED = ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.*json"]
 TOKENIZERS = ["tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model"]
 MORE = ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"]
+OBJECTS = ("config.json", "generation_config.json", "tokenizer_config.json")
 HUB_FILES = [*WANTED, *TOKENIZERS, *MORE, "chat_template.*"]
 
 
@@ -205,7 +206,7 @@ def check_files(folder: Path) -> dict:
     """The configuration in a folder. Raises ValueError for a small JSON file that is none, and for
     a pointer of Git LFS; PermissionError for a file that may not be read."""
     for path in sorted(folder.iterdir()):
-        if path.name.endswith(("config.json", "index.json")):
+        if path.name in OBJECTS or path.name.endswith(".index.json"):
             read_json(path)
         elif path.is_file():
             check_fetched(path)
