@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from collections import defaultdict
 from collections.abc import Iterable
 from itertools import zip_longest
@@ -14,7 +15,8 @@ from mutants.draw import Mutant
 from mutants.workshop import Ended, Workshop
 
 FIRST = 60  # tests that a mutant meets at first, of every test file that runs its line
-MORE = 120  # seconds for those that it meets if it survives them
+SLACK = 40  # seconds beyond four times what the tests took without a mutant
+MORE = 20  # seconds for those that it meets when it is tried again
 
 
 class Trials:
@@ -61,10 +63,10 @@ class Trials:
         turns = zip_longest(*rounds.values())
         return [*files, *functions, *(name for turn in turns for name in turn if name)]
 
-    def try_one(self, mutant: Mutant) -> dict:
+    def try_one(self, mutant: Mutant, more: bool) -> dict:
         tests = self.meets(mutant)
         row = {"mutant": mutant.key, "outcome": "no test", "tests": 0, "seconds": 0.0}
-        later, budget = [], MORE
+        later, budget = [], MORE if more else -1
         for name in tests[FIRST:]:
             budget -= self.seconds([name])
             if budget >= 0:
@@ -85,10 +87,11 @@ class Trials:
         """(outcome, the test that failed, how many tests began, seconds)."""
         path = self.workshop.tree / mutant.module
         text, times = path.read_text(encoding="utf-8"), path.stat()
-        self.stamp += 1  # a compiled file belongs to a source's time, in seconds, and its size
+        # What is compiled belongs to a source of this size and this time in whole seconds.
+        self.stamp = max(self.stamp + 1, int(time.time()))
         try:
             path.write_text(mutant.source(text), encoding="utf-8")
-            os.utime(path, (times.st_mtime, int(times.st_mtime) - 1_000_000 + self.stamp))
+            os.utime(path, (self.stamp, self.stamp))
             ended = self.only(tests, "-x")
         finally:
             path.write_text(text, encoding="utf-8")
@@ -102,7 +105,7 @@ class Trials:
     def only(self, tests: list[str], *options: str) -> Ended:
         """A run of these tests. One that a mutant has under another name is left out."""
         files = dict.fromkeys(name.partition("::")[0] for name in tests)
-        return self.workshop.pytest([*options, *files], 60 + 10 * self.seconds(tests), tests)
+        return self.workshop.pytest([*options, *files], SLACK + 4 * self.seconds(tests), tests)
 
     def run(self, mutants: list[Mutant], again: Iterable[str] = ()) -> None:
         """Try those that have no result, and those whose outcome is in `again`."""
@@ -110,7 +113,7 @@ class Trials:
         for number, mutant in enumerate(mutants, 1):
             if mutant.key in known and known[mutant.key]["outcome"] not in again:
                 continue
-            row = self.try_one(mutant)
+            row = self.try_one(mutant, more=bool(again))
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             print(f"{number} {row['outcome']} {mutant.key} {row.get('test', '')} {row['seconds']}")
