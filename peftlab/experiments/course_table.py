@@ -1,15 +1,17 @@
-"""What the course says: the results of all its answers, right and wrong, questions and clinics.
+"""What the course says: all its answers, right and wrong, its questions, clinics and methods.
 
     python -m peftlab.experiments.course_table      # writes data/results/course.json
 
 A lesson's module computes what it compares an answer with, so it agrees with itself even if both
-have changed. This table is what both were: a change of a solution, a wrong answer, a question or a
-patient shows in it, and whoever meant the change runs the command again and reads the difference.
+have changed. This table is what both were: a change of a solution, a wrong answer, a question, a
+patient or the defaults of a method shows in it, and whoever meant the change runs the command again
+and reads the difference.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import re
@@ -30,7 +32,7 @@ from peftlab.exercises.answers import outcome, usual
 from peftlab.experiments.hostile_answers import lessons
 from peftlab.experiments.sweep_soft import write
 from peftlab.experiments.sweep_v2 import GrowingPrompts
-from peftlab.methods import DeepPromptTuning, PromptAndPrefix, PTuningV2
+from peftlab.methods import METHODS, DeepPromptTuning, Method, PromptAndPrefix, PTuningV2
 
 NUMBER = re.compile(r"-?\d[\d,]*\.?\d*(?:e[-+]?\d+)?")
 ROUNDING = 1e-3  # of what is computed in float32, on any processor
@@ -135,8 +137,23 @@ def of_clinic(number: str, module) -> Any:
     return summary(shown)
 
 
+def of_method(method: type[Method]) -> dict:
+    """Its name in words, its defaults, and what each hyper-parameter may be."""
+    defaults = {field.name: field.default for field in dataclasses.fields(method)}
+    rate = method.learning_rate  # of some methods one that depends on the others
+    return {
+        "title": method.title,
+        "learning rate": rate if isinstance(rate, float) else method().learning_rate,
+        "defaults": {name: repr(value) for name, value in defaults.items()},
+        "limits": {name: repr(value) for name, value in method.limits.items()},
+        "choices": {name: repr(value) for name, value in method.choices.items()},
+    }
+
+
 def every() -> Iterator[tuple[str, Any, tuple]]:
     """The key of each row, and the function and its arguments that make it."""
+    for name in sorted(METHODS):
+        yield name, of_method, (METHODS[name],)
     for number, module in lessons().items():
         for item in collect(module):
             make = of_exercise if isinstance(item, Exercise) else of_question
