@@ -14,9 +14,9 @@ from mutants.cover import Touched
 from mutants.draw import Mutant
 from mutants.workshop import Ended, Workshop
 
-FIRST = 60  # tests that a mutant meets at first, of every test file that runs its line
-SLACK = 40  # seconds beyond four times what the tests took without a mutant
-MORE = 20  # seconds for those that it meets when it is tried again
+FIRST, BUDGET = 60, 15  # tests and their seconds that a mutant meets at first
+MORE = 60  # seconds of tests that it meets when it is tried again
+SLACK = 60  # seconds without an end of a test, beyond ten times what the longest of them took
 
 
 class Trials:
@@ -63,24 +63,25 @@ class Trials:
         turns = zip_longest(*rounds.values())
         return [*files, *functions, *(name for turn in turns for name in turn if name)]
 
+    def some(self, tests: list[str], number: int, budget: float) -> list[str]:
+        """The first of them whose seconds together are in the budget, the quickest first."""
+        chosen: list[str] = []
+        for name in tests:
+            seconds = self.seconds([name])
+            if len(chosen) < number and (not chosen or seconds <= budget):
+                chosen.append(name)
+                budget -= seconds
+        return sorted(chosen, key=lambda name: (self.seconds([name]), name))
+
     def try_one(self, mutant: Mutant, more: bool) -> dict:
         tests = self.meets(mutant)
         row = {"mutant": mutant.key, "outcome": "no test", "tests": 0, "seconds": 0.0}
-        later, budget = [], MORE if more else -1
-        for name in tests[FIRST:]:
-            budget -= self.seconds([name])
-            if budget >= 0:
-                later.append(name)
-        for part in (tests[:FIRST], later):
-            if not part:
-                break
-            part = sorted(part, key=lambda name: (self.touched.tests[name]["seconds"], name))
-            outcome, killer, ran, seconds = self.against(mutant, part)
-            row |= {"outcome": outcome, "tests": row["tests"] + ran}
-            row["seconds"] = round(row["seconds"] + seconds, 1)
-            if outcome != "survived":
+        if tests:
+            chosen = self.some(tests, *((len(tests), MORE) if more else (FIRST, BUDGET)))
+            outcome, killer, ran, seconds = self.against(mutant, chosen)
+            row |= {"outcome": outcome, "tests": ran, "seconds": round(seconds, 1)}
+            if killer:
                 row["test"] = killer
-                break
         return row | {"touching": len(tests)}
 
     def against(self, mutant: Mutant, tests: list[str]) -> tuple[str, str | None, int, float]:
@@ -105,7 +106,8 @@ class Trials:
     def only(self, tests: list[str], *options: str) -> Ended:
         """A run of these tests. One that a mutant has under another name is left out."""
         files = dict.fromkeys(name.partition("::")[0] for name in tests)
-        return self.workshop.pytest([*options, *files], SLACK + 4 * self.seconds(tests), tests)
+        limit = SLACK + 10 * max(self.seconds([name]) for name in tests)
+        return self.workshop.pytest([*options, *files], limit, tests)
 
     def run(self, mutants: list[Mutant], again: Iterable[str] = ()) -> None:
         """Try those that have no result, and those whose outcome is in `again`."""

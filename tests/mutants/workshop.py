@@ -151,7 +151,8 @@ class Workshop:
         return [name for name in names if name.split(".")[0] not in (*ours, "__main__")]
 
     def pytest(self, arguments: list[str], limit: float, chosen=None, environment=None) -> Ended:
-        """One run of pytest in a child of its own, which is killed after `limit` seconds."""
+        """One run of pytest in a child of its own, which is killed if no test ends for `limit`
+        seconds. (Not by the time of all: other work on the machine would count as well.)"""
         outcomes, scratch = self.folder / "outcomes.jsonl", self.folder / "scratch"
         outcomes.unlink(missing_ok=True)
         start, child = time.monotonic(), os.fork()
@@ -161,7 +162,7 @@ class Workshop:
                 self._child(options, Outcomes(outcomes, chosen), environment or {})
             finally:
                 os._exit(70)
-        status = self._wait(child, start + limit)
+        status = self._wait(child, outcomes, limit)
         for path in (scratch, self.folder / "hypothesis"):
             shutil.rmtree(path, ignore_errors=True)
         lines = outcomes.read_text(encoding="utf-8").splitlines() if outcomes.exists() else []
@@ -177,12 +178,14 @@ class Workshop:
         os.chdir(self.tree)
         os._exit(int(pytest.main(options, plugins=[plugin])))
 
-    def _wait(self, child: int, end: float) -> int | None:
-        pause = 0.01
+    def _wait(self, child: int, outcomes: Path, limit: float) -> int | None:
+        pause, size, end = 0.01, 0, time.monotonic() + limit
         while True:
             ended, code = os.waitpid(child, os.WNOHANG)
             if ended or time.monotonic() > end:
                 break
+            if outcomes.exists() and outcomes.stat().st_size != size:
+                size, end = outcomes.stat().st_size, time.monotonic() + limit
             time.sleep(pause)
             pause = min(0.2, 1.2 * pause)
         try:  # whatever the tests have left running
