@@ -470,6 +470,15 @@ def saved(family, tmp_path):
     return tmp_path
 
 
+def test_a_list_in_a_file_that_nothing_reads(saved):
+    """all-MiniLM-L6-v2 comes with one: the data that it was trained on."""
+    (saved / "data_config.json").write_text("[]")
+    assert peftlab.load(saved).model is not None
+    (saved / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(ValueError, match="is damaged: model.safetensors.index.json holds no obj"):
+        peftlab.load(saved)
+
+
 def rewrite(path, change):
     tensors = load_file(path)
     change(tensors)

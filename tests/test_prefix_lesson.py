@@ -49,7 +49,7 @@ def drawings(base, dark):
     with peftlab.attach(base, peftlab.PrefixTuning(9, prefix_projection=True)) as tuned:
         network = figures.thrown_away(tuned, dark)
     return {
-        "scores": figures.score_matrix(*parts, dark),
+        "scores": figures.prefix_shares(*parts, dark),
         "network": network,
         "positions": figures.positions(seen.tokens[:3], 9, dark),
     }
@@ -66,7 +66,7 @@ def test_the_drawings_can_be_read(base, dark):
 def test_the_score_matrix_shows_the_shares_that_the_model_computed(seen):
     name = next(iter(seen.records))
     weights = seen.weights(name)[0]
-    figure = figures.score_matrix(weights, seen.queries(name), seen.keys(name))
+    figure = figures.prefix_shares(weights, seen.queries(name), seen.keys(name))
     texts = [note.text for note in figure.layout.annotations if note.text]
     T, shown = len(weights), [int(text) for text in texts if text.isdigit()]
     visible = weights[torch.ones(T, 3 + T).tril(3).bool()]

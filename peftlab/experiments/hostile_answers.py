@@ -24,6 +24,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -403,15 +404,24 @@ NOT_RIGHT = {  # where a rewriting changes what is asked for
 }
 
 
+def lessons() -> dict[str, ModuleType]:
+    """The lessons' modules by number."""
+    names = [info.name for info in pkgutil.iter_modules(exercises.__path__)]
+    return {
+        name[-2:]: importlib.import_module(f"peftlab.exercises.{name}")
+        for name in names
+        if name.startswith("lesson_")
+    }
+
+
 def every() -> dict[str, Exercise]:
     """All exercises by lesson and name."""
-    found = {}
-    for info in pkgutil.iter_modules(exercises.__path__):
-        if info.name.startswith("lesson_"):
-            module = importlib.import_module(f"peftlab.exercises.{info.name}")
-            items = [item for item in collect(module) if isinstance(item, Exercise)]
-            found |= {f"{info.name[-2:]}-{item.name}": item for item in items}
-    return found
+    return {
+        f"{number}-{item.name}": item
+        for number, module in lessons().items()
+        for item in collect(module)
+        if isinstance(item, Exercise)
+    }
 
 
 def trials(seed: int) -> list[tuple[str, str, bool]]:

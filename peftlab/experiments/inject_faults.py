@@ -97,11 +97,12 @@ class Lines:
         self.fail, self.count = fail, 0
 
     def __enter__(self):
+        self.before = sys.gettrace()  # a debugger's, or that of a measurement of coverage
         sys.settrace(self._call)
         return self
 
     def __exit__(self, *_):
-        sys.settrace(None)
+        sys.settrace(self.before)
 
     def _call(self, frame, event, _):
         name = frame.f_code.co_filename

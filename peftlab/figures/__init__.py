@@ -25,8 +25,8 @@ from peftlab.figures.masks import masked_matrix, usual_masks
 from peftlab.figures.memory import PARTS, by_layer, memory_bars, memory_traces
 from peftlab.figures.prefix import (
     positions,
+    prefix_shares,
     rates,
-    score_matrix,
     seeds_by_row,
     thrown_away,
     within_and_through,

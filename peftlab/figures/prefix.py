@@ -14,7 +14,7 @@ from peftlab.figures.theme import theme
 from peftlab.tuned import Tuned
 
 
-def score_matrix(
+def prefix_shares(
     weights: Any, queries: Sequence[str], keys: Sequence[str], dark: bool | None = None
 ) -> go.Figure:
     """The shares of one head: a row for each query, and beside each row the gate.
