@@ -94,7 +94,9 @@ class _Row:
         self.prompt = [b for b in drawing.boxes if b.how == "token" and at == 0]
         self.words = ", ".join(_prompt_words(box, drawing) for box in self.prompt)
         tokens = (min(MOST, self.prompt[0].shape[-2]) if self.prompt else 0) + TEXT_TOKENS
-        words = max(width_of(self.words, SMALL) + 8, 66 if at == 0 else 0)
+        table = next(box for box in drawing.boxes if box.site == "input" and box.name == "E")
+        name = "E" if drawing.brief else f"E {table.size}"
+        words = max(width_of(self.words, SMALL), 0 if at else width_of(name, SMALL)) + 10
         self.entry = max(tokens * (COLUMN + 1.5) + 14, words)
         self.above += 14 if self.prompt else 0
 

@@ -165,7 +165,12 @@ class MlpFrame(Frame):
         end = at + self.left + 48
         self.finish(end, bottom, stream, bus, top, bottom)
         ex, ey = self.entry
-        sheet.arrow([(join, middles[0]), (join, ey), (ex - 1, ey)])
+        if self.drawing.gated:  # the gate's result times that of up, and this goes into down
+            sheet.arrow([(join, middles[0]), (join, middles[1] - 9)])
+            level = middles[1]
+            sheet.arrow([(join, level), (ex - 12, level), (ex - 12, ey), (ex - 1, ey)])
+        else:
+            sheet.arrow([(join, middles[0]), (join, ey), (ex - 1, ey)])
         sheet.plus(join, middles[0], "σ")
         if self.drawing.gated:
             sheet.plus(join, middles[1], "×")
