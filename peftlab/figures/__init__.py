@@ -1,6 +1,8 @@
 """Data in, Plotly figure out. Each method keeps one colour and one marker in the whole course.
 
-No figure loads a script from anywhere.
+No figure loads a script from anywhere. Drawings, which explain, share one vocabulary (`sheet.py`)
+and show real tensors; `draw` shows what is attached. Each has a text for those who cannot see it:
+`alt_text(figure)`.
 """
 
 from peftlab.figures.attention import attention_pair, attention_parts, token_bars
@@ -13,7 +15,9 @@ from peftlab.figures.curves import (
     spectrum,
     strengths,
 )
+from peftlab.figures.draw import describe, draw
 from peftlab.figures.memory import PARTS, by_layer, memory_bars, memory_traces
+from peftlab.figures.sheet import alt_text
 from peftlab.figures.sites import SITES, five_sites
 from peftlab.figures.style import (
     BLACK,
