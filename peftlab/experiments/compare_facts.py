@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 import peftlab
@@ -189,6 +190,12 @@ def device_name(device: str) -> str:
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {os.cpu_count()} cores"
+
+
+def read() -> tuple[dict, pd.DataFrame]:
+    """The result as it was written: when and where it was made, and one row for each run."""
+    result = json.loads(data_path("results", "compare_facts.json").read_text(encoding="utf-8"))
+    return result, pd.DataFrame(result.pop("runs"))
 
 
 def main() -> None:
