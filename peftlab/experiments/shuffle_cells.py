@@ -103,7 +103,7 @@ def shuffle(lesson: Path, number: int, steps: int, seed: int) -> tuple[dict, lis
     wanted = [run.answer(at) for at in range(len(run.cells))]
     refused = [at for at, text in enumerate(wanted) if text is None]
     row = {"lesson": lesson.stem, "cells": len(wanted), "ran": 0, "right": 0, "refused": 0}
-    other = [{"lesson": lesson.stem, "order": "straight", "cell": at} for at in refused]
+    other = [{"lesson": lesson.stem, "order": "straight", "cell": at + 1} for at in refused]
     for name, order in orders(len(wanted), number, seed).items():
         run.start(seed)
         for at in order:

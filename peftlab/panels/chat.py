@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
@@ -122,9 +121,6 @@ class Chat(Panel):
     def describe(self) -> str:
         said = "; ".join(f"{turn.adapter}: {turn.answer!r}" for turn in self.turns)
         return f"Chat: {said or 'nothing asked yet'}"
-
-    def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
-        return self._bundle(json.loads(self.static().to_json()))
 
 
 def chat(

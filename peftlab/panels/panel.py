@@ -17,7 +17,7 @@ class Panel:
     """A widget, and a figure of its state for where no kernel runs."""
 
     widget: widgets.Widget
-    plot: Plot
+    plot: Plot | None = None  # a panel may show text alone
 
     def static(self) -> go.Figure:
         """The figure that stands for the panel."""
@@ -30,7 +30,7 @@ class Panel:
     def close(self) -> None:
         """Close every widget of the panel; ipywidgets keeps each until it is closed. The drawing
         library stays: other panels draw with it."""
-        open_, found = [self.widget, self.plot], []
+        open_, found = [self.widget], []
         while open_:
             widget = open_.pop()
             if widget not in found and not isinstance(widget, Library):
@@ -43,12 +43,9 @@ class Panel:
             widget.close()
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
-        self.plot._repr_mimebundle_()  # on Colab this allows widgets from outside ipywidgets
-        return self._bundle(json.loads(self.static().to_json()))
-
-    def _bundle(self, still: dict) -> dict:
         """What is shown, the same under ipywidgets 7, which Colab has, and 8."""
         view = {"version_major": 2, "version_minor": 0, "model_id": self.widget.model_id}
+        still = json.loads(self.static().to_json())
         return {WIDGET: view, "text/plain": self.describe(), STILL: still}
 
     def _ipython_display_(self) -> None:

@@ -5,11 +5,10 @@ hand between the page and the server, which reads the messages and keeps some ba
 """
 
 import json
-import subprocess
-import sys
 
 import nbformat
 import pytest
+from browser.openings import busy
 from playwright.sync_api import Page, WebSocketRoute, expect
 
 pytestmark = pytest.mark.browser
@@ -78,16 +77,6 @@ def title(page: Page, at: int) -> str:
     return page.locator(".js-plotly-plot").nth(at).locator(".gtitle").text_content()
 
 
-@pytest.fixture
-def busy():
-    """Two processes that compute all the time beside the kernel, the server and the browser."""
-    work = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
-    yield
-    for process in work:
-        process.kill()
-        process.wait()
-
-
 def open_panels(open_lesson, tmp_path, before):
     cells = ["import torch\nimport peftlab as pl\nfrom peftlab import panels\n\npl.setup()"]
     cells += [cell for cell, _ in PANELS.values()]
@@ -96,26 +85,27 @@ def open_panels(open_lesson, tmp_path, before):
     return open_lesson(tmp_path / "panels.ipynb", before=before)
 
 
-def test_every_panel_is_right_though_messages_were_lost(open_lesson, tmp_path, busy):
+def test_every_panel_is_right_though_messages_were_lost(open_lesson, tmp_path):
     """On a busy machine the script is lost, each figure's first update, and one more at a move;
     the page asks for them."""
     lines = []
-    lesson = open_panels(open_lesson, tmp_path, lambda page: lines.append(Lossy(page)))
-    lesson.run_all()
-    page, line = lesson.page, lines[0]
-    expect(page.locator(".js-plotly-plot .gtitle")).to_have_count(len(PANELS), timeout=30_000)
-    page.wait_for_function(f"{DRAWN}.every(traces => traces > 0)")
-    assert "script" in line.lost
-    first = page.evaluate(DRAWN)
-    line.arm()
-    for at, (_, slider) in enumerate(PANELS.values()):
-        before, plot = title(page, at), page.locator(".js-plotly-plot").nth(at)
-        handle = page.locator(f".{slider} [role=slider]").first
-        handle.focus()
-        handle.press("ArrowRight")
-        expect(plot.locator(".gtitle")).not_to_have_text(before, timeout=20_000)
-        once = title(page, at)
-        handle.press("ArrowRight")
-        expect(plot.locator(".gtitle")).not_to_have_text(once)
-    assert page.evaluate(DRAWN) == first
-    assert line.lost == ["update"] * len(PANELS)
+    with busy(2):
+        lesson = open_panels(open_lesson, tmp_path, lambda page: lines.append(Lossy(page)))
+        lesson.run_all()
+        page, line = lesson.page, lines[0]
+        expect(page.locator(".js-plotly-plot .gtitle")).to_have_count(len(PANELS), timeout=30_000)
+        page.wait_for_function(f"{DRAWN}.every(traces => traces > 0)")
+        assert "script" in line.lost
+        first = page.evaluate(DRAWN)
+        line.arm()
+        for at, (_, slider) in enumerate(PANELS.values()):
+            before, plot = title(page, at), page.locator(".js-plotly-plot").nth(at)
+            handle = page.locator(f".{slider} [role=slider]").first
+            handle.focus()
+            handle.press("ArrowRight")
+            expect(plot.locator(".gtitle")).not_to_have_text(before, timeout=20_000)
+            once = title(page, at)
+            handle.press("ArrowRight")
+            expect(plot.locator(".gtitle")).not_to_have_text(once)
+        assert page.evaluate(DRAWN) == first
+        assert line.lost == ["update"] * len(PANELS)
