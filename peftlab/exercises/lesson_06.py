@@ -1,4 +1,5 @@
-"""Lesson 06, LoRA: the update, its start, its forward pass, its size, and five adapters to cure."""
+"""Lesson 06, LoRA: the update, its forward pass and gradients, its start, its size, and five
+adapters to cure."""
 
 from __future__ import annotations
 
@@ -96,6 +97,106 @@ def delta_weight(answer, r=3, d_in=7, d_out=5, alpha=6.0):
     return a_tensor(answer(*factors(r, d_in, d_out), alpha))
 
 
+# --- the forward pass --------------------------------------------------------------------------
+def forward_solution(x, W, A, B, alpha):
+    r = A.shape[0]
+    return x @ W.T + (alpha / r) * (x @ A.T) @ B.T
+
+
+@exercise(
+    "Forward without a dense ΔW", solution=forward_solution,
+    mistakes=(
+        (lambda x, W, A, B, a: x @ (W + a / len(A) * B @ A).T,
+         "the output is right, but your code forms the dense ΔW"),
+        (lambda x, W, A, B, a: x @ W.T - a / len(A) * (x @ A.T) @ B.T,
+         "you subtracted the delta: it is added to W x"),
+        (lambda x, W, A, B, a: a / len(A) * (x @ A.T) @ B.T,
+         "that is the delta alone: you left out W x"),
+        (lambda x, W, A, B, a: x @ W.T + (x @ A.T) @ B.T,
+         "W x + B A x, without the scale alpha / r"),
+        (lambda x, W, A, B, a: x @ W.T + a * (x @ A.T) @ B.T,
+         "did you divide alpha by r? The scale is alpha itself"),
+        (lambda x, W, A, B, a: a / len(A) * (x @ W.T + x @ A.T @ B.T),
+         "you scaled the base too: only B A x is scaled"),
+        (lambda x, W, A, B, a: W @ x + a / len(A) * B @ (A @ x),
+         "the shapes do not fit: x is (tokens, d_in), features last, so each product is "
+         "x @ (matrix).T")),
+    praise="no (d_out, d_in) product in between, and no operation too many",
+    otherwise=unlike, again=(7, 75, 51, 3, 5.0), difficulty=2, importance=4, minutes=5,
+    hints=(
+        "x comes as rows, features last: the formula W x is written x @ W.T in code.",
+        "Go through the narrow middle: first x @ A.T, which has only r numbers a token.",
+        "(x @ A.T) @ B.T and x @ (B @ A).T are equal on paper. Count the multiplications of each."),
+)  # fmt: skip
+def forward(answer, tokens=6, d_in=96, d_out=64, r=4, alpha=12.0):
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(tokens, d_in, generator=generator, dtype=torch.float64)
+    W = torch.randn(d_out, d_in, generator=generator, dtype=torch.float64)
+    A, B = factors(r, d_in, d_out)
+    right = forward_solution(x, W, A, B, alpha)
+    thin = 2 * tokens * (d_in * d_out + r * (d_in + d_out))
+    with FlopCounterMode(display=False) as counter:
+        made = a_tensor(answer(x, W, A, B, alpha))
+    spent = counter.get_total_flops()
+    expect(
+        spent <= thin or not same(made, right),
+        "the output is right, but your code forms the dense ΔW: it spent "
+        f"{spent:,} operations where {thin:,} do",
+    )
+    return made
+
+
+# --- the gradients -----------------------------------------------------------------------------
+def gradients_solution(x, g, A, B, alpha):
+    s = alpha / A.shape[0]
+    return s * (g @ B).T @ x, s * g.T @ (x @ A.T)
+
+
+def _by_autograd(tokens=6, r=3, d_in=7, d_out=5, alpha=6.0):
+    """Both gradients, computed by PyTorch from a loss whose gradient at h is g."""
+    x, g, A, B = _at_a_layer(tokens, r, d_in, d_out)
+    A, B = A.requires_grad_(), B.requires_grad_()
+    ((alpha / r * x @ A.T @ B.T) * g).sum().backward()
+    return A.grad, B.grad
+
+
+def _at_a_layer(tokens, r, d_in, d_out):
+    """x (tokens, d_in), g (tokens, d_out), A and B, the same at every call."""
+    generator = torch.Generator().manual_seed(9)
+    x = torch.randn(tokens, d_in, generator=generator, dtype=torch.float64)
+    g = torch.randn(tokens, d_out, generator=generator, dtype=torch.float64)
+    return x, g, *factors(r, d_in, d_out)
+
+
+@exercise(
+    "The gradients of A and B", solution=gradients_solution, right=_by_autograd,
+    mistakes=(
+        (lambda x, g, A, B, a: gradients_solution(x, g, A, B, len(A)),
+         "both would be right with a scale of 1: you left out s = alpha / r"),
+        (lambda x, g, A, B, a: gradients_solution(x, g, A, B, a * len(A)),
+         "did you divide alpha by r? Your scale is alpha itself"),
+        (after(gradients_solution, lambda of_A, of_B: (of_B, of_A)),
+         "these are the two gradients in the other order: A's comes first"),
+        (after(gradients_solution, lambda of_A, of_B: (of_A.T, of_B.T)),
+         "both are transposed: a gradient has the shape of its factor, A (r, d_in), B (d_out, r)"),
+        (after(gradients_solution, lambda of_A, of_B: (-of_A, -of_B)),
+         "the signs are turned round: that is the direction of a step, not the gradient"),
+        (lambda x, g, A, B, a: after(gradients_solution, lambda p, q: (p / len(x), q / len(x)))(
+            x, g, A, B, a), "you took the mean over the tokens: their contributions add up"),
+        (lambda x, g, A, B, a: (a / len(A) * B.T @ g @ x.T, a / len(A) * g @ (A @ x).T),
+         "the shapes do not fit: tokens are rows here, so g xᵀ, summed over them, is g.T @ x")),
+    praise="equal to what PyTorch's backward gives, and no (d_out, d_in) matrix on the way",
+    otherwise=unlike, again=(9, 5, 11, 13, 12.0), difficulty=3, importance=5, minutes=8,
+    hints=(
+        "Tokens are rows. The sum over tokens of g xᵀ, column times row, is g.T @ x in code.",
+        "For B: first A x for every token, x @ A.T. Then g.T @ of that, times s.",
+        "For A: first Bᵀ g for every token, g @ B. Then its transpose @ x, times s."),
+)  # fmt: skip
+def gradients(answer, tokens=6, r=3, d_in=7, d_out=5, alpha=6.0):
+    given = answer(*_at_a_layer(tokens, r, d_in, d_out), alpha)
+    return tuple(several(given, 2, "return two tensors: the gradient of A, then that of B"))
+
+
 # --- the start ---------------------------------------------------------------------------------
 def initialise_solution(r, d_in, d_out):
     bound = 1 / math.sqrt(d_in)
@@ -151,55 +252,6 @@ def initialise(answer, r=4, d_in=81, d_out=50):
     )
     expect((A < 0).any() and (A > 0).any(), "all numbers of A have one sign: draw around zero")
     return "A random at 1/√d_in, B zero: the base at the start, and B has a gradient"
-
-
-# --- the forward pass --------------------------------------------------------------------------
-def forward_solution(x, W, A, B, alpha):
-    r = A.shape[0]
-    return x @ W.T + (alpha / r) * (x @ A.T) @ B.T
-
-
-@exercise(
-    "Forward without a dense ΔW", solution=forward_solution,
-    mistakes=(
-        (lambda x, W, A, B, a: x @ (W + a / len(A) * B @ A).T,
-         "the output is right, but your code forms the dense ΔW"),
-        (lambda x, W, A, B, a: x @ W.T - a / len(A) * (x @ A.T) @ B.T,
-         "you subtracted the delta: it is added to W x"),
-        (lambda x, W, A, B, a: a / len(A) * (x @ A.T) @ B.T,
-         "that is the delta alone: you left out W x"),
-        (lambda x, W, A, B, a: x @ W.T + (x @ A.T) @ B.T,
-         "W x + B A x, without the scale alpha / r"),
-        (lambda x, W, A, B, a: x @ W.T + a * (x @ A.T) @ B.T,
-         "did you divide alpha by r? The scale is alpha itself"),
-        (lambda x, W, A, B, a: a / len(A) * (x @ W.T + x @ A.T @ B.T),
-         "you scaled the base too: only B A x is scaled"),
-        (lambda x, W, A, B, a: W @ x + a / len(A) * B @ (A @ x),
-         "the shapes do not fit: x is (tokens, d_in), features last, so each product is "
-         "x @ (matrix).T")),
-    praise="no (d_out, d_in) product in between, and no operation too many",
-    otherwise=unlike, again=(7, 75, 51, 3, 5.0), difficulty=2, importance=4, minutes=5,
-    hints=(
-        "x comes as rows, features last: the formula W x is written x @ W.T in code.",
-        "Go through the narrow middle: first x @ A.T, which has only r numbers a token.",
-        "(x @ A.T) @ B.T and x @ (B @ A).T are equal on paper. Count the multiplications of each."),
-)  # fmt: skip
-def forward(answer, tokens=6, d_in=96, d_out=64, r=4, alpha=12.0):
-    generator = torch.Generator().manual_seed(7)
-    x = torch.randn(tokens, d_in, generator=generator, dtype=torch.float64)
-    W = torch.randn(d_out, d_in, generator=generator, dtype=torch.float64)
-    A, B = factors(r, d_in, d_out)
-    right = forward_solution(x, W, A, B, alpha)
-    thin = 2 * tokens * (d_in * d_out + r * (d_in + d_out))
-    with FlopCounterMode(display=False) as counter:
-        made = a_tensor(answer(x, W, A, B, alpha))
-    spent = counter.get_total_flops()
-    expect(
-        spent <= thin or not same(made, right),
-        "the output is right, but your code forms the dense ΔW: it spent "
-        f"{spent:,} operations where {thin:,} do",
-    )
-    return made
 
 
 # --- the size ----------------------------------------------------------------------------------

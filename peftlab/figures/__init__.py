@@ -16,7 +16,21 @@ from peftlab.figures.curves import (
     strengths,
 )
 from peftlab.figures.draw import describe, draw
+from peftlab.figures.lora_runs import (
+    forgotten_by_size,
+    kept_by_rank,
+    learned_and_forgotten,
+    seeds_by_row,
+)
+from peftlab.figures.low_rank import (
+    first_steps,
+    gradient_road,
+    hand_product,
+    merge_and_swap,
+    narrow_road,
+)
 from peftlab.figures.memory import PARTS, by_layer, memory_bars, memory_traces
+from peftlab.figures.relatives import relatives, sum_of_factors
 from peftlab.figures.sheet import alt_text
 from peftlab.figures.sites import SITES, five_sites
 from peftlab.figures.style import (

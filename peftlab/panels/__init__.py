@@ -42,6 +42,7 @@ from peftlab.panels.live import (
     live_trainer,
     scores_table,
 )
+from peftlab.panels.live_shares import LiveShares
 from peftlab.panels.memory import (
     BATCHES,
     BESIDE_FULL,
@@ -107,6 +108,7 @@ __all__ = [
     "LAB_SIZE",
     "LAB_STEPS",
     "LENGTHS",
+    "LiveShares",
     "LiveTrainer",
     "MemoryExplorer",
     "MemoryView",

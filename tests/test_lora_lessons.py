@@ -1,0 +1,186 @@
+"""What the lessons on LoRA and its family say: their drawings, their code, their numbers."""
+
+import json
+import math
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+import torch
+
+from peftlab import LoRA, attach, figures, load, tasks, train
+from peftlab.bases.data import data_path
+from peftlab.experiments import compare_facts
+from peftlab.figures.relatives import WORDS
+from peftlab.figures.sheet import overlaps, pale
+from peftlab.methods.lora import LowRankDelta
+from peftlab.panels import LiveShares
+
+NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+
+
+def cell_with(lesson: str, words: str) -> str:
+    """The source of the one code cell of a lesson that has these words."""
+    cells = nbformat.read(NOTEBOOKS / f"{lesson}.ipynb", 4).cells
+    [source] = [c.source for c in cells if c.cell_type == "code" and words in c.source]
+    return source
+
+
+# --- drawings ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def steps():
+    """A and B before and after two steps of Adam."""
+    draw = torch.Generator().manual_seed(0)
+    A = torch.nn.Parameter(torch.rand(2, 6, generator=draw) - 0.5)
+    B = torch.nn.Parameter(torch.zeros(5, 2))
+    x, wanted = (torch.randn(8, n, generator=draw) for n in (6, 5))
+    adam, states = torch.optim.Adam([A, B], lr=0.1), [(A.detach().clone(), B.detach().clone())]
+    for _ in range(2):
+        adam.zero_grad()
+        (x @ A.T @ B.T - wanted).square().mean().backward()
+        adam.step()
+        states.append((A.detach().clone(), B.detach().clone()))
+    return states
+
+
+def drawings(steps, dark):
+    W, A, B = torch.eye(3, 2), torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0], [0.0], [-1.0]])
+    yield figures.hand_product(W, A, B, 2.0, dark)
+    yield figures.first_steps(steps, 1.0, dark)
+    yield figures.merge_and_swap({"facts": 890_680, "silent": 148_968}, dark)
+    counts = dict.fromkeys(WORDS, 3_072)
+    yield figures.relatives(counts, dark)
+    yield figures.sum_of_factors(dark)
+    with attach(load("tiny-gpt"), LoRA(r=8, target_modules=["q", "up", "down"])) as tuned:
+        for name in ("layers.0.q", "layers.0.up", "layers.5.down"):
+            yield figures.narrow_road(tuned, name, dark)
+            yield figures.gradient_road(tuned, name, dark)
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_every_drawing_can_be_read_and_has_words_for_those_who_cannot_see_it(steps, dark):
+    for drawn in drawings(steps, dark):
+        assert overlaps(drawn) == [] and pale(drawn) == []
+        assert len(figures.alt_text(drawn)) > 60 and drawn.layout.width <= 900
+
+
+def test_the_narrow_road_says_the_sizes_of_what_is_attached():
+    with attach(load("tiny-gpt"), LoRA(r=3, target_modules=["up"])) as tuned:
+        drawn = figures.narrow_road(tuned, "layers.0.up")
+        each = tuned.count().parameters // 6
+    words = {note.text for note in drawn.layout.annotations}
+    assert f"{each:,} parameters train beside the {192 * 768:,} of W" in drawn.layout.title.text
+    assert {"<b>A</b>  3 × 192", "<b>B</b>  768 × 3", "768 × 192", "<b>3 numbers</b>"} <= words
+
+
+def test_a_product_by_hand_has_every_number():
+    W, A, B = torch.zeros(3, 2), torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0], [0.0], [-1.0]])
+    drawn = figures.hand_product(W, A, B, 2.0)
+    numbers = [note.text for note in drawn.layout.annotations]
+    assert numbers.count("4") == numbers.count("−4") == 2  # in ΔW, and in 0 + ΔW
+    assert "5 numbers make 6" in drawn.layout.title.text
+
+
+def test_the_first_steps_say_what_moved(steps):
+    words = [note.text for note in figures.first_steps(steps, 1.0).layout.annotations]
+    assert "moved: B" in words and "moved: A and B" in words
+    assert "<b>ΔW</b>, size 0.00" in words
+
+
+def test_scores_grow_only_when_dev_was_scored(monkeypatch):
+    drawn = []
+    monkeypatch.setattr("peftlab.panels.live_shares.display", drawn.append)
+    monkeypatch.setattr("peftlab.panels.live_shares.clear_output", lambda wait: None)
+    live = LiveShares(("new_facts",), "They rise", "share of 10 answers")
+    for step in range(1, 5):
+        live({"step": step, "loss": 1.0} | ({"new_facts": step / 10} if step % 2 == 0 else {}))
+    assert [look["step"] for look in live.looks] == [2, 4]
+    assert len(drawn) == 2 and list(drawn[-1].data[0].y) == [0.2, 0.4]
+
+
+# --- lesson 06 ---------------------------------------------------------------------------------
+
+
+def test_the_code_of_lesson_06_is_the_packages_lora():
+    """The class that a learner builds, and its place, at every matrix of a real sentence."""
+    built = {"torch": torch}
+    exec(cell_with("06_lora", "class Delta"), built)
+    exec(cell_with("06_lora", "def put_beside"), built)
+    base, ids = load("tiny-gpt"), torch.arange(40)[None]
+    with attach(base, LoRA(r=4, alpha=12, target_modules="all-linear"), seed=1) as tuned:
+        for delta in tuned.deltas.values():
+            torch.nn.init.normal_(delta.B, std=0.1)
+        states = {name: delta.state_dict() for name, delta in tuned.deltas.items()}
+        with torch.no_grad():
+            theirs = tuned(ids)
+    handles = []
+    for name, state in states.items():
+        linear = base.anatomy.linears[name]
+        mine = built["Delta"](linear.d_in, linear.d_out, r=4, alpha=12)
+        assert mine.state_dict().keys() == LowRankDelta(4, 4, 2, 2).state_dict().keys()
+        mine.load_state_dict(state)
+        handles.append(built["put_beside"](linear, mine))
+    with torch.no_grad():
+        ours = base.model(ids).logits
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("r", [1, 4, 16])
+def test_the_first_step_moves_b_alone_and_as_far_as_derived(r):
+    """s η √(d_out r / 3): the random signs of r rows leave it uncertain by less than a tenth."""
+    method = LoRA(r=r, alpha=3 * r, target_modules=["up", "o"])
+    with attach(load("tiny-gpt"), method, seed=0) as tuned:
+        before = tuned.state()
+        facts = tasks.load("facts")
+        train(
+            tuned, facts, steps=1, warmup=0, lr=2e-3, seed=0, precision="fp32",
+            evaluate=False, progress=False,
+        )  # fmt: skip
+        after, deltas = tuned.state(), tuned.deltas
+        for name, delta in deltas.items():
+            size = delta.delta_weight().norm().item()
+            assert size == pytest.approx(3 * 2e-3 * math.sqrt(len(delta.B) * r / 3), rel=0.1), name
+    for name, tensor in after.items():
+        moved = (tensor - before[name]).abs()
+        if name.endswith(".A"):
+            assert not moved.any()
+        else:  # η g / (|g| + ε): the gradients are far above ε = 1e-8
+            assert moved.max().item() == pytest.approx(2e-3, rel=1e-3)
+
+
+def test_full_updates_use_every_direction_and_few_of_them_do_the_work():
+    spectra, cuts = compare_facts.updates()
+    for values in spectra.values():
+        assert int((values > values[0] * 192 * 2**-23).sum()) > 180
+    left = cuts.groupby("r")[["new facts", "energy"]].agg(["min", "max"])
+    assert left["new facts"]["max"][0] == 0 and left["new facts"]["max"][1] < 0.1
+    assert 0.35 < left["new facts"]["min"][8] < left["new facts"]["max"][8] < 0.65  # about half
+    assert left["new facts"]["min"][16] >= 0.85 and left["energy"]["max"][16] < 0.8
+    assert left["new facts"]["min"][32] >= 0.99
+
+
+def trained_on_facts(steps: int) -> pd.DataFrame:
+    _, runs = compare_facts.read()
+    return runs[(runs["part"] == "methods") & (runs["steps"] == steps)]
+
+
+def test_lora_at_rank_8_learns_what_a_cut_to_rank_8_loses():
+    _, cuts = compare_facts.updates()
+    short = trained_on_facts(compare_facts.SHORT)
+    lora = short[short["method"] == "lora"]["new_facts"]
+    assert len(lora) == 3 and lora.min() > 0.95
+    assert lora.min() > cuts[cuts["r"] == 8]["new facts"].max() + 0.3
+
+
+def test_the_settings_of_lesson_06_teach_the_facts_on_three_seeds():
+    made = json.loads(data_path("results", "time_facts.json").read_text(encoding="utf-8"))
+    assert len(made["runs"]) == 3
+    for run in made["runs"]:
+        assert run["before"]["new_facts"] < 0.1
+        assert run["after"]["new_facts"] >= 0.95
+        assert run["after"]["new_wordings"] < run["after"]["new_facts"]
