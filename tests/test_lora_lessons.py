@@ -9,11 +9,13 @@ import pandas as pd
 import pytest
 import torch
 
-from peftlab import LoRA, attach, figures, load, tasks, train
+from peftlab import FullFineTuning, LoRA, attach, figures, load, tasks, train
+from peftlab.accounting import training_bytes
 from peftlab.bases.data import data_path
-from peftlab.experiments import compare_facts
+from peftlab.experiments import compare_facts, forget_rates, forget_sizes, sweep_lora
 from peftlab.figures.relatives import WORDS
 from peftlab.figures.sheet import overlaps, pale
+from peftlab.memory import measure
 from peftlab.methods.lora import LowRankDelta
 from peftlab.panels import LiveShares
 
@@ -184,3 +186,156 @@ def test_the_settings_of_lesson_06_teach_the_facts_on_three_seeds():
         assert run["before"]["new_facts"] < 0.1
         assert run["after"]["new_facts"] >= 0.95
         assert run["after"]["new_wordings"] < run["after"]["new_facts"]
+
+
+# --- lesson 07 ---------------------------------------------------------------------------------
+
+
+def extremes(rows: pd.DataFrame, value: str) -> tuple[pd.Series, pd.Series]:
+    """The lowest and the highest of three seeds, by label."""
+    groups = rows.groupby("label")[value]
+    assert (groups.count() == 3).all()
+    return groups.min(), groups.max()
+
+
+def test_at_rank_64_the_scale_decides():
+    low, high = extremes(sweep_lora.ranked(), "right")
+    assert high["LoRA, r = 64, α / r"] < low["LoRA, r = 8, α / r"]
+    assert low["LoRA, r = 64, α / √r"] > high["LoRA, r = 64, α / r"]
+    assert low["LoRA, r = 64, α / √r"] <= high["LoRA, r = 8, α / √r"]  # not told apart
+
+
+def test_o_and_the_mlp_leave_less_loss_than_q_and_v():
+    rows = sweep_lora.spent()
+    low, high = extremes(rows, "loss")
+    for name in ("o", "up", "down"):
+        assert high[f"LoRA, {name}"] < low["LoRA, q, v"]
+    assert rows[rows["label"].isin(["LoRA, q", "LoRA, k"])]["right"].max() == 0
+    assert rows["label"].iloc[0] == "LoRA, o" and rows["label"].iloc[-1] == "LoRA, q"
+
+
+def test_at_equal_size_every_matrix_has_the_facts_that_q_and_v_have_not():
+    _, runs = compare_facts.read()
+    lora = runs[(runs["method"] == "lora") & (runs["steps"] == compare_facts.SHORT)]
+    everywhere = lora[lora["part"] == "methods"]
+    queries = lora[lora["part"] == "targets"]
+    wide = lora[(lora["part"] == "ranks") & (lora["r"] == 32)]
+    assert set(everywhere["trained"]) == set(queries["trained"]) == {165_888}
+    assert everywhere["new_facts"].min() >= 0.995
+    assert queries["new_facts"].agg(["min", "max"]).round(2).tolist() == [0.18, 0.4]
+    assert set(queries["lr"]) == {0.004} and queries["at_the_end_of_its_grid"].all()
+    # Rank 32: first steps a quarter as large, as many new facts, far more of the known ones.
+    step = [128 / r["r"] * r["lr"] * r["r"] ** 0.5 for r in (wide.iloc[0], everywhere.iloc[0])]
+    assert step[0] / step[1] == pytest.approx(0.25)
+    assert wide["new_facts"].min() >= 0.98
+    assert wide["known_facts"].agg(["min", "max"]).round(2).tolist() == [0.74, 0.79]
+    assert everywhere["known_facts"].agg(["min", "max"]).round(2).tolist() == [0.2, 0.32]
+
+
+def test_for_every_run_of_lora_full_fine_tuning_has_one_that_forgot_less():
+    _, runs = forget_rates.read()
+    ends = pd.DataFrame([{**run, **run["looks"][-1]} for run in runs.to_dict("records")])
+    free, lora = (ends[ends["title"] == title] for title in ("Full fine-tuning", "LoRA"))
+    assert len(free) == 12 and len(lora) == 24
+    for _, run in lora.iterrows():
+        as_much = free[free["new_facts"] >= run["new_facts"]]
+        assert as_much["forgotten"].min() < run["forgotten"]
+
+
+def test_what_is_forgotten_goes_with_the_size_of_the_update():
+    """Over all looks at nine runs; and at equal size full fine-tuning has more right."""
+    made, looks = forget_sizes.read()
+    assert made["base"] == load("tiny-gpt").digest and len(looks) == 36
+    ranks = looks[["size", "forgotten"]].rank()
+    assert ranks["size"].corr(ranks["forgotten"]) > 0.85
+    ends = looks[looks["step"] == made["steps"]].set_index(["label", "lr"])
+    full, half = ends.loc["Full fine-tuning", 1e-3], ends.loc["LoRA, α = 2r", 2e-3]
+    assert full["size"] == pytest.approx(half["size"], rel=0.1)
+    assert full["right"] > 0.4 and half["right"] < 0.15 and full["forgotten"] < half["forgotten"]
+    much, lora = ends.loc["Full fine-tuning", 3e-3], ends.loc["LoRA, α = 16r", 2e-3]
+    assert min(much["right"], lora["right"]) >= 0.75 and lora["size"] > 1.5 * much["size"]
+
+
+def test_a_size_is_that_of_the_change(tmp_path):
+    base = load("tiny-gpt")
+    originals = {name: each.weight.detach().clone() for name, each in base.anatomy.linears.items()}
+    with attach(base, LoRA(r=2, alpha=4, target_modules=["q", "up"])) as tuned:
+        for delta in tuned.deltas.values():
+            torch.nn.init.normal_(delta.B)
+        beside = forget_sizes.size(tuned, originals)
+        updates = [delta.delta_weight().double() for delta in tuned.deltas.values()]
+        expected = math.sqrt(sum(update.square().sum().item() for update in updates))
+    assert beside == pytest.approx(expected, rel=1e-5)
+    with attach(base, FullFineTuning()) as tuned, torch.no_grad():
+        assert forget_sizes.size(tuned, originals) == 0
+        for each in tuned.anatomy.linears.values():
+            each.module.weight.data += 1  # q, k and v: three parts of one
+        ones = sum(W.numel() for W in originals.values())
+        assert forget_sizes.size(tuned, originals) > 0.99 * math.sqrt(ones)
+
+
+def test_no_relative_is_ahead_of_lora_and_two_are_behind():
+    rows, costs = sweep_lora.family()
+    low, high = extremes(rows, "right")
+    for title in ("DoRA", "PiSSA", "LoRA+", "LoRA, one A", "Full fine-tuning"):
+        assert low[title] <= high["LoRA"] and high[title] >= low["LoRA"], title
+    for title in ("VeRA", "AdaLoRA"):
+        assert high[title] < low["LoRA"], title
+    assert costs["trained"]["VeRA"] < costs["trained"]["LoRA"] / 8
+    assert costs["stored"]["PiSSA"] == 2 * costs["trained"]["PiSSA"]
+    _, forgotten = extremes(rows, "forgotten")
+    room = math.log(2048) - sweep_lora.read()[0]["untrained"]["old text"]
+    assert (forgotten.drop("Full fine-tuning") > room).all()
+    assert forgotten["Full fine-tuning"] < room
+
+
+def test_a_unit_of_rank_costs_the_same_at_every_rank():
+    for targets in (["q", "v"], "all-linear"):
+        total = {
+            r: training_bytes(LoRA(r=r, target_modules=targets), "llama-2-7b", "bfloat16").total
+            for r in (8, 9, 63, 64, 65, 256, 257)
+        }
+        assert len({total[r + 1] - total[r] for r in (8, 63, 64, 256)}) == 1
+
+
+def test_a_step_holds_sixteen_bytes_for_each_number_of_lora_at_every_rank():
+    """Measured: weights, gradients and moments; activations grow by the same for each rank."""
+    facts, kept = tasks.load("facts"), {}
+    for r in (1, 64, 128):
+        base = load("tiny-gpt")
+        batch = facts.batch(facts.train[:4], base.tokenizer, "cpu")
+        with attach(base, LoRA(r=r, target_modules="all-linear")) as tuned:
+            step, count = measure(tuned, batch), tuned.count().parameters
+            held = sum(step.bytes(part) for part in ("gradients", "optimiser"))
+            assert held >= 12 * count
+            assert held < 12 * count + 10_000  # a step counter for each tensor
+            kept[r] = step.bytes("activations")
+    assert (kept[128] - kept[64]) / 64 == pytest.approx((kept[64] - kept[1]) / 63, rel=0.01)
+
+
+def test_factors_summed_are_not_updates_summed():
+    draw = torch.Generator().manual_seed(0)
+    A1, A2 = (torch.randn(2, 7, generator=draw, dtype=torch.float64) for _ in range(2))
+    B1, B2 = (torch.randn(5, 2, generator=draw, dtype=torch.float64) for _ in range(2))
+    whole, cross = (B1 + B2) @ (A1 + A2), B1 @ A2 + B2 @ A1
+    assert torch.allclose(whole - (B1 @ A1 + B2 @ A2), cross, atol=1e-12)
+    assert cross.norm() > 1
+
+
+@pytest.mark.parametrize("form", ["learned", "size", "rows"])
+def test_the_figures_of_runs_show_every_run(form):
+    if form == "learned":
+        _, runs = forget_rates.read()
+        ends = pd.DataFrame([{**run, **run["looks"][-1]} for run in runs.to_dict("records")])
+        drawn = figures.learned_and_forgotten({"LoRA": ends}, 6.8, "A title")
+        assert len(drawn.data[0].x) == len(ends) == 36
+    elif form == "size":
+        _, looks = forget_sizes.read()
+        looks["run"] = looks["label"] + looks["lr"].astype(str)
+        drawn = figures.forgotten_by_size(looks, 6.7, "A title")
+        assert len(drawn.data) == 9 and sum(len(line.x) for line in drawn.data) == 36
+    else:
+        rows, _ = sweep_lora.family()
+        drawn = figures.seeds_by_row(rows, "right", "A title", "right")
+        assert "n = 3 a row" in drawn.layout.title.text
+        assert [len(trace.x) for trace in drawn.data] == [3, 1] * 8

@@ -70,6 +70,11 @@ def seeds_by_row(
     )
 
 
+def _hollow(style: dict) -> str:
+    """The ending of the marker of a label that repeats a method."""
+    return "-open" if style["dash"] != "solid" else ""
+
+
 def learned_and_forgotten(
     groups: Mapping[str, pd.DataFrame], room: int | float, title: str
 ) -> go.Figure:
@@ -79,8 +84,7 @@ def learned_and_forgotten(
     """
     fig = figure(title, "forgotten: nats per token, more than before", "new facts right")
     for (label, runs), (_, style) in zip(groups.items(), styles(groups).items(), strict=True):
-        hollow = "-open" if style["dash"] != "solid" else ""
-        look = dict(color=style["colour"], symbol=style["marker"] + hollow, size=10)
+        look = dict(color=style["colour"], symbol=style["marker"] + _hollow(style), size=10)
         at = dict(x=runs["forgotten"], y=runs["new_facts"], mode="markers")
         fig.add_scatter(**at, marker=look, name=label)
     fig.add_vline(x=room, line=dict(color=GREY, dash="dash"))
@@ -104,7 +108,7 @@ def forgotten_by_size(looks: pd.DataFrame, room: int | float, title: str) -> go.
         mine = looks[looks["label"] == label]
         for n, (_, run) in enumerate(mine.groupby("run", sort=False)):
             colour = dict(color=style["colour"])
-            marker = dict(symbol=style["marker"], size=8, **colour)
+            marker = dict(symbol=style["marker"] + _hollow(style), size=8, **colour)
             at = dict(x=run["size"], y=run["forgotten"], mode="lines+markers")
             fig.add_scatter(
                 **at, marker=marker, line=dict(width=1.5, **colour), name=label, showlegend=n == 0
