@@ -113,10 +113,9 @@ class _Road:
         x = (self.a_left + self.a_right) / 2
         sheet.text(x, LOWER - 22, f"<b>A</b>  {self.r} × {self.d_in}", NORMAL, ink, "center")
         sheet.text(x, LOWER + 22, of_a, SMALL, ink, "center")
-        top = LOWER + self.d_out * SIDE / max(self.d_in, self.d_out) / 2
         x = self.b_right + 10
         sheet.text(x, LOWER + 24, f"<b>B</b>  {self.d_out} × {self.r}", NORMAL, ink)
-        sheet.text(x, min(LOWER + 42, top), of_b, SMALL, ink)
+        sheet.text(x, LOWER + 42, of_b, SMALL, ink)
 
     def done(self, title: str, alt: str) -> go.Figure:
         self.sheet.figure.update_layout(meta=dict(alt=alt, paper=self.sheet.theme.paper))
