@@ -56,12 +56,14 @@ def test_no_lessons_is_an_error(tmp_path, capsys):
     assert "has no lessons" in capsys.readouterr().err
 
 
+UNMEASURED = {"07_lora_family"}  # new since the lessons were measured
+
+
 def recorded(device: str, memory: str) -> list[tuple[float, float]]:
     """Seconds and gigabytes of each lesson, of the record that is there; none had an error."""
     rows = json.loads(data_path("results", f"lessons_{device}.json").read_text())["lessons"]
-    assert [r["lesson"] for r in rows] == sorted(
-        p.stem for p in (ROOT / "notebooks").glob("*.ipynb")
-    )
+    lessons = {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")}
+    assert [row["lesson"] for row in rows] == sorted(lessons - UNMEASURED)
     assert all(row["error"] is None for row in rows)
     return [(row["wall seconds"], row[memory] / 1e9) for row in rows]
 
@@ -122,6 +124,9 @@ def test_the_peak_outlives_a_measurement(monkeypatch):
 def test_every_lesson_says_what_it_took_of_a_gpu():
     for path in (ROOT / "notebooks").glob("*.ipynb"):
         cell = nbformat.read(path, 4).cells[-2]
+        if path.stem in UNMEASURED:  # a lesson quotes no run that is not there
+            assert "lesson_on_gpu" not in cell.source
+            continue
         said = "".join(output.get("text", "") for output in cell.outputs)
         assert f'lesson_on_gpu("{path.stem}")' in cell.source
         assert said.strip() == memory.lesson_on_gpu(path.stem)

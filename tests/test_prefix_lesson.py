@@ -99,7 +99,7 @@ def test_results_carry_every_run():
     assert sum(len(trace.x) for trace in points) == len(lab)
     assert {note.text for note in figure.layout.annotations} == set(forms.values())
     runs = pd.concat([limits.read(name)[1] for name in ("limits", "limits_long")])
-    race = figures.seeds_by_row(runs, "exact", "skill", "t", "share right")
+    race = figures.runs_by_row(runs, "exact", "skill", "t", "share right")
     assert sum(len(trace.x) for trace in race.data) == len(runs)
     assert [trace.marker.color for trace in race.data] == [
         COLOURS["prefix_tuning"], COLOURS["lora"]

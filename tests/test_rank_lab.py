@@ -1,4 +1,4 @@
-"""The rank lab of lesson 06: every setting of its sliders, and the widgets around it."""
+"""The rank lab of lesson 07: every setting of its sliders, and the widgets around it."""
 
 from itertools import product
 

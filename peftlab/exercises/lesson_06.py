@@ -1,4 +1,4 @@
-"""Lesson 06, LoRA: the update, its start, its forward pass, its size, two relatives, and five
+"""Lesson 06, LoRA: the update, its forward pass and gradients, its start, its size, and five
 adapters to cure."""
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from peftlab.accounting import count, training_bytes
+from peftlab.accounting import count
 from peftlab.exercises import after, exercise, expect, question
 from peftlab.exercises.clinic import Ward
 from peftlab.exercises.forms import a_count, a_tensor, same, several, unlike
@@ -60,26 +60,6 @@ def first_gradient():
     return letter, f"Norm of A's gradient {A.grad.norm():.2f}, of B's {B.grad.norm():.2f}."
 
 
-@question(
-    "LoRA on all linears of Llama-3-8B, with r = 64 and a frozen base in 2 bytes a number. You "
-    "double r to 128. Bytes for weights, gradients and Adam together, activations apart, grow by:",
-    {
-        "a": ("less than 5%", "The adapter's own bytes double, and they are no rounding error."),
-        "b": ("between 5% and 30%", "Only the adapter's part doubles, the base's part stays."),
-        "c": ("between 30% and 100%", "The base weights do not grow, and they are most of it."),
-        "d": ("more than 100%", "Nothing in LoRA grows faster than r: twice r, twice the adapter."),
-    },
-)
-def double_the_rank():
-    small, large = (
-        training_bytes(LoRA(r=r, target_modules="all-linear"), "llama-3-8b", "bfloat16").total
-        for r in (64, 128)
-    )
-    percent = 100 * (large / small - 1)
-    letter = "a" if percent < 5 else "b" if percent < 30 else "c" if percent <= 100 else "d"
-    return letter, f"From {small / 1e9:.1f} GB to {large / 1e9:.1f} GB: {percent:.0f}% more."
-
-
 # --- the update --------------------------------------------------------------------------------
 def factors(r: int = 3, d_in: int = 7, d_out: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
     """Random A (r, d_in) and B (d_out, r), the same at every call."""
@@ -115,6 +95,106 @@ def delta_weight_solution(A, B, alpha):
 )  # fmt: skip
 def delta_weight(answer, r=3, d_in=7, d_out=5, alpha=6.0):
     return a_tensor(answer(*factors(r, d_in, d_out), alpha))
+
+
+# --- the forward pass --------------------------------------------------------------------------
+def forward_solution(x, W, A, B, alpha):
+    r = A.shape[0]
+    return x @ W.T + (alpha / r) * (x @ A.T) @ B.T
+
+
+@exercise(
+    "Forward without a dense ΔW", solution=forward_solution,
+    mistakes=(
+        (lambda x, W, A, B, a: x @ (W + a / len(A) * B @ A).T,
+         "the output is right, but your code forms the dense ΔW"),
+        (lambda x, W, A, B, a: x @ W.T - a / len(A) * (x @ A.T) @ B.T,
+         "you subtracted the delta: it is added to W x"),
+        (lambda x, W, A, B, a: a / len(A) * (x @ A.T) @ B.T,
+         "that is the delta alone: you left out W x"),
+        (lambda x, W, A, B, a: x @ W.T + (x @ A.T) @ B.T,
+         "W x + B A x, without the scale alpha / r"),
+        (lambda x, W, A, B, a: x @ W.T + a * (x @ A.T) @ B.T,
+         "did you divide alpha by r? The scale is alpha itself"),
+        (lambda x, W, A, B, a: a / len(A) * (x @ W.T + x @ A.T @ B.T),
+         "you scaled the base too: only B A x is scaled"),
+        (lambda x, W, A, B, a: W @ x + a / len(A) * B @ (A @ x),
+         "the shapes do not fit: x is (tokens, d_in), features last, so each product is "
+         "x @ (matrix).T")),
+    praise="no (d_out, d_in) product in between, and no operation too many",
+    otherwise=unlike, again=(7, 75, 51, 3, 5.0), difficulty=2, importance=4, minutes=5,
+    hints=(
+        "x comes as rows, features last: the formula W x is written x @ W.T in code.",
+        "Go through the narrow middle: first x @ A.T, which has only r numbers a token.",
+        "(x @ A.T) @ B.T and x @ (B @ A).T are equal on paper. Count the multiplications of each."),
+)  # fmt: skip
+def forward(answer, tokens=6, d_in=96, d_out=64, r=4, alpha=12.0):
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(tokens, d_in, generator=generator, dtype=torch.float64)
+    W = torch.randn(d_out, d_in, generator=generator, dtype=torch.float64)
+    A, B = factors(r, d_in, d_out)
+    right = forward_solution(x, W, A, B, alpha)
+    thin = 2 * tokens * (d_in * d_out + r * (d_in + d_out))
+    with FlopCounterMode(display=False) as counter:
+        made = a_tensor(answer(x, W, A, B, alpha))
+    spent = counter.get_total_flops()
+    expect(
+        spent <= thin or not same(made, right),
+        "the output is right, but your code forms the dense ΔW: it spent "
+        f"{spent:,} operations where {thin:,} do",
+    )
+    return made
+
+
+# --- the gradients -----------------------------------------------------------------------------
+def gradients_solution(x, g, A, B, alpha):
+    s = alpha / A.shape[0]
+    return s * (g @ B).T @ x, s * g.T @ (x @ A.T)
+
+
+def _by_autograd(tokens=6, r=3, d_in=7, d_out=5, alpha=6.0):
+    """Both gradients, computed by PyTorch from a loss whose gradient at h is g."""
+    x, g, A, B = _at_a_layer(tokens, r, d_in, d_out)
+    A, B = A.requires_grad_(), B.requires_grad_()
+    ((alpha / r * x @ A.T @ B.T) * g).sum().backward()
+    return A.grad, B.grad
+
+
+def _at_a_layer(tokens, r, d_in, d_out):
+    """x (tokens, d_in), g (tokens, d_out), A and B, the same at every call."""
+    generator = torch.Generator().manual_seed(9)
+    x = torch.randn(tokens, d_in, generator=generator, dtype=torch.float64)
+    g = torch.randn(tokens, d_out, generator=generator, dtype=torch.float64)
+    return x, g, *factors(r, d_in, d_out)
+
+
+@exercise(
+    "The gradients of A and B", solution=gradients_solution, right=_by_autograd,
+    mistakes=(
+        (lambda x, g, A, B, a: gradients_solution(x, g, A, B, len(A)),
+         "both would be right with a scale of 1: you left out s = alpha / r"),
+        (lambda x, g, A, B, a: gradients_solution(x, g, A, B, a * len(A)),
+         "did you divide alpha by r? Your scale is alpha itself"),
+        (after(gradients_solution, lambda of_A, of_B: (of_B, of_A)),
+         "these are the two gradients in the other order: A's comes first"),
+        (after(gradients_solution, lambda of_A, of_B: (of_A.T, of_B.T)),
+         "both are transposed: a gradient has the shape of its factor, A (r, d_in), B (d_out, r)"),
+        (after(gradients_solution, lambda of_A, of_B: (-of_A, -of_B)),
+         "the signs are turned round: that is the direction of a step, not the gradient"),
+        (lambda x, g, A, B, a: after(gradients_solution, lambda p, q: (p / len(x), q / len(x)))(
+            x, g, A, B, a), "you took the mean over the tokens: their contributions add up"),
+        (lambda x, g, A, B, a: (a / len(A) * B.T @ g @ x.T, a / len(A) * g @ (A @ x).T),
+         "the shapes do not fit: tokens are rows here, so g xᵀ, summed over them, is g.T @ x")),
+    praise="equal to what PyTorch's backward gives, and no (d_out, d_in) matrix on the way",
+    otherwise=unlike, again=(9, 5, 11, 13, 12.0), difficulty=3, importance=5, minutes=8,
+    hints=(
+        "Tokens are rows. The sum over tokens of g xᵀ, column times row, is g.T @ x in code.",
+        "For B: first A x for every token, x @ A.T. Then g.T @ of that, times s.",
+        "For A: first Bᵀ g for every token, g @ B. Then its transpose @ x, times s."),
+)  # fmt: skip
+def gradients(answer, tokens=6, r=3, d_in=7, d_out=5, alpha=6.0):
+    given = answer(*_at_a_layer(tokens, r, d_in, d_out), alpha)
+    return tuple(several(given, 2, "return two tensors: the gradient of A, then that of B"))
 
 
 # --- the start ---------------------------------------------------------------------------------
@@ -172,143 +252,6 @@ def initialise(answer, r=4, d_in=81, d_out=50):
     )
     expect((A < 0).any() and (A > 0).any(), "all numbers of A have one sign: draw around zero")
     return "A random at 1/√d_in, B zero: the base at the start, and B has a gradient"
-
-
-# --- the forward pass --------------------------------------------------------------------------
-def forward_solution(x, W, A, B, alpha):
-    r = A.shape[0]
-    return x @ W.T + (alpha / r) * (x @ A.T) @ B.T
-
-
-@exercise(
-    "Forward without a dense ΔW", solution=forward_solution,
-    mistakes=(
-        (lambda x, W, A, B, a: x @ (W + a / len(A) * B @ A).T,
-         "the output is right, but your code forms the dense ΔW"),
-        (lambda x, W, A, B, a: x @ W.T - a / len(A) * (x @ A.T) @ B.T,
-         "you subtracted the delta: it is added to W x"),
-        (lambda x, W, A, B, a: a / len(A) * (x @ A.T) @ B.T,
-         "that is the delta alone: you left out W x"),
-        (lambda x, W, A, B, a: x @ W.T + (x @ A.T) @ B.T,
-         "W x + B A x, without the scale alpha / r"),
-        (lambda x, W, A, B, a: x @ W.T + a * (x @ A.T) @ B.T,
-         "did you divide alpha by r? The scale is alpha itself"),
-        (lambda x, W, A, B, a: a / len(A) * (x @ W.T + x @ A.T @ B.T),
-         "you scaled the base too: only B A x is scaled"),
-        (lambda x, W, A, B, a: W @ x + a / len(A) * B @ (A @ x),
-         "the shapes do not fit: x is (tokens, d_in), features last, so each product is "
-         "x @ (matrix).T")),
-    praise="no (d_out, d_in) product in between, and no operation too many",
-    otherwise=unlike, again=(7, 75, 51, 3, 5.0), difficulty=2, importance=4, minutes=5,
-    hints=(
-        "x comes as rows, features last: the formula W x is written x @ W.T in code.",
-        "Go through the narrow middle: first x @ A.T, which has only r numbers a token.",
-        "(x @ A.T) @ B.T and x @ (B @ A).T are equal on paper. Count the multiplications of each."),
-)  # fmt: skip
-def forward(answer, tokens=6, d_in=96, d_out=64, r=4, alpha=12.0):
-    generator = torch.Generator().manual_seed(7)
-    x = torch.randn(tokens, d_in, generator=generator, dtype=torch.float64)
-    W = torch.randn(d_out, d_in, generator=generator, dtype=torch.float64)
-    A, B = factors(r, d_in, d_out)
-    right = forward_solution(x, W, A, B, alpha)
-    thin = 2 * tokens * (d_in * d_out + r * (d_in + d_out))
-    with FlopCounterMode(display=False) as counter:
-        made = a_tensor(answer(x, W, A, B, alpha))
-    spent = counter.get_total_flops()
-    expect(
-        spent <= thin or not same(made, right),
-        "the output is right, but your code forms the dense ΔW: it spent "
-        f"{spent:,} operations where {thin:,} do",
-    )
-    return made
-
-
-# --- two relatives ------------------------------------------------------------------------------
-def combine_solution(adapters, weights):
-    return sum(
-        w * alpha / A.shape[0] * B @ A for (A, B, alpha), w in zip(adapters, weights, strict=True)
-    )
-
-
-def _of_factors(adapters, weights):
-    A = sum(w * A for (A, _, _), w in zip(adapters, weights, strict=True))
-    B = sum(w * B for (_, B, _), w in zip(adapters, weights, strict=True))
-    return adapters[0][2] / len(A) * B @ A
-
-
-@exercise(
-    "Two adapters as one", solution=combine_solution,
-    mistakes=(
-        (_of_factors, "you weighed the factors: their product has B of one adapter times A of the "
-         "other in it, and each weight squared"),
-        (lambda some, w: _of_factors(some, [1.0] * len(w)),
-         "you added the factors: their product has B of one adapter times A of the other in it"),
-        (lambda some, w: combine_solution([(A, B, len(A)) for A, B, _ in some], w),
-         "the sum of the products B A, but you left out alpha / r of each"),
-        (lambda some, w: combine_solution(some, [1.0] * len(w)),
-         "that is the sum of both deltas, without the weights"),
-        (lambda some, w: combine_solution(some, [x / sum(w) for x in w]),
-         "you divided the weights by their sum: they are what was asked for, and need not sum "
-         "to 1"),
-        (lambda some, w: combine_solution([(A, B, some[0][2]) for A, B, _ in some], w),
-         "you used alpha of the first adapter for both: each has its own")),
-    praise="the deltas weighed, each at its own scale, and no products of strangers",
-    otherwise=unlike, again=(5, 9, 11), difficulty=3, importance=3, minutes=6,
-    hints=(
-        "What is weighed is the change of the weight: Σ w_i ΔW_i, and each ΔW has its own alpha.",
-        "(B₁ + B₂)(A₁ + A₂) is B₁A₁ + B₂A₂ and two products more, which belong to neither."),
-)  # fmt: skip
-def combine(answer, *sizes):
-    adapters = [(*factors(*sizes), 6.0), (*(2 * t.flip(0) for t in factors(*sizes)), 3.5)]
-    return a_tensor(answer(adapters, [0.75, 0.5]))
-
-
-def dora_solution(W, A, B, alpha, m):
-    changed = W + (alpha / A.shape[0]) * B @ A
-    return m[:, None] * changed / changed.norm(dim=1, keepdim=True)
-
-
-def _dora(length):
-    """DoRA with the changed weight divided by `length(W, changed)`."""
-
-    def wrong(W, A, B, alpha, m):
-        changed = W + alpha / len(A) * B @ A
-        return m[:, None] * changed / length(W, changed)
-
-    return wrong
-
-
-@exercise(
-    "DoRA: a length for every row", solution=dora_solution,
-    mistakes=(
-        (_dora(lambda W, changed: W.norm(dim=1, keepdim=True)),
-         "you divided by the norms of W alone: as A and B train, the rows of W' would not be as "
-         "long as m says"),
-        (_dora(lambda W, changed: 1), "you never divided by the norms: m would be a scale"),
-        (_dora(lambda W, changed: changed.norm(dim=0, keepdim=True)),
-         "those are the norms of the columns (dim=0). A row makes one output; the paper says "
-         "column, but there W is transposed"),
-        (_dora(lambda W, changed: changed.norm()),
-         "that is one norm for the whole matrix: every row has its own"),
-        (lambda W, A, B, a, m: dora_solution(W, A, B, len(A), m),
-         "direction and length are right, but you left out alpha / r"),
-        (lambda W, A, B, a, m: W + m[:, None] * nn.functional.normalize(B @ A, dim=1),
-         "you normalised the delta: what has direction and length is W + ΔW"),
-        (lambda W, A, B, a, m: m * (W + a / len(A) * B @ A),
-         "the shapes do not fit: m is (d_out), one number for each row. m[:, None] makes it "
-         "a column")),
-    praise=lambda given, right: "the rows of W' have the lengths "
-        f"{', '.join(f'{x:.2f}' for x in given.norm(dim=1))}, which is m",
-    otherwise=unlike, again=(5, 11, 9), difficulty=3, importance=2, minutes=8,
-    hints=(
-        "First the weight that LoRA would make, W + (alpha / r) B A. DoRA changes its rows.",
-        "Divide each row by its own norm, then give it the length in m: every row of W' has it."),
-)  # fmt: skip
-def dora(answer, r=3, d_in=7, d_out=5):
-    generator = torch.Generator().manual_seed(8)
-    W = torch.randn(d_out, d_in, generator=generator, dtype=torch.float64)
-    m = 1 + torch.rand(d_out, generator=generator, dtype=torch.float64)
-    return a_tensor(answer(W, *factors(r, d_in, d_out), 6.5, m))
 
 
 # --- the size ----------------------------------------------------------------------------------

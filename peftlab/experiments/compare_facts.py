@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 import peftlab
@@ -189,6 +190,30 @@ def device_name(device: str) -> str:
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {os.cpu_count()} cores"
+
+
+def read() -> tuple[dict, pd.DataFrame]:
+    """The result as it was written: when and where it was made, and one row for each run."""
+    result = json.loads(data_path("results", "compare_facts.json").read_text(encoding="utf-8"))
+    return result, pd.DataFrame(result.pop("runs"))
+
+
+def updates() -> tuple[dict[int, torch.Tensor], pd.DataFrame]:
+    """What full fine-tuning at the short budget changed, as it was written.
+
+    By seed, the singular values of the update of `SHOWN`; and for each seed and rank r, the share
+    of the updates' energy in their r strongest directions and the new facts that are left when
+    every update is cut to those.
+    """
+    _, runs = read()
+    free = runs[(runs["method"] == "full_fine_tuning") & (runs["steps"] == SHORT)]
+    rows, spectra = [], {}
+    for seed, update in zip(free["seed"], free["update"], strict=True):
+        spectra[seed] = torch.tensor(update["singular values"], dtype=torch.float64)
+        for r, cut in update["cut"].items():
+            share = update["energy"].get(r, 0.0)
+            rows.append({"r": int(r), "seed": seed, "energy": share, "new facts": cut["new_facts"]})
+    return spectra, pd.DataFrame(rows)
 
 
 def main() -> None:

@@ -32,9 +32,7 @@ def drawings(dark: bool) -> Iterator[tuple[str, go.Figure]]:
     base = pl.load("tiny-gpt")
     yield "site_map", figures.site_map(base, dark=dark)
     with pl.attach(base, pl.LoRA(r=8)) as tuned:
-        name = tuned.sites[0]
-        linear = tuned.anatomy.linears[name]
-        yield "narrow_road", figures.narrow_road(linear, tuned.deltas[name], dark)
+        yield "narrow_road", figures.narrow_road(tuned, tuned.sites[0], dark)
     with pl.attach(base, pl.HoulsbyAdapter(32)) as tuned:
         name = tuned.sites[0]
         yield "bottleneck", figures.bottleneck(tuned.modules[name], name, "houlsby", dark)

@@ -15,6 +15,7 @@ from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 from peftlab.bases import load
@@ -73,6 +74,12 @@ def run(method: Method, rate: float, seed: int, device: str) -> dict:
         "before": round(before, 5),
         "looks": [first, *looks],
     }
+
+
+def read() -> tuple[dict, pd.DataFrame]:
+    """The result as it was written: when and where it was made, and one row for each run."""
+    result = json.loads(data_path("results", "forget_rates.json").read_text(encoding="utf-8"))
+    return result, pd.DataFrame(result.pop("runs"))
 
 
 def main() -> None:

@@ -146,6 +146,41 @@ def read(path: Path | None = None) -> tuple[dict, pd.DataFrame]:
     return result, pd.DataFrame(result.pop("runs"))
 
 
+def ranked() -> pd.DataFrame:
+    """LoRA by rank and scale, labelled; at r = 8 both scales are the run of the family."""
+    _, runs = read()
+    eight = runs[(runs["part"] == "family") & (runs["label"] == "LoRA")]
+    both = [eight.assign(label=scale) for scale in SCALES]
+    rows = pd.concat([runs[runs["part"] == "ranks"], *both]).sort_values(["r", "label", "seed"])
+    rank_of = rows["r"].astype(int).astype(str)
+    return rows.assign(label="LoRA, r = " + rank_of + ", " + rows["label"])
+
+
+def spent() -> pd.DataFrame:
+    """LoRA by the matrices that one budget was spent on, the least loss first."""
+    _, runs = read()
+    rows = runs[runs["part"] == "matrices"]
+    mean = rows.groupby("label")["loss"].transform("mean")
+    rows = rows.assign(mean=mean).sort_values(["mean", "seed"])
+    return rows.assign(label="LoRA, " + rows["label"])
+
+
+def family() -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The race: a row for each run, and what each method costs.
+
+    Costs are trained and stored numbers, the learning rate and whether it is the first or last that
+    was tried, and the range of what was forgotten, in nats per token.
+    """
+    _, runs = read()
+    rows = runs[runs["part"] == "family"]
+    methods = rows.groupby("label", sort=False)
+    costs = methods[["trained", "stored", "lr"]].first()
+    costs["end of grid"] = methods["at the end of its grid"].first().map({True: "yes", False: ""})
+    low, high = (methods["forgotten"].agg(how) for how in ("min", "max"))
+    costs["forgotten"] = low.map("{:.1f}".format) + " to " + high.map("{:.1f}".format)
+    return rows, costs
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")

@@ -21,17 +21,31 @@ from peftlab.figures.definitions import soft_definitions
 from peftlab.figures.described import Box, Drawing, describe
 from peftlab.figures.draw import draw
 from peftlab.figures.gate import gate_road
+from peftlab.figures.lora_runs import (
+    forgotten_by_size,
+    kept_by_rank,
+    learned_and_forgotten,
+    seeds_by_row,
+)
+from peftlab.figures.low_rank import (
+    first_steps,
+    gradient_road,
+    hand_product,
+    merge_and_swap,
+    narrow_road,
+)
 from peftlab.figures.masks import masked_matrix, usual_masks
 from peftlab.figures.memory import PARTS, by_layer, memory_bars, memory_traces
 from peftlab.figures.prefix import (
     positions,
     prefix_shares,
     rates,
-    seeds_by_row,
+    runs_by_row,
     thrown_away,
     within_and_through,
 )
-from peftlab.figures.roads import adapter_places, bottleneck, narrow_road
+from peftlab.figures.relatives import relatives, sum_of_factors
+from peftlab.figures.roads import adapter_places, bottleneck
 from peftlab.figures.scores import score_matrix
 from peftlab.figures.sheet import Sheet, alt_text
 from peftlab.figures.site_map import site_map

@@ -256,7 +256,7 @@ def rates(table: pd.DataFrame, title: str) -> go.Figure:
     return fig.update_yaxes(range=[-0.05, 1.2], tickvals=[0, 0.25, 0.5, 0.75, 1])
 
 
-def seeds_by_row(table: pd.DataFrame, value: str, row: str, title: str, x_title: str) -> go.Figure:
+def runs_by_row(table: pd.DataFrame, value: str, row: str, title: str, x_title: str) -> go.Figure:
     """Every run as a point: one row for each value of `row`, from the top, one colour and marker
     for each `label`; a bar marks the mean."""
     rows = list(dict.fromkeys(table[row]))

@@ -88,7 +88,7 @@ def test_only_what_a_panel_needs_runs():
 
 def test_lesson_06_counts_what_the_slider_says(open_lesson, record_property):
     """One press of an arrow key changes rank, count and figure."""
-    lesson = open_lesson(NOTEBOOKS / "06_lora.ipynb", "count_explorer", "rank_lab")
+    lesson = open_lesson(NOTEBOOKS / "06_lora.ipynb", "count_explorer")
     lesson.run_all()
     count = lesson.page.locator(".peftlab-count").first
     handle = lesson.page.locator(".peftlab-size [role=slider]").first
@@ -104,10 +104,15 @@ def test_lesson_06_counts_what_the_slider_says(open_lesson, record_property):
     targets = [button.inner_text() for button in on.all()]
     assert now in allowed_sizes("LoRA", targets, model)
     assert number(count.inner_text()) == count_view("LoRA", now, targets, model).parameters
-    trains_anew_at_every_move(lesson.page)
     if path := os.environ.get("PEFTLAB_SCREENSHOT"):  # the picture in the README
         handle.scroll_into_view_if_needed()
         lesson.page.screenshot(path=path)
+
+
+def test_lesson_07_trains_anew_at_every_move(open_lesson):
+    lesson = open_lesson(NOTEBOOKS / "07_lora_family.ipynb", "rank_lab")
+    lesson.run_all()
+    trains_anew_at_every_move(lesson.page)
 
 
 def test_lesson_08_quantises_at_the_block_size_that_the_slider_says(open_lesson):
