@@ -19,6 +19,7 @@ from peftlab.bases import probes
 from peftlab.bases.shapes import Shape
 from peftlab.exercises import lesson_04 as lesson
 from peftlab.experiments import limits, sweep_soft
+from peftlab.experiments.forget_rates import old_texts
 from peftlab.figures.sheet import overlaps, pale
 from peftlab.figures.style import COLOURS
 from peftlab.panels.gate import PREFIX_VALUE, TEXT_SUM, TEXT_VALUES
@@ -249,6 +250,20 @@ def test_zeros_are_no_neutral_start_here_nor_in_peft(base):
         made = theirs(input_ids=ids, attention_mask=mask).logits
     assert (made - ours).abs().max() <= BOUND * ours.abs().max()
     assert (beside - plain).abs().max() > 0.1 * plain.abs().max()
+
+
+@pytest.mark.parametrize("model, low, high", [("tiny-gpt", 0.5, 0.9), ("tiny-llama", 0.01, 0.1)])
+def test_what_one_key_of_zeros_takes_depends_on_the_model(model, low, high):
+    text = old_texts()[0]
+    with peftlab.attach(peftlab.load(model), peftlab.PrefixTuning(1, init="zero")) as zero:
+        seen = probes.attention_map(zero, text)
+    for record in seen.records.values():  # λ = P / (P + Z_T), with P = 1
+        key = record.key.repeat_interleave(record.query.shape[1] // record.key.shape[1], dim=1)
+        scores = record.query @ key.transpose(2, 3) * record.scaling + record.mask
+        Z_T = scores[..., 1:].exp().sum(-1)
+        assert (record.weights[..., 0] - 1 / (1 + Z_T)).abs().max() <= BOUND
+    share = torch.stack([seen.gate(name).mean() for name in seen.records]).mean().item()
+    assert low < share < high
 
 
 # --- PEFT --------------------------------------------------------------------------------------
