@@ -15,7 +15,7 @@ from mutants.draw import Mutant
 from mutants.workshop import Ended, Workshop
 
 FIRST, BUDGET = 60, 15  # tests and their seconds that a mutant meets at first
-SLACK = 60  # seconds without an end of a test, beyond ten times what the longest of them took
+SLACK = 240  # seconds without an end of a test, beyond ten times what the longest of them took
 
 
 class Trials:
