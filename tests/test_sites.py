@@ -5,7 +5,7 @@ import torch
 from models import FAMILIES, U64, call, hook_count, surroundings, tiny, token_ids
 from torch import nn
 
-from peftlab import LoRA, attach
+from peftlab import LoRA, PTuning, attach
 from peftlab.methods.bottleneck import Bottleneck
 from peftlab.methods.ia3 import Factors
 from peftlab.methods.lora import LowRankDelta
@@ -231,3 +231,17 @@ def test_detach_finds_a_hook_that_no_site_has_listed(base):
     assert ours and tuned.detach() is base
     assert hook_count(base.model) == before
     theirs.remove()
+
+
+def test_many_virtual_tokens_at_one_place_keep_their_order():
+    """So many that a sort which is not stable exchanges equal ones: positions count through."""
+    base, told = tiny("bert"), []
+    method = PTuning(24, "mlp", placement=[(12, "back"), (12, "front")])
+    with attach(base, method) as tuned:
+        (stack,) = base.anatomy.stacks.values()
+        hook = stack.register_forward_pre_hook(
+            lambda module, args, kwargs: told.append(kwargs["position_ids"]), with_kwargs=True
+        )
+        call(tuned, token_ids(2, 5))
+        hook.remove()
+    assert told[0].tolist() == [list(range(24 + 5))] * len(told[0])
