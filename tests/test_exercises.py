@@ -127,6 +127,8 @@ def test_the_card_folds_hints_and_solution(item):
     assert item.hints, "an exercise has at least one hint"
     assert card.count("<details>") == len(item.hints) + 1
     assert 1 <= item.difficulty <= 5 and 1 <= item.importance <= 5 and item.minutes >= 1
+    for what, number in (("difficulty", item.difficulty), ("importance", item.importance)):
+        assert f"{what} {'●●●●●'[:number]}{'○○○○○'[number:]} &nbsp;" in card
 
 
 # --- questions ---------------------------------------------------------------------------------

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from models import FAMILIES, U64, call, surroundings, tiny, token_ids
+from models import FAMILIES, U64, call, hook_count, surroundings, tiny, token_ids
 from torch import nn
 
+from peftlab import LoRA, PTuning, attach
 from peftlab.methods.bottleneck import Bottleneck
 from peftlab.methods.ia3 import Factors
 from peftlab.methods.lora import LowRankDelta
@@ -216,3 +217,31 @@ def test_tied_parameters_stay_tied_while_they_train():
     with ExistingParameters(base.model, [name for name, _ in base.model.named_parameters()]):
         assert base.model.lm_head.weight is base.model.transformer.wte.weight
     assert base.model.lm_head.weight is base.model.transformer.wte.weight
+
+
+def test_detach_finds_a_hook_that_no_site_has_listed(base):
+    """As an interrupt between the hook and the list leaves it; somebody else's hook stays."""
+    module = next(iter(base.anatomy.linears.values())).module
+    theirs = module.register_forward_hook(lambda *_: None)
+    before = hook_count(base.model)
+    tuned = attach(base, LoRA(r=2, target_modules="all-linear"))
+    ours = [h for h in module._forward_hooks.values() if h.__module__.startswith("peftlab.")]
+    for hook in ours:
+        module.register_forward_hook(hook)
+    assert ours and tuned.detach() is base
+    assert hook_count(base.model) == before
+    theirs.remove()
+
+
+def test_many_virtual_tokens_at_one_place_keep_their_order():
+    """So many that a sort which is not stable exchanges equal ones: positions count through."""
+    base, told = tiny("bert"), []
+    method = PTuning(24, "mlp", placement=[(12, "back"), (12, "front")])
+    with attach(base, method) as tuned:
+        (stack,) = base.anatomy.stacks.values()
+        hook = stack.register_forward_pre_hook(
+            lambda module, args, kwargs: told.append(kwargs["position_ids"]), with_kwargs=True
+        )
+        call(tuned, token_ids(2, 5))
+        hook.remove()
+    assert told[0].tolist() == [list(range(24 + 5))] * len(told[0])

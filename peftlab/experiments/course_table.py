@@ -97,11 +97,30 @@ def other(made: Any) -> Any:
     return made + made + 7 if isinstance(made, (int, float)) else type(made)()
 
 
+def near(made: Any) -> Any:
+    """A result of the same form that is off by one."""
+    if isinstance(made, Tensor):
+        return made if made.dtype == torch.bool else made + 1
+    if isinstance(made, (list, tuple)):
+        return type(made)(near(item) for item in made)
+    return made + 1 if type(made) in (int, float) else made
+
+
+def flat(made: Any) -> Any:
+    """A result in another form: tensors as one row, several as one."""
+    if isinstance(made, Tensor):
+        return made.flatten()
+    return flat(made[0]) if isinstance(made, (list, tuple)) and made else [made]
+
+
 def of_exercise(item: Exercise) -> dict:
     """What its solution and its wrong answers give and are told, at both sizes."""
     answers = [item.solution, *(wrong for wrong, *_ in item.mistakes)]
     sizes = ((), item.again) if item.again else ((),)
-    unusual = [lambda *args: other(item.solution(*args))] if callable(item.solution) else []
+    unusual = []
+    if callable(item.solution):
+        for change in (other, near, flat):
+            unusual.append(lambda *args, change=change: change(item.solution(*args)))
     return {
         "card": [item.difficulty, item.importance, item.minutes],
         "gives": [[summary(outcome(item.trial, a, size)) for size in sizes] for a in answers],

@@ -28,7 +28,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m mutants", description=about.splitlines()[0])
     parser.add_argument("do", choices=["cover", "run", "write"])
     parser.add_argument("only", nargs="*", help="cover: these test files, again")
-    parser.add_argument("--again", action="store_true", help="run: try survivors again")
+    parser.add_argument(
+        "--again",
+        type=float,
+        metavar="SECONDS",
+        help="run: try survivors again, each against as many of its tests as take so long",
+    )
+    parser.add_argument("--first", type=int, help="run: stop after so many of the mutants")
     parser.add_argument("--number", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=CHECKOUT / "build" / "mutants")
@@ -47,7 +53,8 @@ def main(arguments: list[str] | None = None) -> None:
     mutants = drawn(workshop, options.number, options.seed)
     if options.do == "run":
         workshop.settle()
-        Trials(workshop).run(mutants, ("survived", "no test") if options.again else ())
+        again = () if options.again is None else ("survived", "no test", "killed by time")
+        Trials(workshop, options.again or 0).run(mutants[: options.first], again)
     else:
         from mutants.report import write
 

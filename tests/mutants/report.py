@@ -36,6 +36,7 @@ def write(workshop: Workshop, mutants: list[Mutant], options) -> None:
     killed = [mutant for mutant, row in rows if row["outcome"].startswith("killed")]
     files = touched.files(workshop)
     statements, missed = (sum(counts) for counts in zip(*files.values(), strict=True))
+    tests = touched.tests
     facts = {
         "command": f"python -m mutants write --number {options.number} --seed {options.seed}, "
         "in tests, after cover and run",
@@ -43,13 +44,17 @@ def write(workshop: Workshop, mutants: list[Mutant], options) -> None:
         "python": platform.python_version(),
         **{name: version(name) for name in LIBRARIES},
         "date": date.today().isoformat(),
-        "tests": len(touched.tests),
+        "tests": len(tests),
         "tests left out": list(LEFT_OUT),
+        "test files not measured": [
+            name for name in workshop.test_files() if name not in {t.split("::")[0] for t in tests}
+        ],
         "tests that failed without a mutant": sorted(
-            name for name, test in touched.tests.items() if test["outcome"] == "failed"
+            name for name, test in tests.items() if test["outcome"] == "failed"
         ),
         "lines": statements,
         "lines that a test runs, percent": round(100 - 100 * missed / statements, 2),
+        "mutants drawn": len(mutants),
         "mutants": len(rows),
         "killed": len(killed),
         "killed, percent": round(100 * len(killed) / len(rows), 1),

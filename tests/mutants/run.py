@@ -15,15 +15,14 @@ from mutants.draw import Mutant
 from mutants.workshop import Ended, Workshop
 
 FIRST, BUDGET = 60, 15  # tests and their seconds that a mutant meets at first
-MORE = 60  # seconds of tests that it meets when it is tried again
-SLACK = 60  # seconds without an end of a test, beyond ten times what the longest of them took
+SLACK = 240  # seconds without an end of a test, beyond ten times what the longest of them took
 
 
 class Trials:
     """The trials of mutants in a workshop; each result is a line of `results.jsonl`."""
 
-    def __init__(self, workshop: Workshop):
-        self.workshop, self.touched = workshop, Touched(workshop)
+    def __init__(self, workshop: Workshop, more: float = 0):
+        self.workshop, self.touched, self.more = workshop, Touched(workshop), more
         self.path = workshop.folder / "results.jsonl"
         self.unsteady: set[str] = set()
         self.stamp = 0
@@ -77,7 +76,7 @@ class Trials:
         tests = self.meets(mutant)
         row = {"mutant": mutant.key, "outcome": "no test", "tests": 0, "seconds": 0.0}
         if tests:
-            chosen = self.some(tests, *((len(tests), MORE) if more else (FIRST, BUDGET)))
+            chosen = self.some(tests, *((len(tests), self.more) if more else (FIRST, BUDGET)))
             outcome, killer, ran, seconds = self.against(mutant, chosen)
             row |= {"outcome": outcome, "tests": ran, "seconds": round(seconds, 1)}
             if killer:
