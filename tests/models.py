@@ -375,6 +375,10 @@ CASES = {
 }
 PAIRS = [(family, name) for name, case in CASES.items() for family in case.families]
 PLAIN = [(family, name) for family, name in PAIRS if CASES[name].plain]
+# The family of a case in what does not hang on the family: they take turns.
+BY_TURNS = {
+    name: c.families[turn % len(c.families)] for turn, (name, c) in enumerate(CASES.items())
+}
 ON_EVERY = pytest.mark.parametrize("family, case", PAIRS)
 ON_PLAIN = pytest.mark.parametrize("family, case", PLAIN)
 ON_GENERATING = pytest.mark.parametrize("family, case", [p for p in PLAIN if p[0] in GENERATING])
