@@ -402,14 +402,14 @@ def test_prompt_tuning_can_keep_more_than_lora(name):
     """A prompt makes every layer keep P more tokens. LoRA's A and B keep x, which a frozen layer
     does not, and r numbers a token: which is more depends on P / T alone, not on the size."""
     options = dict(batch=2, length=64, head=Tagging(("O", "B")) if name == "bert-base" else None)
-    config = shallow(name, 4)
+    config = shallow(name, 2)
     lora = in_blocks(LoRA(r=8), config, **options)
-    prompt = [in_blocks(PromptTuning(P), config, **options) for P in (1, 16, 64)]
-    assert prompt[0] < lora < prompt[2]
+    one, many = (in_blocks(PromptTuning(P), config, **options) for P in (1, 64))
+    assert one < lora < many
     # P = T doubles what every layer keeps but for what q and v of LoRA keep beside it.
-    assert prompt[2] == pytest.approx(2 * prompt[0] * 64 / 65, rel=3e-3)
-    upper = in_blocks(PTuningV2(16, depth=2), config, **options)
-    assert upper < 3.2 / 4 * in_blocks(PTuningV2(16), config, **options)
+    assert many == pytest.approx(2 * one * 64 / 65, rel=3e-3)
+    upper = in_blocks(PTuningV2(16, depth=1), config, **options)
+    assert 2 * upper <= in_blocks(PTuningV2(16), config, **options)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-3-8b", "t5-base"])
@@ -590,10 +590,11 @@ def test_what_has_no_gradient_has_no_states():
 
 def test_a_prediction_leaves_no_table_without_numbers():
     """What is computed once and kept is there for models with numbers as well."""
+    config = shallow("gpt2", 1)
     program = (
         "import torch\n"
         "from peftlab import QLoRA, memory, quantisation\n"
-        "memory.predict(QLoRA(r=2), 'gpt2', 1, 8)\n"
+        f"memory.predict(QLoRA(r=2), {config}, 1, 8)\n"
         "codes = quantisation.quantise(torch.eye(8), 8)\n"
         "assert torch.equal(codes.dequantise(), torch.eye(8))\n"
     )

@@ -6,8 +6,9 @@ twin over all logits of the same batch. It is a sample of the rounding error, no
 is doubled: `close` allows 4 E. In float64 the same errors are 2⁻²⁹ times as large (u = 2⁻⁵³ for
 2⁻²⁴), and so is the tolerance.
 
-A few properties take long and do not depend on where a method starts; `ON_PLAIN` runs them on the
-cases that stand for their kind.
+`ON_EVERY` runs a property on every case: on every family, and on one where a case is an option of a
+method that has a plain case. A few properties take long and do not depend on where a method starts;
+`ON_PLAIN` runs them on the plain cases, which stand for their kind, on every family.
 """
 
 from collections import Counter
