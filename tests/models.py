@@ -375,7 +375,21 @@ CASES = {
 }
 PAIRS = [(family, name) for name, case in CASES.items() for family in case.families]
 PLAIN = [(family, name) for family, name in PAIRS if CASES[name].plain]
-ON_EVERY = pytest.mark.parametrize("family, case", PAIRS)
+
+
+def _kinds(name: str) -> tuple[type, ...]:
+    return (*map(type, CASES[name].methods), type(CASES[name].head))
+
+
+# Another setting of methods that have a plain case is an option. What it changes does not hang on
+# the family, so an option is on one family, and they take turns. All else is on every family.
+_PLAIN_KINDS = {_kinds(name) for _, name in PLAIN}
+OPTIONS = [name for name, case in CASES.items() if not case.plain and _kinds(name) in _PLAIN_KINDS]
+BY_TURNS = {
+    name: c.families[turn % len(c.families)] for turn, (name, c) in enumerate(CASES.items())
+}
+EVERY = [(f, name) for f, name in PAIRS if name not in OPTIONS or f == BY_TURNS[name]]
+ON_EVERY = pytest.mark.parametrize("family, case", EVERY)
 ON_PLAIN = pytest.mark.parametrize("family, case", PLAIN)
 ON_GENERATING = pytest.mark.parametrize("family, case", [p for p in PLAIN if p[0] in GENERATING])
 

@@ -409,17 +409,18 @@ class Live(TorchDispatchMode):
         key, size = storage._cdata, storage.nbytes()
         if key in self.followed:
             return
-        blocks = -(-size // self.unit) * self.unit
-
-        def gone(_: weakref.ref) -> None:
-            self.followed.pop(key, None)
-            self.bytes -= size
-            self.blocks -= blocks
-
-        self.followed[key] = weakref.ref(storage, gone)
+        self.followed[key] = weakref.ref(storage, partial(self._gone, key, size))
         self.bytes += size
-        self.blocks += blocks
+        self.blocks += self._in_blocks(size)
         self.most = max(self.most, self.blocks)
+
+    def _gone(self, key: int, size: int, _: weakref.ref) -> None:
+        self.followed.pop(key, None)
+        self.bytes -= size
+        self.blocks -= self._in_blocks(size)
+
+    def _in_blocks(self, size: int) -> int:
+        return -(-size // self.unit) * self.unit
 
 
 class Counter(contextlib.AbstractContextManager):

@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -65,16 +66,34 @@ def nbval(folder: Path) -> str:
     ).stdout
 
 
-@pytest.fixture
-def stored(tmp_path) -> Path:
-    path = write_notebook(tmp_path / "tiny.ipynb", "print(6 * 7)", FIGURE, PANEL)
+# Each change of a stored figure, as `old` to `new`, with nbval's verdict on it.
+CHANGES = {
+    "none": ("9.0", "9.0", "PASSED"),
+    "rounded": ("9.0", "9.000001", "PASSED"),  # another library's rounding
+    "moved": ("9.0", "9.1", "FAILED"),  # a point elsewhere
+    "retitled": ("squares", "cubes", "FAILED"),  # another finding
+}
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory) -> Path:
+    """A lesson that was executed once: a print, a panel, and a figure for each of `CHANGES`."""
+    folder = tmp_path_factory.mktemp("executed")
+    path = write_notebook(folder / "tiny.ipynb", "print(6 * 7)", PANEL, *[FIGURE] * len(CHANGES))
     run_notebooks.run(path, red_square)
     return path
 
 
+@pytest.fixture
+def stored(executed, tmp_path) -> Path:
+    """A copy of it, to be changed."""
+    return Path(shutil.copy(executed, tmp_path))
+
+
 def test_outputs_are_stored_in_order_and_metadata_is_tidy(stored):
     notebook = nbformat.read(stored, as_version=4)
-    assert [cell.execution_count for cell in notebook.cells] == [1, 2, 3]
+    counts = [cell.execution_count for cell in notebook.cells]
+    assert counts == list(range(1, 3 + len(CHANGES)))
     assert notebook.metadata.kernelspec.name == "python3"
     assert set(notebook.metadata) == {"kernelspec", "language_info"}
     assert {frozenset(cell.metadata) for cell in notebook.cells} == {frozenset(["tags", "reason"])}
@@ -82,7 +101,7 @@ def test_outputs_are_stored_in_order_and_metadata_is_tidy(stored):
 
 
 def test_figures_and_panels_get_a_picture_and_no_dead_widget(stored):
-    _, figure, panel = nbformat.read(stored, as_version=4).cells
+    _, panel, figure, *_ = nbformat.read(stored, as_version=4).cells
     assert set(figure.outputs[0].data) == {PLOTLY, PNG}
     assert set(panel.outputs[0].data) == {STILL, PNG, "text/plain"}
     assert WIDGET not in stored.read_text()
@@ -98,23 +117,14 @@ def test_a_second_run_changes_nothing_and_draws_nothing(stored):
 
 
 def test_nbval_compares_figures_by_what_a_reader_sees(stored):
-    """One stored lesson, and copies of it whose figure is changed as `old` to `new` says."""
-    changes = {
-        "rounded": ("9.0", "9.000001", "PASSED"),  # another library's rounding
-        "moved": ("9.0", "9.1", "FAILED"),  # a point elsewhere
-        "retitled": ("squares", "cubes", "FAILED"),  # another finding
-    }
-    for name, (old, new, _) in changes.items():
-        notebook = nbformat.read(stored, as_version=4)
-        data = notebook.cells[1].outputs[0].data
+    notebook = nbformat.read(stored, as_version=4)
+    for cell, (old, new, _) in zip(notebook.cells[2:], CHANGES.values(), strict=True):
+        data = cell.outputs[0].data
         data[PLOTLY] = json.loads(json.dumps(data[PLOTLY]).replace(old, new))
-        nbformat.write(notebook, stored.with_name(f"{name}.ipynb"))
-    verdicts = re.findall(r"^(PASSED|FAILED) (\w+)\.ipynb::Cell (\d)", nbval(stored.parent), re.M)
-    expected = {(name, "1"): verdict for name, (_, _, verdict) in changes.items()}
-    for name in ("tiny", *changes):
-        for cell in "012":
-            expected.setdefault((name, cell), "PASSED")
-    assert {(name, cell): verdict for verdict, name, cell in verdicts} == expected
+    nbformat.write(notebook, stored)
+    verdicts = re.findall(r"^(PASSED|FAILED) tiny\.ipynb::Cell (\d)", nbval(stored.parent), re.M)
+    expected = ["PASSED", "PASSED", *(verdict for *_, verdict in CHANGES.values())]
+    assert dict((int(cell), verdict) for verdict, cell in verdicts) == dict(enumerate(expected))
 
 
 def test_check_writes_nothing(tmp_path, capsys):

@@ -124,8 +124,9 @@ def worst(pairs) -> float:
 
 
 @every
-def test_logits_and_gradients_of_every_trained_tensor(family, method):
+def test_count_logits_gradients_and_a_step(family, method):
     single, double = make(family, method, FLOAT32), make(family, method, FLOAT64)
+    check_count(family, method, single)
     for kind in batches(family, method):
         (ours32, theirs32), (ours64, theirs64) = forward(single, kind), forward(double, kind)
         E = (theirs32.double() - theirs64).abs().max()
@@ -137,11 +138,11 @@ def test_logits_and_gradients_of_every_trained_tensor(family, method):
         E = worst((name, theirs, truth[name]) for name, _, theirs in single.gradients())
         assert worst(single.gradients()) <= 4 * E, kind
         assert worst(double.gradients()) <= 4 * E * U64 / U32, kind
+    check_adamw_step(single, U32)
+    check_adamw_step(double, U64)
 
 
-@every
-@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64], ids=["float32", "float64"])
-def test_one_adamw_step(family, method, dtype):
+def check_adamw_step(pair, u):
     """From equal tensors, the step taken on our gradient is the step taken on PEFT's.
 
     Adam's first step is η f(g) with f(g) = g / (|g| + ε), so f' = ε / (|g| + ε)². Gradients that
@@ -149,17 +150,16 @@ def test_one_adamw_step(family, method, dtype):
     where |g| is below δ not even its sign is known. The update itself rounds: 8 u (|θ| + η) for
     its few operations.
     """
-    pair = make(family, method, dtype)
-    before = {name: ours.clone() for name, ours, _ in pair.tensors()}
     backward(pair, "right")
+    before = {name: ours.clone() for name, ours, _ in pair.tensors()}
     gradients = {name: (ours.clone(), theirs.clone()) for name, ours, theirs in pair.gradients()}
-    lr, eps, u = 0.01, 1e-8, U32 if dtype == FLOAT32 else U64
+    lr, eps = 0.01, 1e-8
     for parameters in (pair.ours.trainable.values(), [part.parameter for part in pair.parts]):
         torch.optim.AdamW(list(parameters), lr=lr, eps=eps, weight_decay=0.0).step()
     unknown = total = 0
     for name, ours, theirs in pair.tensors():
         g, other = gradients[name]
-        delta = (g - other).abs().max()  # held small by the test of the gradients
+        delta = (g - other).abs().max()  # held small by the comparison of the gradients
         slope = eps / ((g.abs() - delta).clamp(min=0) + eps) ** 2
         moved = (lr * delta * slope).clamp(max=2 * lr)
         assert ((ours - theirs).abs() <= moved + 8 * u * (before[name].abs() + lr)).all()
@@ -169,10 +169,8 @@ def test_one_adamw_step(family, method, dtype):
     assert unknown / total < 0.01  # almost every entry's step is decided
 
 
-@every
-def test_the_number_of_trained_parameters(family, method):
+def check_count(family, method, pair):
     """PEFT's own number; where it has numbers beside ours, those are counted and named."""
-    pair = make(family, method, FLOAT32)
     theirs, _ = pair.theirs.get_nb_trainable_parameters()
     shared = sum(int(part.where.sum()) for part in pair.parts)
     shape = pair.ours.anatomy.shape

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import PAIRS, adapted, call, token_ids
+from models import EVERY, adapted, call, token_ids
 from torch.autograd import gradcheck
 
 from peftlab.attention import AttentionSite
@@ -93,7 +93,7 @@ def test_the_prefix_mlp(with_prompt):
 
 
 @pytest.mark.parametrize(
-    "family, case", [(family, case) for family, case in PAIRS if case in THROUGH]
+    "family, case", [(family, case) for family, case in EVERY if case in THROUGH]
 )
 def test_through_a_model(case, family):
     """Every trained tensor at once, along random directions (gradcheck's fast mode)."""
