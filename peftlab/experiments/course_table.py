@@ -147,7 +147,7 @@ def of_clinic(number: str, module) -> Any:
             "clinic": module.clinic(base, task, steps=STEPS, batch_size=2),
             "observe": module.observe(base, named, "A cat ."),
         }
-    elif number == "08":
+    elif number == "09":
         shown = module.clinic(steps=STEPS)
     else:
         shown = module.clinic()
