@@ -43,7 +43,7 @@ VERDICTS = {
     "not tested": "no run and no computation here can tell",
 }
 CHECKS = ("parts", "cases", "read", "open")
-DECIDED = ("computation", "experiment", "reading", "nothing")
+DECIDED = ("computation", "experiment", "leaning runs", "reading", "nothing")
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,20 @@ class Claim:
 
     @property
     def decided_by(self) -> str:
-        """What the verdict rests on: one of `DECIDED`."""
-        if self.how in ("read", "open"):
-            return "reading" if self.how == "read" else "nothing"
-        if self.verdict == "disputed":
+        """What the verdict rests on: one of `DECIDED`.
+
+        "leaning runs" is a "depends" that only too few seeds or unsearched rates speak for; nothing
+        decides what is disputed or not tested.
+        """
+        if self.how == "read":
+            return "reading"
+        if self.verdict in ("not tested", "disputed"):
             return "nothing"
-        recorded = any(kind_of(each) in RESULTS or "result " in str(each) for each in self.propositions)
+        runs = [each for each in self.propositions if kind_of(each) in RESULTS]
+        if runs and len(runs) == len(self.propositions):
+            firm = {Outcome.YES, Outcome.NO} & {evaluate(each)[0] for each in runs}
+            return "experiment" if firm else "leaning runs"
+        recorded = runs or any("result " in str(each) for each in self.propositions)
         return "experiment" if recorded else "computation"
 
 
@@ -114,13 +122,9 @@ def named(name: str) -> Claim:
 def check(claim: Claim) -> Found:
     """Derive the verdict again.
 
-    A claim that rests on a reading, or that nothing decides, gives its verdict back with the reason.
+    A claim that rests on a reading, or that nothing decides, gives its verdict back and says why.
     Raises ValueError if the right statement itself does not hold.
     """
-    if claim.how == "read":
-        return Found(claim.verdict, (), f"By reading {claim.reference}: {claim.why}")
-    if claim.how == "open":
-        return Found("not tested", (), f"Not tested. What would decide it: {claim.why}")
     results = [evaluate(each) for each in claim.propositions]
     beside = [evaluate(each) for each in claim.also]
     for given, (outcome, sentence) in zip(claim.also, beside, strict=True):
@@ -128,6 +132,11 @@ def check(claim: Claim) -> Found:
             raise ValueError(f"{claim.id}: its right statement fails at {given}: {sentence}")
     outcomes = tuple(outcome for outcome, _ in results)
     sentence = " ".join(sentence for _, sentence in results + beside)
+    if claim.how == "read":
+        said = f"By reading {claim.reference}: {claim.why}. {sentence}"
+        return Found(claim.verdict, (), said.strip())
+    if claim.how == "open":
+        return Found("not tested", (), f"What would decide it: {claim.why}. {sentence}".strip())
     return Found(verdict(claim.how, outcomes), outcomes, sentence)
 
 

@@ -20,6 +20,7 @@ from peftlab.bases.data import data_path
 
 SEEDS = 5  # fewer never decide a ranking
 RUNS = 3  # fewer never show that something works
+Number = int | float
 AT_THE_END = ("at_the_end_of_its_grid", "at the end of its grid")
 
 
@@ -58,7 +59,7 @@ def found(file: str, where: dict, rows: str = "runs") -> list[dict]:
     return matching
 
 
-def scores(file: str, where: dict, metric: str, rows: str = "runs") -> list[float]:
+def scores(file: str, where: dict, metric: str, rows: str = "runs") -> list[Number]:
     """The metric of these rows, those without it left out."""
     values = [_field(row, metric) for row in found(file, where, rows)]
     values = [value for value in values if value is not None]
@@ -67,7 +68,7 @@ def scores(file: str, where: dict, metric: str, rows: str = "runs") -> list[floa
     return values
 
 
-def entry(file: str, *path: str) -> float:
+def entry(file: str, *path: str) -> Number:
     """One number of a file, by the names that lead to it."""
     value = read(file)
     for name in path:
@@ -75,7 +76,7 @@ def entry(file: str, *path: str) -> float:
     return value
 
 
-def result(file: str, metric: str, rows: str = "runs", **where) -> float:
+def result(file: str, metric: str, rows: str = "runs", **where) -> Number:
     """The mean of a metric over the rows in which these fields have these values; an underscore in
     a value stands for a blank, and in the metric a colon."""
     where = {key: _blank(value) for key, value in where.items()}
@@ -83,7 +84,7 @@ def result(file: str, metric: str, rows: str = "runs", **where) -> float:
 
 
 def higher(
-    file: str, metric: str, this: dict, that: dict, times: float = 1.0, rows: str = "runs"
+    file: str, metric: str, this: dict, that: dict, times: Number = 1.0, rows: str = "runs"
 ) -> tuple[Outcome, str]:
     """`this` scores above `times` the score of `that`."""
     ours, theirs = (scores(file, where, metric, rows) for where in (this, that))
@@ -96,10 +97,10 @@ def _ranked(
     what: str,
     this: dict,
     that: dict,
-    ours: list[float],
-    theirs: list[float],
+    ours: list[Number],
+    theirs: list[Number],
     rows: str,
-    times: float = 1.0,
+    times: Number = 1.0,
 ) -> tuple[Outcome, str]:
     n = min(len(ours), len(theirs))
     low, high = interval(ours, theirs)
@@ -122,7 +123,7 @@ def _ranked(
 
 
 def reaches(
-    file: str, metric: str, where: dict, at_least: float, rows: str = "runs"
+    file: str, metric: str, where: dict, at_least: Number, rows: str = "runs"
 ) -> tuple[Outcome, str]:
     """Every run clears a level: it works there."""
     values = scores(file, where, metric, rows)
@@ -135,13 +136,13 @@ def reaches(
 
 
 def never_reaches(
-    file: str, metric: str, where: dict, at_least: float, rows: str = "runs"
+    file: str, metric: str, where: dict, at_least: Number, rows: str = "runs"
 ) -> tuple[Outcome, str]:
     """It does not work there. Runs that all clear the level say no; others say nothing, because
     another setting might clear it."""
     outcome, sentence = reaches(file, metric, where, at_least, rows)
     if outcome is Outcome.YES:
-        return Outcome.NO, sentence.replace(": yes.", ", so it does work: no.")
+        return Outcome.NO, sentence.replace(": yes.", ", a counterexample: no.")
     return outcome, sentence
 
 
@@ -157,19 +158,21 @@ def wider(
 
 
 def sooner(
-    file: str, metric: str, this: dict, that: dict, level: float, looks: str = "looks"
+    file: str, metric: str, this: dict, that: dict, level: Number, looks: str = "looks"
 ) -> tuple[Outcome, str]:
     """`this` comes to a level of the metric in fewer steps than `that`; every run has its looks."""
     steps = []
     for where in (this, that):
-        seen = [[look for look in row[looks] if look[metric] >= level] for row in found(file, where)]
+        seen = [
+            [look for look in row[looks] if look[metric] >= level] for row in found(file, where)
+        ]
         if not all(seen):
             raise LookupError(f"{file}: not every run of {where} comes to {metric} = {level}")
         steps.append([float(reached[0]["step"]) for reached in seen])
     return _ranked(file, f"steps to {metric} of {level:g}", that, this, *steps[::-1], "runs")
 
 
-def interval(ours: list[float], theirs: list[float]) -> tuple[float, float]:
+def interval(ours: list[Number], theirs: list[Number]) -> tuple[Number, Number]:
     """The 95% interval of the difference of means, the seeds of both sides independent (Welch)."""
     a, b = (statistics.variance(s) / len(s) if len(s) > 1 else 0.0 for s in (ours, theirs))
     middle, width = statistics.fmean(ours) - statistics.fmean(theirs), 0.0
@@ -181,7 +184,7 @@ def interval(ours: list[float], theirs: list[float]) -> tuple[float, float]:
 
 
 @functools.cache
-def student(freedom: int, share: float = 0.95, cells: int = 2000) -> float:
+def student(freedom: int, share: Number = 0.95, cells: int = 2000) -> Number:
     """The t with this share of Student's distribution between −t and t, by Simpson's rule.
 
     >>> round(student(1), 2), round(student(4), 3)
@@ -190,7 +193,7 @@ def student(freedom: int, share: float = 0.95, cells: int = 2000) -> float:
     log = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)
     scale = math.exp(log) / math.sqrt(freedom * math.pi)
 
-    def inside(t: float) -> float:  # x = √n tan θ makes the density a power of a cosine
+    def inside(t: Number) -> Number:  # x = √n tan θ makes the density a power of a cosine
         end = math.atan(t / math.sqrt(freedom))
         heights = [math.cos(end * i / cells) ** (freedom - 1) for i in range(cells + 1)]
         summed = heights[0] + heights[-1] + 4 * sum(heights[1::2]) + 2 * sum(heights[2:-1:2])
@@ -224,7 +227,7 @@ def _named(where: dict) -> str:
     return ", ".join(str(value) for value in where.values())
 
 
-def everywhere(this: str, that: str, times: float = 1.0, only: list[str] | None = None) -> list:
+def everywhere(this: str, that: str, times: Number = 1.0, only: list[str] | None = None) -> list:
     """`higher` of two methods on the main metric of every comparison on real data, or of some."""
     files = [f"real_{name}" for name in only or REAL]
     sides = {"this": {"label": this}, "that": {"label": that}, "times": times}

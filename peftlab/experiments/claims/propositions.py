@@ -21,32 +21,32 @@ from typing import Any
 import yaml
 
 from peftlab.experiments.claims import evidence, facts, quantities
-from peftlab.experiments.claims.evidence import Outcome
+from peftlab.experiments.claims.evidence import Number, Outcome
 
 __all__ = ["KINDS", "Outcome", "evaluate", "number", "written"]
 
 
-def equal(a: float, b: float) -> bool:
+def equal(a: Number, b: Number) -> bool:
     """The same number, to the last digit."""
     return a == b
 
 
-def about(a: float, b: float, share: float) -> bool:
+def about(a: Number, b: Number, share: Number) -> bool:
     """Apart by at most this share of b."""
     return math.isclose(a, b, rel_tol=0, abs_tol=share * abs(b))
 
 
-def within(a: float, low: float, high: float) -> bool:
+def within(a: Number, low: Number, high: Number) -> bool:
     """low ≤ a ≤ high."""
     return low <= a <= high
 
 
-def below(a: float, b: float) -> bool:
+def below(a: Number, b: Number) -> bool:
     """a < b."""
     return a < b
 
 
-def above(a: float, b: float) -> bool:
+def above(a: Number, b: Number) -> bool:
     """a > b."""
     return a > b
 
@@ -85,10 +85,10 @@ def evaluate(proposition: dict) -> tuple[Outcome, str]:
     holds = compare(*values)
     words = [written(each, value) for each, value in zip(given, values, strict=True)]
     said = template.format(*words)
-    return Outcome.of(holds), f"{said[0].upper()}{said[1:]}: {'yes' if holds else 'no'}."
+    return Outcome.of(holds), f"{said}: {'yes' if holds else 'no'}."
 
 
-def number(given: Any) -> float:
+def number(given: Any) -> Number:
     """The value of a number as it is written in `data/claims`."""
     if isinstance(given, str):
         return _called(quantities, given)
@@ -101,13 +101,13 @@ def number(given: Any) -> float:
     return given
 
 
-def written(given: Any, value: float) -> str:
+def written(given: Any, value: Number) -> str:
     """A number in a sentence, with what it is."""
     if isinstance(value, int) or float(value).is_integer():
         shown = f"{int(value):,}"
     else:
         shown = f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
-    return shown if isinstance(given, int | float) else f"{_phrase(given)} ({shown})"
+    return shown if isinstance(given, Number) else f"{_phrase(given)} = {shown}"
 
 
 def _phrase(given: Any) -> str:
@@ -115,7 +115,7 @@ def _phrase(given: Any) -> str:
         ((operation, parts),) = given.items()
         between = {"ratio": " / ", "sum": " + ", "product": " × "}[operation]
         return between.join(_phrase(each) for each in parts)
-    return str(given)
+    return f"`{given}`" if isinstance(given, str) else f"{given:,}"
 
 
 @functools.cache

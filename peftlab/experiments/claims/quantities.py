@@ -8,7 +8,7 @@ import json
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from peftlab import accounting, memory
+from peftlab import accounting
 from peftlab.bases.data import data_path
 from peftlab.bases.shapes import Shape, named_config, names
 from peftlab.experiments.claims.evidence import entry, result
@@ -95,14 +95,6 @@ def training_bytes(method: str, model: str, part: str = "total", dtype="float32"
     return getattr(accounting.training_bytes(made(method, **options), shape(model), dtype), part)
 
 
-@functools.cache
-def step_bytes(method: str, model: str, part: str = "peak", batch=1, length=128, **options) -> int:
-    """Bytes of a training step, predicted without weights: the peak, or one part."""
-    settings = {key: options.pop(key) for key in ("dtype", "checkpointing") if key in options}
-    found = memory.predict(made(method, **options), model, batch, length, **settings)
-    return found.peak if part == "peak" else found.bytes(part)
-
-
 def flops(method: str, model: str, what: str = "step", length: int = 128, **options) -> int:
     """Floating-point operations of one row of `length` tokens: a training step, or the forward
     pass. Matrix products and attention, which is nearly all.
@@ -111,7 +103,13 @@ def flops(method: str, model: str, what: str = "step", length: int = 128, **opti
     """
     config, layers = named_config(model), size(model, "layers")
     one, two = (
-        _flops(method, json.dumps(config | dict.fromkeys(DEPTH & set(config), n)), what, length, **options)
+        _flops(
+            method,
+            json.dumps(config | dict.fromkeys(DEPTH & set(config), n)),
+            what,
+            length,
+            **options,
+        )
         for n in (1, 2)
     )
     return one + (layers - 1) * (two - one)
@@ -132,11 +130,3 @@ def _flops(method: str, config: str, what: str, length: int, **options) -> int:
 def bits(block_size: int = 64, double_quant: bool = True) -> float:
     """Bits of a weight in NF4, its scales included."""
     return quantisation.bits_per_weight(block_size, double_quant)
-
-
-@functools.cache
-def gaussian_error(quant_type: str, n: int = 2**18) -> float:
-    """Root of the mean squared error of normal numbers written in this type, blocks of 64."""
-    values = torch.randn(n, generator=torch.Generator().manual_seed(0))
-    codes = quantisation.quantise(values, quant_type=quant_type, double_quant=False)
-    return (codes.dequantise() - values).pow(2).mean().sqrt().item()
