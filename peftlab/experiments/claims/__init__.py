@@ -9,8 +9,8 @@ own words. Each has a verdict, the right statement, a reference, and under `chec
 
     parts   the propositions that the claim is made of: all hold (true), none (wrong), some
             (imprecise)
-    cases   the claim in several settings: it holds in all (true), in none (wrong), or in some
-            (depends)
+    cases   the claim in several settings: it holds in all (true), in some (depends), or it fails
+            in one and is not seen to hold in any (wrong)
     read    it is about what somebody wrote: the reference decides, and no computation can
     open    not tested: the experiment that would decide it
 
@@ -107,7 +107,11 @@ class Found:
 def load() -> list[Claim]:
     """All claims, ordered by source and number. Raises ValueError for a file that is not whole."""
     paths = sorted(Path(data_path("claims")).glob("*.yaml"))
-    read = [_claim(given) for path in paths for given in yaml.safe_load(path.read_text("utf-8"))]
+    read = [
+        _claim(given)
+        for path in paths
+        for given in yaml.safe_load(path.read_text(encoding="utf-8"))
+    ]
     ids = [claim.id for claim in read]
     if twice := sorted({name for name in ids if ids.count(name) > 1}):
         raise ValueError(f"twice in data/claims: {', '.join(twice)}")
@@ -149,15 +153,19 @@ def verdict(how: str, outcomes: Iterable[Outcome]) -> str:
     'depends'
     """
     found = set(outcomes)
+    if found == {Outcome.YES}:
+        return "true"
+    if how == "parts":
+        if {Outcome.YES, Outcome.NO} <= found:
+            return "imprecise"
+        return "wrong" if found == {Outcome.NO} else "disputed"  # a part is open, so the whole is
     some_yes = found & {Outcome.YES, Outcome.LEANS_YES}
     some_no = found & {Outcome.NO, Outcome.LEANS_NO}
     if some_yes and some_no:
-        return "imprecise" if how == "parts" else "depends"
-    if how == "parts" and found - {Outcome.YES, Outcome.NO}:
-        return "disputed"  # a part is open, so the whole is
-    if Outcome.YES in found:
-        return "true"
-    return "wrong" if Outcome.NO in found else "disputed"
+        return "depends"
+    return (
+        "wrong" if Outcome.NO in found else "disputed"
+    )  # one firm case refutes what is said of all
 
 
 def kind_of(proposition: dict) -> str:

@@ -109,7 +109,7 @@ def leaves_the_base(method: str, base: str = "tiny-gpt", **options) -> Answer:
         moved = sum(not torch.equal(t, start[name]) for name, t in tuned.trainable.items())
         count = sum(tensor.numel() for tensor in tuned.trainable.values())
     return still and moved > 0, (
-        f"{method} on {base}: a step moved {moved} tensors of {count:,} trained numbers, and the "
+        f"{method} on {base}: a step moved {moved} of {len(start)} tensors, {count:,} numbers; the "
         f"base's {len(before)} tensors are {'bit for bit what they were' if still else 'changed'}."
     )
 
@@ -506,25 +506,17 @@ def factors_are_renamed(r: int = 3) -> Answer:
 
 def mask_is_a_product() -> Answer:
     """A pruned weight is W times a mask of zeros and ones, entry by entry, half of them zero."""
-    plain = base_named("tiny-gpt")
+    plain = logits(base_named("tiny-gpt"))
     with attached(Prune(0.5)) as tuned:
         site = tuned.attachments[0].sites[0]
         mask, now = site.mask, site.linear.weight
         same = torch.equal(now, site.original * mask)
         share = 1 - mask.float().mean().item()
-        changed = apart(logits(tuned), logits_of_the_base(plain))
+        changed = apart(logits(tuned), plain)
         trained = tuned.count().parameters
     return same and changed > 0 and trained == 0, (
         f"W' is W ⊙ M with {share:.0%} zeros; the logits move by {changed:.2g} and nothing trains."
     )
-
-
-@functools.cache
-def logits_of_the_base(plain: Base) -> Tensor:
-    """The logits of the base by itself, also while something is attached to it."""
-    model = copy.deepcopy(load(plain.name).model)
-    with torch.no_grad():
-        return model(ids(plain)).logits
 
 
 def mask_saves_nothing() -> Answer:
