@@ -44,6 +44,7 @@ REPOSITORY = "https://github.com/peftlab/peftlab"
 
 _ROOMS = {
     "accounting": "accounting",
+    "claims": "experiments.claims",
     "exercises": "exercises",
     "figures": "figures",
     "heads": "methods.heads",
