@@ -1,6 +1,7 @@
 """The command that executes and stores lessons, on tiny notebooks, and nbval's view of them."""
 
 import base64
+import io
 import json
 import os
 import re
@@ -10,8 +11,10 @@ import sys
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 from browser.fixtures import chromium_or_skip
+from PIL import Image
 
 from peftlab.experiments import run_notebooks
 from peftlab.experiments.run_notebooks import PLOTLY, PNG, STILL, WIDGET
@@ -159,3 +162,16 @@ def test_chromium_draws_the_picture(tmp_path):
     assert png.startswith(b"\x89PNG")
     assert int.from_bytes(png[16:20]) == run_notebooks.WIDTH * run_notebooks.SCALE
     assert 2_000 < len(png) < 100_000
+
+
+def test_a_stored_picture_has_few_colours_and_looks_the_same():
+    draw = np.random.default_rng(0)
+    noise = draw.integers(0, 8, (90, 120, 3)) * 3 + 200  # 512 colours that are close together
+    noise[20:40] = (0, 114, 178)
+    image = Image.fromarray(noise.astype(np.uint8))
+    image.save(file := io.BytesIO(), "PNG")
+    stored = run_notebooks.small(base64.b64encode(file.getvalue()).decode())
+    few = Image.open(io.BytesIO(base64.b64decode(stored)))
+    assert few.mode == "P" and few.size == (120, 90)
+    assert np.abs(np.asarray(few.convert("RGB")).astype(int) - noise).max() <= 12
+    assert len(stored) < len(file.getvalue())
