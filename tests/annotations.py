@@ -1,9 +1,9 @@
 """Every annotation in peftlab is checked at each call, tensor shapes included.
 
-jaxtyping's import hook decorates each function with `jaxtyping.jaxtyped`. That binds the arguments
-and opens a memo of axis sizes at every call, which costs more than most of the functions do.
-Only annotations that name axes need it. A function that has none is given to beartype as it is:
-its arguments and its result are checked as before, without a memo.
+jaxtyping's import hook decorates each function with `jaxtyping.jaxtyped`. At every call that binds
+the arguments, opens a memo of axis sizes and checks the arguments twice, which costs more than most
+of the functions do. Here beartype alone checks each function, its arguments once and its result
+once. Only annotations that name axes need the memo, and only their functions open one.
 """
 
 import functools
@@ -14,6 +14,8 @@ import typing
 import jaxtyping
 from beartype import BeartypeConf, beartype
 
+# A memo of axis sizes, open while it is entered; it keeps nothing itself, so one serves for all.
+MEMO = jaxtyping.jaxtyped("context")
 strict = beartype(conf=BeartypeConf(violation_type=jaxtyping.TypeCheckError))
 
 
@@ -39,8 +41,8 @@ def names_axes(hint) -> bool:
     return any(map(names_axes, typing.get_args(hint)))
 
 
-def without_memo(jaxtyped):
-    """`jaxtyping.jaxtyped`, but for functions without shapes: beartype alone checks those."""
+def checking_once(jaxtyped):
+    """`jaxtyping.jaxtyped`, but functions are checked by beartype, in a memo if they need one."""
 
     def decorator(*arguments, typechecker=None):
         full = jaxtyped(*arguments, typechecker=typechecker)
@@ -50,11 +52,11 @@ def without_memo(jaxtyped):
         if not isinstance(function, types.FunctionType) or special(function):
             return full(function)
         hints = resolved(function)
-        if any(map(names_axes, hints.values())):
-            return full(function)
         if not hints:
             return function
         checked = strict(with_annotations(function, hints))
+        if any(map(names_axes, hints.values())):
+            checked = in_a_memo(checked)
 
         @functools.wraps(function)
         def choose(*args, **kwargs):
@@ -65,6 +67,17 @@ def without_memo(jaxtyped):
         return choose
 
     return decorator
+
+
+def in_a_memo(checked):
+    """Sizes of axes that have a name agree in all annotations of one call."""
+
+    def call(*args, **kwargs):
+        __tracebackhide__ = True
+        with MEMO:
+            return checked(*args, **kwargs)
+
+    return call
 
 
 def special(function: types.FunctionType) -> bool:
@@ -92,5 +105,5 @@ def with_annotations(function: types.FunctionType, annotations: dict) -> types.F
 
 def check_every_call(package: str) -> None:
     """From now on, whatever is imported from this package is checked."""
-    jaxtyping.jaxtyped = without_memo(jaxtyping.jaxtyped)
+    jaxtyping.jaxtyped = checking_once(jaxtyping.jaxtyped)
     jaxtyping.install_import_hook(package, "beartype.beartype")
