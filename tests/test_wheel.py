@@ -1,8 +1,9 @@
-"""A wheel built from the tree works away from the checkout, its data included."""
+"""A wheel, built from an sdist of the tree, works away from the checkout, its data included."""
 
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -12,11 +13,28 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder)]
+def built(tmp_path_factory) -> Path:
+    """A folder with an sdist of the tree, and a wheel made from it."""
+    folder = tmp_path_factory.mktemp("built")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder)]
     subprocess.run([*command, str(ROOT)], check=True, capture_output=True)
-    return next(folder.glob("*.whl"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(built) -> Path:
+    return next(built.glob("*.whl"))
+
+
+def test_the_sdist_is_the_checkout(built):
+    with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    git = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("this is no git checkout")
+    tree = {name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()}
+    assert names == tree | {"PKG-INFO"}
 
 
 def test_it_carries_the_package_and_its_data_and_nothing_else(wheel):

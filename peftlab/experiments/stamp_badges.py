@@ -2,8 +2,9 @@
 
     python -m peftlab.experiments.stamp_badges --repository https://github.com/you/peftlab
 
-The address lives in `peftlab.REPOSITORY`; every other place that shows it (the README, the
-package's metadata, Colab badges and set-up cells in the notebooks) is rewritten to agree.
+The address lives in `peftlab.REPOSITORY`; every other place that shows it (the README and the pages
+beside it, the package's metadata, Colab badges and set-up cells in the notebooks) is rewritten to
+agree.
 """
 
 import argparse
@@ -12,7 +13,7 @@ from pathlib import Path
 
 ADDRESS = re.compile(r"https://github\.com/([\w.-]+/[\w.-]+)")
 CONSTANT = re.compile(r'^REPOSITORY = "([^"]+)"', re.MULTILINE)
-STAMPED = ("README.md", "pyproject.toml", "peftlab/__init__.py", "notebooks/*.ipynb")
+STAMPED = ("*.md", "CITATION.cff", "pyproject.toml", "peftlab/__init__.py", "notebooks/*.ipynb")
 
 
 def slug(repository: str) -> str:
@@ -30,8 +31,9 @@ def stamp(root: Path, repository: str) -> list[Path]:
     """Rewrite the repository's address in every place that shows it; returns the files changed."""
     old = slug(CONSTANT.search((root / "peftlab/__init__.py").read_text(encoding="utf-8"))[1])
     new = slug(repository)
-    # github.com/OWNER/NAME in links and installs, github/OWNER/NAME in Colab's addresses.
-    shown = re.compile(rf"(github(?:\.com)?/){re.escape(old)}(?![\w-])")
+    # github.com/OWNER/NAME in links and installs, github/OWNER/NAME in Colab's addresses, gh/ in
+    # Binder's.
+    shown = re.compile(rf"((?:github(?:\.com)?|/gh)/){re.escape(old)}(?![\w-])")
     changed = []
     for pattern in STAMPED:
         for path in sorted(root.glob(pattern)):

@@ -34,6 +34,11 @@ async function packed(model) {
   }
 }
 
+/* What a title says, without its tags, for a screen reader. */
+function words(title) {
+  return title.replace(/<[^>]*>/g, " ").trim();
+}
+
 async function build(model) {
   const stream = new Blob([await packed(model)]).stream();
   const unpacked = stream.pipeThrough(new DecompressionStream("gzip"));
@@ -51,8 +56,9 @@ function library(model) {
 }
 
 function render({ model, el }) {
-  const place = document.createElement("div");
-  el.append(place);
+  const [place, trouble] = [document.createElement("div"), document.createElement("div")];
+  place.setAttribute("role", "figure");
+  el.append(trouble, place);
   let [stale, busy, gone, Plotly] = [true, false, false, undefined];
 
   async function draw() {
@@ -65,11 +71,11 @@ function render({ model, el }) {
         stale = false;
         const figure = JSON.parse(model.get("figure"));
         await Plotly.react(place, figure.data, figure.layout, SETTINGS);
-        place.dataset.version = model.get("version");
+        place.setAttribute("aria-label", words(figure.layout.title?.text ?? "figure"));
+        trouble.textContent = "";
       }
     } catch (error) {
-      place.textContent = `The figure could not be drawn: ${error}`;
-      Plotly?.purge(place);
+      trouble.textContent = `The figure could not be drawn: ${error}`;
     } finally {
       busy = false;
     }

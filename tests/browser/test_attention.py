@@ -76,3 +76,5 @@ def test_each_of_the_four_sliders_changes_the_picture(explorer):
         for part in parts:
             assert after[part] != before[part], f"{name} left the {part} as they were"
     assert len(explorer.locator(".js-plotly-plot").all()) == 1  # one figure, updated
+    said = explorer.get_by_role("figure", name=text.inner_text()[1:])  # what a screen reader says
+    expect(said).to_be_visible()

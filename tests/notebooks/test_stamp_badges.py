@@ -18,12 +18,22 @@ def tree(tmp_path):
         f"{COLAB.format(OLD)} git+https://github.com/{OLD}.git github.com/{OLD}-extra"
     )
     (tmp_path / "notebooks/notes.ipynb").write_text("no address here")
+    (tmp_path / "SECURITY.md").write_text(f"https://mybinder.org/v2/gh/{OLD}/HEAD")
+    (tmp_path / "CITATION.cff").write_text(f"repository-code: https://github.com/{OLD}\n")
     return tmp_path
 
 
 def test_every_place_is_rewritten_and_no_other(tree):
     changed = stamp(tree, f"https://github.com/{NEW}")
-    assert sorted(path.name for path in changed) == ["06_lora.ipynb", "README.md", "__init__.py"]
+    assert sorted(path.name for path in changed) == [
+        "06_lora.ipynb",
+        "CITATION.cff",
+        "README.md",
+        "SECURITY.md",
+        "__init__.py",
+    ]
+    assert (tree / "SECURITY.md").read_text() == f"https://mybinder.org/v2/gh/{NEW}/HEAD"
+    assert (tree / "CITATION.cff").read_text().endswith(f"/{NEW}\n")
     assert (
         tree / "peftlab/__init__.py"
     ).read_text() == f'REPOSITORY = "https://github.com/{NEW}"\n'
