@@ -89,11 +89,14 @@ def figure_in(data: dict) -> dict | None:
     return data.get(PLOTLY) or data.get(STILL)
 
 
-def outputs_with_data(notebook) -> Iterator[dict]:
+def outputs(notebook) -> Iterator[dict]:
+    """The outputs that have data."""
     for cell in notebook.cells:
-        for output in cell.get("outputs", []):
-            if "data" in output:
-                yield output["data"]
+        yield from (output for output in cell.get("outputs", []) if "data" in output)
+
+
+def outputs_with_data(notebook) -> Iterator[dict]:
+    yield from (output["data"] for output in outputs(notebook))
 
 
 def execute(notebook, folder: Path, timeout: int = 600) -> float:
@@ -130,12 +133,17 @@ def tidy(notebook) -> None:
 
 
 def add_pictures(notebook, picture: Camera, drawn: dict[str, str]) -> None:
-    """Put a PNG beside every figure; `drawn` holds those already made, by the figure's data."""
-    for data in outputs_with_data(notebook):
+    """Put a PNG beside every figure; `drawn` holds those already made, by the figure's data. A
+    drawing's words for those who cannot see it go into the PNG's metadata, where nbconvert looks.
+    """
+    for output in outputs(notebook):
+        data = output["data"]
         figure = figure_in(data)
         if figure is not None:
             key = json.dumps(figure, sort_keys=True)
             drawn[key] = data[PNG] = drawn.get(key) or picture(figure)
+            if alt := figure.get("layout", {}).get("meta", {}).get("alt"):
+                output.setdefault("metadata", {})[PNG] = {"alt": alt}
 
 
 def run(path: Path, picture: Camera | None) -> float:

@@ -1,9 +1,13 @@
 """Data in, Plotly figure out. Each method keeps one colour and one marker in the whole course.
 
-No figure loads a script from anywhere.
+No figure loads a script from anywhere. Drawings, which explain, share one vocabulary (`sheet.py`)
+and show real tensors; `draw` shows what is attached. Each has a text for those who cannot see it:
+`alt_text(figure)`.
 """
 
 from peftlab.figures.attention import attention_pair, attention_parts, token_bars
+from peftlab.figures.bell import bell
+from peftlab.figures.block import block_of_weights
 from peftlab.figures.curves import (
     bars_by_method,
     counts_figure,
@@ -13,7 +17,16 @@ from peftlab.figures.curves import (
     spectrum,
     strengths,
 )
+from peftlab.figures.definitions import soft_definitions
+from peftlab.figures.described import Box, Drawing, describe
+from peftlab.figures.draw import draw
+from peftlab.figures.gate import gate_road
+from peftlab.figures.masks import masked_matrix, usual_masks
 from peftlab.figures.memory import PARTS, by_layer, memory_bars, memory_traces
+from peftlab.figures.roads import adapter_places, bottleneck, narrow_road
+from peftlab.figures.scores import score_matrix
+from peftlab.figures.sheet import Sheet, alt_text
+from peftlab.figures.site_map import site_map
 from peftlab.figures.sites import SITES, five_sites
 from peftlab.figures.style import (
     BLACK,
@@ -30,6 +43,7 @@ from peftlab.figures.style import (
     method_key,
     use_template,
 )
+from peftlab.figures.timeline import step_timeline
 from peftlab.figures.weights import (
     CODE_TYPES,
     code_errors,

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 import plotly.graph_objects as go
 import plotly.io as pio
 
+from peftlab.figures.theme import DARK, DARK_TEMPLATE, theme
+
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILLION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#777777"
 
@@ -58,10 +60,24 @@ pio.templates["peftlab"] = go.layout.Template(
     )
 )
 
+pio.templates[DARK_TEMPLATE] = go.layout.Template(pio.templates["peftlab"]).update(
+    layout=dict(
+        font_color=DARK.ink,
+        paper_bgcolor=DARK.paper,
+        plot_bgcolor=DARK.paper,
+        xaxis=dict(gridcolor=DARK.faint, linecolor=DARK.edge),
+        yaxis=dict(gridcolor=DARK.faint, linecolor=DARK.edge),
+        legend_bgcolor="rgba(17,17,17,0.7)",
+    )
+)
 
-def use_template() -> None:
-    """Make the course's looks the default, and show figures from their data alone."""
-    pio.templates.default = "peftlab"
+
+def use_template(dark: bool = False) -> None:
+    """Make the course's looks the default, and show figures from their data alone.
+
+    `dark`: for a notebook on dark paper. Figures made from then on are dark.
+    """
+    pio.templates.default = DARK_TEMPLATE if dark else "peftlab"
     if pio.renderers.default != "colab":
         pio.renderers.default = "plotly_mimetype"
 
@@ -93,5 +109,5 @@ def styles(labels: Iterable[str]) -> dict[str, dict]:
 
 
 def figure(title: str, x: str, y: str, **layout) -> go.Figure:
-    fig = go.Figure(layout=dict(template="peftlab", title_text=title, **layout))
+    fig = go.Figure(layout=dict(template=theme().template, title_text=title, **layout))
     return fig.update_xaxes(title_text=x).update_yaxes(title_text=y)

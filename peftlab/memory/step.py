@@ -155,7 +155,8 @@ def followed(
                         kept = {at: what for at, what in kept.items() if what.alive}
                         parts["activations"] = kept.copy()
             gradients = {name: p.grad for name, p in tuned.trainable.items() if p.grad is not None}
-            parts["gradients"] = _storages((place(n, g), g) for n, g in gradients.items())
+            layers = {name: place(name, tuned.trainable[name]) for name in gradients}
+            parts["gradients"] = _storages((layers[n], g) for n, g in gradients.items())
             _without(tuned.trainable.keys() - gradients.keys(), tuned, optimizer, parts, memory)
             held = _storages((place(n), t) for n, t in _held(tuned, how))
             other = standing.keys() | parts["activations"].keys()

@@ -21,6 +21,6 @@ from peftlab.sites.linear import LinearWeight
 from peftlab.sites.masked import MaskedWeight
 from peftlab.sites.outputs import Scale, SublayerOutput
 from peftlab.sites.parameters import ExistingParameters
-from peftlab.sites.site import Site, sweep
+from peftlab.sites.site import Shown, Site, sweep
 from peftlab.sites.source import Source
 from peftlab.sites.structures import SmallerModel

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from peftlab.bases import Linear
 from peftlab.bases.anatomy import CODES
 from peftlab.sites.quantisation import Quantised, quantise
-from peftlab.sites.site import Site
+from peftlab.sites.site import Shown, Site
 
 
 class CodedProduct(torch.autograd.Function):
@@ -63,6 +63,10 @@ class CodedWeight(Site):
             vars(self.module).pop("forward", None)
             self.unhook()
             del vars(self.module)[CODES]
+
+    def shown(self) -> list[Shown]:
+        """The codes, one a weight."""
+        return [Shown("c", self.codes.codes, self.linear.name, "codes")]
 
     def held(self) -> list[Tensor]:
         """The original, on the CPU."""

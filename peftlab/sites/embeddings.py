@@ -10,7 +10,7 @@ from transformers import StaticCache
 
 from peftlab.attention import cache_in
 from peftlab.bases import Anatomy
-from peftlab.sites.site import PerThread, Site
+from peftlab.sites.site import PerThread, Shown, Site
 
 Read = Callable[[], dict[str, Tensor]]  # returns the current tensors of a soft prompt
 Block = tuple[int, str, int | None]  # virtual tokens at one place: their number, place, token
@@ -193,6 +193,15 @@ class InputEmbeddings(Site):
         own = own.expand(len(hidden), -1, -1)
         where = places[0][:, :, None].expand_as(own)
         return (hidden.scatter(1, where, own), *others), kwargs
+
+    def shown(self) -> list[Shown]:
+        """The virtual tokens, those of each layer at its place."""
+        prompt = self.read()["prompt"]
+        if not self.every_layer:
+            return [Shown("P", prompt, "input", "token")]
+        stack = next(iter(self.anatomy.layers))
+        names = [f"{stack}.layers.{i}.input".removeprefix(".") for i in range(len(prompt))]
+        return [Shown("P", prompt, name, "token", i) for i, name in enumerate(names)]
 
     def held(self) -> list[Tensor]:
         """The places of the virtual and the real tokens in the last forward pass."""

@@ -7,7 +7,7 @@ from peftlab import attention
 from peftlab.attention import AttentionSite
 from peftlab.bases import Anatomy
 from peftlab.sites.embeddings import Read
-from peftlab.sites.site import Site
+from peftlab.sites.site import Shown, Site
 
 
 class KeysValues(Site):
@@ -43,6 +43,15 @@ class KeysValues(Site):
         for context in reversed(self.inside):
             context.__exit__()
         self.inside = []
+
+    def shown(self) -> list[Shown]:
+        """The virtual keys and values, those of each attention at its place."""
+        made = self.read()
+        return [
+            Shown(letter, made[letter], name, how, i)
+            for i, name in enumerate(self.names)
+            for letter, how in (("P_k", "key"), ("P_v", "value"))
+        ]
 
     @property
     def count(self) -> int:

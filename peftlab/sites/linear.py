@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from peftlab.bases import Linear
-from peftlab.sites.site import Site
+from peftlab.sites.site import Shown, Site
 
 
 class LinearWeight(Site):
@@ -41,6 +41,13 @@ class LinearWeight(Site):
         trained = dict(self.delta.named_parameters())
         state = self.delta.state_dict(keep_vars=True)
         return {f"{self.name}.{key}": t for key, t in state.items() if key not in trained}
+
+    def shown(self) -> list[Shown]:
+        """The delta's tensors, those that train and those that are stored beside them."""
+        prefix = f"{self.name}."
+        tensors = dict(self.delta.named_parameters())
+        tensors |= {name.removeprefix(prefix): t for name, t in self.stored().items()}
+        return [Shown(name, tensor, self.name, "delta") for name, tensor in tensors.items()]
 
     def held(self) -> list[Tensor]:
         """The original rows, while the delta is merged."""

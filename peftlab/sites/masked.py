@@ -5,7 +5,7 @@ from jaxtyping import Bool, UInt8
 from torch import Tensor, nn
 
 from peftlab.bases import Linear
-from peftlab.sites.site import Site
+from peftlab.sites.site import Shown, Site
 
 
 class MaskedWeight(Site):
@@ -68,6 +68,10 @@ class MaskedWeight(Site):
     def stored(self) -> dict[str, Tensor]:
         """The mask, one bit an entry."""
         return {self.name: self.bits}
+
+    def shown(self) -> list[Shown]:
+        """The mask."""
+        return [Shown("M", self.mask, self.linear.name, "mask")]
 
     def held(self) -> list[Tensor]:
         """The original rows, the bits, and the mask on the deltas."""

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from peftlab.bases import Linear, Sublayer
-from peftlab.sites.site import PerThread, Site
+from peftlab.sites.site import PerThread, Shown, Site
 
 
 class SublayerOutput(Site):
@@ -36,6 +36,11 @@ class SublayerOutput(Site):
         """Move the hook behind all other hooks on the last map."""
         self.hooks[0].remove()
         self.hooks[0] = self.sublayer.last.module.register_forward_hook(self._add)
+
+    def shown(self) -> list[Shown]:
+        """The tensors of f."""
+        how = "beside" if self.beside else "after"
+        return [Shown(name, p, self.name, how) for name, p in self.f.named_parameters()]
 
     def _read(self, module, args):
         self.x.set(args[0])
@@ -75,6 +80,10 @@ class Scale(Site):
         else:
             self.hooks = [module.register_forward_hook(self._scale_output)]
         return self
+
+    def shown(self) -> list[Shown]:
+        """The factors l."""
+        return [Shown("l", self.module.l, self.name, "input" if self.of_input else "output")]
 
     def held(self) -> list[Tensor]:
         """The original weight and bias, while the factors are merged."""

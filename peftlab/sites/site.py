@@ -1,6 +1,7 @@
 """The interface of all sites."""
 
 import threading
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,32 @@ class PerThread:
 
     def __setstate__(self, state):
         self.__init__()
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A tensor that a site brings to the model, or trains in it, and where it acts.
+
+    name    its letter: "A", "P_k"; a parameter of the model has its own name there
+    place   the name of a linear weight ("layers.3.q"), of a sublayer ("layers.3.mlp"), of the keys
+            and values of an attention ("layers.3.kv"), of what enters a block ("layers.3.input");
+            "input" in front of all blocks, "network" for what makes a soft prompt, "" for the
+            model's own
+    how     "delta" beside W; "output" or "input", a factor; "after" or "beside" a sublayer;
+            "token", "key" or "value"; "mask" and "codes" of W; "network"; "own"
+    index   if only tensor[index] acts at this place
+    """
+
+    name: str
+    tensor: Tensor
+    place: str
+    how: str
+    index: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The size of what acts at this place."""
+        return tuple(self.tensor.shape if self.index is None else self.tensor.shape[1:])
 
 
 def sweep(model: nn.Module) -> None:
@@ -114,6 +141,10 @@ class Site:
 
     def refresh(self) -> None:
         """Called after values were copied into the stored tensors: apply them."""
+
+    def shown(self) -> list[Shown]:
+        """The tensors that the site brings or trains, each with its place: what a drawing shows."""
+        return [Shown(name, tensor, "", "own") for name, tensor in self.parameters.items()]
 
     def held(self) -> list[Tensor]:
         """The tensors that the site keeps beside the model: originals to put back, masks."""

@@ -5,7 +5,7 @@ import contextlib
 from torch import Tensor, nn
 
 from peftlab.bases import Anatomy
-from peftlab.sites.site import PerThread, Site
+from peftlab.sites.site import PerThread, Shown, Site
 
 
 class Source(Site):
@@ -47,6 +47,10 @@ class Source(Site):
     def now(self) -> dict[str, Tensor]:
         """The current tensors, whatever tensors the last forward pass has read."""
         return self.module() if self.instead is None else self.instead
+
+    def shown(self) -> list[Shown]:
+        """All that makes the prompt; what is itself read as the prompt is shown by who reads it."""
+        return [Shown(name, p, "network", "network") for name, p in self.module.named_parameters()]
 
     def held(self) -> list[Tensor]:
         """The tensors of the last forward pass."""
