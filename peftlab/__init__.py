@@ -38,6 +38,7 @@ from peftlab.methods import (
 )
 from peftlab.training import train
 from peftlab.tuned import Tuned, attach
+from peftlab.tuned.examine import examine
 
 __version__ = "0.1.0"
 REPOSITORY = "https://github.com/peftlab/peftlab"
@@ -83,6 +84,7 @@ __all__ = [
     "VeRA",
     "attach",
     "count",
+    "examine",
     "load",
     "setup",
     "train",
