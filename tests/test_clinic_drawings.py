@@ -2,7 +2,7 @@
 
 import pytest
 
-from peftlab.figures import alt_text, counted_labels, decision_order, gradient_road, stations
+from peftlab.figures import alt_text, counted_labels, decision_order, gradient_reach, stations
 from peftlab.figures.clinic import ORDER
 from peftlab.figures.sheet import overlaps, pale
 
@@ -11,7 +11,7 @@ WAYS = {"all": [True] * 4, "answer": [False, False, True, True]}
 DRAWN = {
     "stations": lambda dark: stations(FAULTS, dark),
     "labels": lambda dark: counted_labels(["a", "b", "c", "end"], WAYS, dark),
-    "gradient": lambda dark: gradient_road({"no": [False] * 6, "yes": [True] * 6}, dark),
+    "gradient": lambda dark: gradient_reach({"no": [False] * 6, "yes": [True] * 6}, dark),
     "order": lambda dark: decision_order(dark=dark),
 }
 
@@ -38,7 +38,7 @@ def test_the_tokens_in_the_loss_are_coloured():
 
 
 def test_the_gradient_ends_where_it_ended():
-    words = alt_text(gradient_road({"half": [False, True, True], "none": [False] * 3}))
+    words = alt_text(gradient_reach({"half": [False, True, True], "none": [False] * 3}))
     assert "half: 2 of 3 blocks" in words and "none: 0 of 3 blocks" in words
 
 

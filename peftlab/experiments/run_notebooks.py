@@ -88,10 +88,11 @@ def camera() -> Iterator[Camera]:
 
 def small(png: str) -> str:
     """A base64 PNG with at most 256 colours, which is a third of the bytes and looks the same."""
-    from PIL import Image
+    from PIL.Image import Dither, Quantize
+    from PIL.Image import open as picture_in
 
-    image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
-    few = image.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    image = picture_in(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    few = image.quantize(256, Quantize.MEDIANCUT, dither=Dither.NONE)
     few.save(out := io.BytesIO(), "PNG", optimize=True)
     return base64.b64encode(out.getvalue()).decode()
 

@@ -89,7 +89,7 @@ def counted_labels(
     return s.done()
 
 
-def gradient_road(ways: Mapping[str, Sequence[bool]], dark: bool | None = None) -> go.Figure:
+def gradient_reach(ways: Mapping[str, Sequence[bool]], dark: bool | None = None) -> go.Figure:
     """How far back a gradient gets: for each way, the blocks whose adapters were given one."""
     row, start, high = 92, 190, 34
     count = len(next(iter(ways.values())))
