@@ -17,14 +17,17 @@ which transformers unpacks into numbers. The base is that rounded model, not the
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import importlib.util
 import io
 import json
 import math
 import tempfile
+import threading
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import huggingface_hub
 import safetensors
@@ -238,7 +241,8 @@ def read_gguf(path: Path, dtype: torch.dtype):
     options = {"quantization_config": config(dequantize=True)} if config else {}
     where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
+        # There is a progress bar that cannot be turned off.
+        with contextlib.redirect_stderr(io.StringIO()), _reading_once():
             model, report = transformers.AutoModelForCausalLM.from_pretrained(
                 **where, **options, dtype=dtype, output_loading_info=True
             )
@@ -255,6 +259,25 @@ def read_gguf(path: Path, dtype: torch.dtype):
     vars(model.config).pop("quantization_config", None)
     model.is_quantized = False
     return model, tokenizer
+
+
+_reading = threading.Lock()
+
+
+@contextlib.contextmanager
+def _reading_once():
+    """Inside, the package gguf reads a file's header once and makes a family's table of names once.
+
+    transformers asks for the header three times and for the table once a module, which takes two
+    thirds of the time of loading.
+    """
+    import gguf
+
+    with _reading, contextlib.ExitStack() as stack:
+        for name in ("GGUFReader", "get_tensor_name_map"):
+            once = functools.cache(getattr(gguf, name))
+            stack.enter_context(mock.patch.object(gguf, name, once))
+        yield
 
 
 def unpacked(place: Place, folder: Path) -> Place:
