@@ -72,7 +72,7 @@ def test_the_recipe_gives_a_method_every_proof(readme, root, tmp_path):
     own = "test_several_deltas"  # it lists deltas of its own choice
     collected = [line for line in collected if own not in line]
     of_vera = {line.replace("-vera]", "-rank one]") for line in collected if "-vera]" in line}
-    assert len(of_vera) > 80
+    assert len({line.split("[")[0] for line in of_vera}) > 20  # proofs, each on its families
     assert of_vera == {line for line in collected if "-rank one]" in line}
     ran = pytest_in_the_copy("-k", "rank and one and (gpt2 or t5)", "-n", "0")
     assert re.search(r"^\d+ passed, \d+ deselected", ran.splitlines()[-1]), ran[-500:]
