@@ -120,7 +120,7 @@ def test_what_the_course_reaches_into_has_an_upper_bound(name):
 
 def test_one_command_for_the_lowest_and_one_for_the_newest():
     assert set(
-        re.findall(r"^\| `python tests/versions.py (\w+)`", page("CONTRIBUTING.md"), re.M)
+        re.findall(r"^\| `python tests/versions.py (\w+)`", page(".github/CONTRIBUTING.md"), re.M)
     ) == {
         "resolve",
         "lowest",
@@ -250,7 +250,7 @@ def test_the_package_runs_nothing_that_it_reads():
     assert not [name for name, text in texts.items() if calls.search(text)]
     pickles = [name for name, text in texts.items() if re.search(r"^import pickle", text, re.M)]
     assert pickles == ["peftlab/experiments/pretrain.py"]
-    assert "`peftlab.experiments.pretrain --corpus FILE`" in page("SECURITY.md")
+    assert "`peftlab.experiments.pretrain --corpus FILE`" in page(".github/SECURITY.md")
 
 
 def test_code_that_lies_beside_a_base_is_not_run(tmp_path):

@@ -613,25 +613,25 @@ def test_the_channel_opens_with_all_that_is_drawn(maker, monkeypatch):
 
     def opening(widget):
         if widget.comm is None:
-            for kind in (Plot, plot.Library):
+            for kind in (Plot, plot.Script):
                 if isinstance(widget, kind):
                     opened[kind] = widget.get_state()
         real(widget)
 
     monkeypatch.setattr(Widget, "open", opening)
-    monkeypatch.setattr(plot, "_library", None)
+    monkeypatch.setattr(plot, "_script", None)
     panel = maker()
     drawn = json.loads(opened[Plot]["figure"])
     assert len(drawn["data"]) == len(panel.plot.data) > 0
     assert drawn["layout"] == json.loads(panel.static().to_json())["layout"]
-    assert gzip.decompress(opened[plot.Library]["packed"]).startswith(b"/**\n* plotly.js v")
+    assert gzip.decompress(opened[plot.Script]["packed"]).startswith(b"/**\n* plotly.js v")
 
 
 def test_the_script_travels_once_a_kernel():
     first, second = panels.rank_lab(), panels.count_explorer()
-    assert first.plot.library is second.plot.library
+    assert first.plot.script is second.plot.script
     first.close()
-    assert second.plot.library.comm is not None
+    assert second.plot.script.comm is not None
 
 
 def answers(plot: Plot, content: dict, monkeypatch) -> list:
@@ -650,8 +650,8 @@ def test_the_kernel_sends_again_what_the_page_lacks(monkeypatch):
     assert panel.plot.version == 1
     for have, sent in ((0, [["figure", "version"]]), (1, [])):
         assert answers(panel.plot, {"ask": "figure", "have": have}, monkeypatch) == sent
-    (message,) = answers(panel.plot, {"ask": "library"}, monkeypatch)
-    assert message == ({"answer": "library"}, [panel.plot.library.packed])
+    (message,) = answers(panel.plot, {"ask": "script"}, monkeypatch)
+    assert message == ({"answer": "script"}, [panel.plot.script.packed])
     for strange in ({}, {"ask": "a cake"}, {"ask": "figure"}):
         assert answers(panel.plot, strange, monkeypatch) == []
 
@@ -661,7 +661,7 @@ MAKERS_OF_TEXT = {**MAKERS, "chat": lambda: panels.chat(tiny("gpt2"), {}, "who?"
 
 @pytest.mark.parametrize("maker", MAKERS_OF_TEXT.values(), ids=MAKERS_OF_TEXT)
 def test_a_closed_panel_leaves_no_widget(maker):
-    plot.library()  # what all panels share stays
+    plot.script()  # what all panels share stays
     before = set(_instances)
     panel = maker()
     assert set(_instances) > before

@@ -13,7 +13,14 @@ from pathlib import Path
 
 ADDRESS = re.compile(r"https://github\.com/([\w.-]+/[\w.-]+)")
 CONSTANT = re.compile(r'^REPOSITORY = "([^"]+)"', re.MULTILINE)
-STAMPED = ("*.md", "CITATION.cff", "pyproject.toml", "peftlab/__init__.py", "notebooks/*.ipynb")
+STAMPED = (
+    "*.md",
+    ".github/*.md",
+    "CITATION.cff",
+    "pyproject.toml",
+    "peftlab/__init__.py",
+    "notebooks/*.ipynb",
+)
 
 
 def slug(repository: str) -> str:

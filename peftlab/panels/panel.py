@@ -7,7 +7,7 @@ import ipywidgets as widgets
 import plotly.graph_objects as go
 from IPython.display import display
 
-from peftlab.panels.plot import Library, Plot
+from peftlab.panels.plot import Plot, Script
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 STILL = "application/vnd.peftlab.still+json"  # a Plotly figure that stands for the panel
@@ -28,12 +28,12 @@ class Panel:
         raise NotImplementedError
 
     def close(self) -> None:
-        """Close every widget of the panel; ipywidgets keeps each until it is closed. The drawing
-        library stays: other panels draw with it."""
+        """Close every widget of the panel; ipywidgets keeps each until it is closed. The script
+        that draws stays: other panels draw with it."""
         open_, found = [self.widget], []
         while open_:
             widget = open_.pop()
-            if widget not in found and not isinstance(widget, Library):
+            if widget not in found and not isinstance(widget, Script):
                 found.append(widget)
                 for key in widget.keys:
                     value = getattr(widget, key)

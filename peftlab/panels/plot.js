@@ -1,7 +1,7 @@
 /* Draws a Plotly figure in the page, always whole, so that it cannot stay wrong:
  * when the view appears, at every change, and when the kernel, asked soon after the panel was last
  * touched, has a newer one.
- * Plotly itself travels once a kernel, in the model `library`, and is built once a page. */
+ * Plotly itself travels once a kernel, in the model `script`, and is built once a page. */
 
 const SETTINGS = { displaylogo: false };
 const PATIENCE = 2000; // milliseconds until what did not come is asked for again
@@ -10,25 +10,25 @@ const TOUCHES = ["pointerup", "keyup"];
 
 const pause = (milliseconds) => new Promise((resume) => setTimeout(resume, milliseconds));
 
-/* The packed library: from its own model or, where that never arrived, from the kernel. */
+/* The packed script: from its own model or, where that never arrived, from the kernel. */
 async function packed(model) {
   for (;;) {
     try {
-      const name = model.get("library").slice("IPY_MODEL_".length);
+      const name = model.get("script").slice("IPY_MODEL_".length);
       const bytes = (await model.widget_manager.get_model(name)).get("packed");
       if (bytes?.byteLength) return bytes;
     } catch (missing) {
-      console.warn("peftlab: the drawing library did not arrive; asking again", missing);
+      console.warn("peftlab: the script that draws did not arrive; asking again", missing);
     }
     const answer = new Promise((take) => {
       const listen = (content, buffers) => {
-        if (content.answer !== "library") return;
+        if (content.answer !== "script") return;
         model.off("msg:custom", listen);
         take(buffers[0]);
       };
       model.on("msg:custom", listen);
     });
-    model.send({ ask: "library" });
+    model.send({ ask: "script" });
     const bytes = await Promise.race([answer, pause(PATIENCE)]);
     if (bytes?.byteLength) return bytes;
   }

@@ -15,7 +15,7 @@ from ipywidgets import Widget, widget_serialization
 CODE = Path(__file__).with_suffix(".js")
 
 
-class Library(Widget):
+class Script(Widget):
     """Plotly's own script, packed with gzip; one for all the figures of a kernel."""
 
     packed = traitlets.Bytes().tag(sync=True)
@@ -27,15 +27,15 @@ def _packed() -> bytes:
     return gzip.compress(script.read_bytes(), compresslevel=1, mtime=0)
 
 
-_library: Library | None = None
+_script: Script | None = None
 
 
-def library() -> Library:
-    """The one `Library`; a new one if somebody closed it."""
-    global _library
-    if _library is None or _library.comm is None:
-        _library = Library(packed=_packed())
-    return _library
+def script() -> Script:
+    """The one `Script`; a new one if somebody closed it."""
+    global _script
+    if _script is None or _script.comm is None:
+        _script = Script(packed=_packed())
+    return _script
 
 
 class Plot(anywidget.AnyWidget):
@@ -48,11 +48,11 @@ class Plot(anywidget.AnyWidget):
     _esm = CODE.read_text(encoding="utf-8")
     figure = traitlets.Unicode().tag(sync=True)
     version = traitlets.Int().tag(sync=True)
-    library = traitlets.Instance(Library).tag(sync=True, **widget_serialization)
+    script = traitlets.Instance(Script).tag(sync=True, **widget_serialization)
 
     def __init__(self, figure: go.Figure):
         self.shown = figure
-        super().__init__(figure=figure.to_json(), library=library())
+        super().__init__(figure=figure.to_json(), script=script())
         self.on_msg(self._answer)
 
     @property
@@ -81,7 +81,7 @@ class Plot(anywidget.AnyWidget):
 
     def _answer(self, _, content: dict, __) -> None:
         match content:
-            case {"ask": "library"}:
-                self.send({"answer": "library"}, [_packed()])
+            case {"ask": "script"}:
+                self.send({"answer": "script"}, [_packed()])
             case {"ask": "figure", "have": have} if have != self.version:
                 self.send_state(["figure", "version"])

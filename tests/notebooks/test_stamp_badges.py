@@ -10,7 +10,7 @@ OLD, NEW = "peftlab/peftlab", "ada/my.peft-lab"
 
 @pytest.fixture
 def tree(tmp_path):
-    for folder in ("peftlab", "notebooks"):
+    for folder in ("peftlab", "notebooks", ".github"):
         (tmp_path / folder).mkdir()
     (tmp_path / "peftlab/__init__.py").write_text(f'REPOSITORY = "https://github.com/{OLD}"\n')
     (tmp_path / "README.md").write_text(COLAB.format(OLD) + "\nhttps://github.com/peftlab/other\n")
@@ -18,7 +18,7 @@ def tree(tmp_path):
         f"{COLAB.format(OLD)} git+https://github.com/{OLD}.git github.com/{OLD}-extra"
     )
     (tmp_path / "notebooks/notes.ipynb").write_text("no address here")
-    (tmp_path / "SECURITY.md").write_text(f"https://mybinder.org/v2/gh/{OLD}/HEAD")
+    (tmp_path / ".github/SECURITY.md").write_text(f"https://mybinder.org/v2/gh/{OLD}/HEAD")
     (tmp_path / "CITATION.cff").write_text(f"repository-code: https://github.com/{OLD}\n")
     return tmp_path
 
@@ -32,7 +32,7 @@ def test_every_place_is_rewritten_and_no_other(tree):
         "SECURITY.md",
         "__init__.py",
     ]
-    assert (tree / "SECURITY.md").read_text() == f"https://mybinder.org/v2/gh/{NEW}/HEAD"
+    assert (tree / ".github/SECURITY.md").read_text() == f"https://mybinder.org/v2/gh/{NEW}/HEAD"
     assert (tree / "CITATION.cff").read_text().endswith(f"/{NEW}\n")
     assert (
         tree / "peftlab/__init__.py"
