@@ -5,6 +5,7 @@ makes the tensor with numbers. If they decide no size, the caller asks `has_numb
 substitute.
 """
 
+import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily as plain
@@ -13,5 +14,6 @@ __all__ = ["has_numbers", "plain"]
 
 
 def has_numbers(tensor: Tensor) -> bool:
-    """Whether the tensor's numbers can be read."""
-    return not isinstance(tensor, FakeTensor)
+    """Whether the tensor's numbers can be read: not while a CUDA graph is recorded, for example."""
+    recording = tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+    return not recording and not isinstance(tensor, FakeTensor)

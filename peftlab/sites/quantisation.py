@@ -100,6 +100,18 @@ def _dynamic_table() -> Levels:
         return torch.cat([-positive, positive, torch.tensor([0.0, 1.0])]).sort().values
 
 
+def _there(table: Tensor, device: torch.device) -> Tensor:
+    """A small table on a device; on a GPU it stays, so that no forward pass waits for a copy."""
+    if device.type != "cuda":
+        return table.to(device)
+    return _kept_there(tuple(table.flatten().tolist()), table.shape, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_there(numbers: tuple[float, ...], shape: torch.Size, device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float32, device=device).view(shape)
+
+
 def nearest(values: Float32[Tensor, "*size"], levels: Levels) -> UInt8[Tensor, "*size"]:
     """The index of the nearest level; a value exactly halfway takes the lower one.
 
@@ -179,12 +191,12 @@ class Quantised:
         if self.scale is None:
             return self.absmax
         coarse = self.scale.repeat_interleave(ABSMAX_BLOCK)[: len(self.absmax)]
-        return _dynamic_table().to(coarse.device)[self.absmax.int()] * coarse + self.mean
+        return _there(_dynamic_table(), coarse.device)[self.absmax.int()] * coarse + self.mean
 
     def dequantise(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:
         """m · T[c], computed in float32. Each byte looks up its two levels at once."""
         pairs = torch.cartesian_prod(*[pad(self.levels, (0, 16 - len(self.levels)))] * 2)
-        values = embedding(self.packed.int(), pairs.to(self.packed.device)).view(-1)
+        values = embedding(self.packed.int(), _there(pairs, self.packed.device)).view(-1)
         values = values[: self.shape.numel()].view(-1, self.block_size)
         return values.mul_(self.scales[:, None]).view(self.shape).to(dtype)
 

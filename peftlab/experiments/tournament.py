@@ -1,0 +1,241 @@
+"""Every kind of method on seven tasks, each at its best rate, on five seeds.
+
+    python -m peftlab.experiments.tournament --device cuda --workers 12       # all contests
+    python -m peftlab.experiments.tournament --contests facts --smoke         # a try on a CPU
+
+Writes `data/results/bench_<contest>.json`: what was compared, the untuned base and few-shot
+prompting beside it, the runs of the search on dev and those of the seeds on the test. While a
+contest is not whole its rows lie in `bench_<contest>.jsonl`, and the same command goes on from
+there; `--seconds` ends it in time. How a rate is found is in `peftlab.bench.search`; what a row
+holds in `peftlab.bench.runs`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from datetime import date
+from multiprocessing import get_context
+from pathlib import Path
+from random import Random
+
+import torch
+import transformers
+
+from peftlab.bases import load
+from peftlab.bases.data import data_path
+from peftlab.bench.contest import SEEDS, TUNING_SEEDS, Contest, Entry
+from peftlab.bench.runs import answers, blocks, plain_texts, run_together
+from peftlab.bench.tournament import Progress, Rows, play
+from peftlab.experiments.compare_real import take_a_gpu
+from peftlab.methods import (
+    IA3,
+    BitFit,
+    DoRA,
+    FullFineTuning,
+    HoulsbyAdapter,
+    LayerNormTuning,
+    LoRA,
+    PrefixTuning,
+    PromptTuning,
+    Prune,
+    PTuning,
+    PTuningV2,
+    QLoRA,
+)
+from peftlab.tasks import Task
+
+ADAPTER = dict(r=8, alpha=16, target_modules="all-linear")
+SHOTS = 4  # examples in a few-shot prompt
+HEAD = Entry("Head alone", (), 0.0)
+
+
+def entries(full: float, network: float, table: float, factors: float, without=()) -> tuple:
+    """Every method with a first guess of its rate, by what it trains: the whole model, a network
+    or matrices, a table of vectors, or factors and biases."""
+    made = (
+        Entry("Full fine-tuning", (FullFineTuning(),), full),
+        Entry("Prompt tuning", (PromptTuning(20),), table),
+        Entry("P-tuning", (PTuning(20),), network),
+        Entry("Prefix tuning, MLP", (PrefixTuning(20, prefix_projection=True),), network),
+        Entry("Prefix tuning (P-tuning v2)", (PTuningV2(20),), table),
+        Entry("LoRA", (LoRA(**ADAPTER),), network),
+        Entry("DoRA", (DoRA(**ADAPTER),), network),
+        Entry("QLoRA", (QLoRA(**ADAPTER),), network),
+        Entry("Houlsby adapter", (HoulsbyAdapter(64),), network),
+        Entry("(IA)³", (IA3(),), factors),
+        Entry("LayerNorm tuning", (LayerNormTuning(),), factors),
+        Entry("BitFit", (BitFit(),), factors),
+        Entry("Half pruned + LoRA", (Prune(0.5), LoRA(**ADAPTER)), network),
+    )
+    return tuple(entry for entry in made if entry.label not in without)
+
+
+LLAMA = entries(1e-4, 1e-3, 3e-2, 1e-2, without=("BitFit",))  # SmolLM2 has no biases
+BERT = (*entries(1e-4, 1e-3, 3e-2, 1e-2), HEAD)
+SMALL = entries(1e-3, 3e-3, 1e-1, 3e-2)
+CONTESTS = {
+    contest.name: contest
+    for contest in (
+        Contest("pharmacy", "pharmacy", "smollm2-135m", 400, 16, LLAMA, dev=240),
+        Contest("e2e", "e2e", "smollm2-135m", 300, 16, LLAMA, {"test": 400}),
+        Contest("sst2-smollm2", "sst2", "smollm2-135m", 400, 32, LLAMA, dev=1000),
+        Contest("sst2-minilm", "sst2", "minilm", 600, 64, BERT, {"answer": "class"}),
+        Contest("wnut17", "wnut17", "minilm", 500, 32, BERT),
+        Contest("facts", "facts", "tiny-gpt", 500, 16, SMALL),
+        Contest("permute", "letters", "tiny-gpt", 400, 16, SMALL, {"skill": "permute"}),
+    )
+}
+TOGETHER = {"smollm2-135m": 3, "minilm": 4}  # runs that one worker trains at a time; others: 7
+
+
+def together(contest: Contest, entry: Entry) -> int:
+    return TOGETHER.get(contest.base, 7)
+
+
+# -- what a method is compared with beside the other methods ----------------------------------
+
+
+def reference(label: str, task: Task, outputs: list[str], seed: int | None = None) -> dict:
+    """A row of answers on the test that nobody was trained for."""
+    graded = {name: round(value, 6) for name, value in task.grade(task.test, outputs).items()}
+    return {"label": label, "seed": seed, **graded, "blocks": blocks(task, task.test, outputs)}
+
+
+def few_shot(task: Task, seed: int) -> list:
+    """The test with `SHOTS` training examples and their targets in front of each prompt."""
+    shots = Random(seed).sample(task.train, SHOTS)
+    front = "".join(f"{shot.prompt}{shot.target}\n\n" for shot in shots)
+    return [replace(example, prompt=front + example.prompt) for example in task.test]
+
+
+def references(contest: Contest, device: str) -> dict:
+    """The untuned base, few-shot prompting, and the commonest target of the training split."""
+    task = contest.load_task()
+    commonest = Counter(example.target for example in task.train).most_common(1)[0][0]
+    found, plain = [], None
+    if not task.head:
+        found += [reference("Commonest answer", task, [commonest] * len(task.test))]
+        base = load(contest.base, device)
+        found += [reference("Untuned", task, answers(base, task, task.test))]
+        plain = round(base.loss(plain_texts()), 5)
+        if contest.base == "smollm2-135m":  # the small bases never read two examples in a row
+            found += [
+                reference(
+                    f"{SHOTS} examples in the prompt",
+                    task,
+                    answers(base, task, few_shot(task, s)),
+                    s,
+                )
+                for s in SEEDS
+            ]
+    return {"references": found, "plain_loss": plain}
+
+
+# -- the command ------------------------------------------------------------------------------
+
+
+def facts_of(contest: Contest, options) -> dict:
+    """What is said of a contest beside its rows."""
+    cpu = f"CPU, {options.workers} processes on {os.cpu_count()} cores"
+    shape = load(contest.base).anatomy.shape
+    return {
+        "command": "python -m peftlab.experiments.tournament"
+        f" --contests {contest.name} --device {options.device} --workers {options.workers}",
+        "device": cpu if options.device == "cpu" else torch.cuda.get_device_name(),
+        "date": date.today().isoformat(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "seeds": SEEDS,
+        "tuning seeds": TUNING_SEEDS,
+        "rule": "the rate, then the head's rate, with the best mean score on dev over the tuning "
+        "seeds; on a tie the lower loss",
+        "base parameters": shape.parameters(),
+        **contest.facts(),
+    }
+
+
+def write(path: Path, facts: dict, progress: list[Progress]) -> None:
+    """The whole contest in one file, a row a line."""
+    tried = [row for each in progress for row in each.tried]
+    runs = [each.rows.found[job.key] for each in progress for job in each.final]
+    chosen = {
+        each.entry.label: {
+            "methods": [method.to_dict() for method in each.entry.methods],
+            "lr": each.lr,
+            "head_lr": each.head_lr,
+            "inside": each.inside,
+        }
+        for each in progress
+    }
+    head = json.dumps({**facts, "entries": chosen}, indent=1, ensure_ascii=False)[:-2]
+    parts = []
+    for name, rows in (("tried", tried), ("runs", runs)):
+        listed = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in rows)
+        parts.append(f' "{name}": [\n{listed}\n ]')
+    path.write_text(head + ",\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--contests", nargs="*", choices=CONTESTS, default=list(CONTESTS))
+    parser.add_argument(
+        "--methods", nargs="*", help="these entries alone; nothing is written whole"
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workers", type=int, default=1, help="processes at a time")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="then begin no more")
+    parser.add_argument("--smoke", action="store_true", help="two steps a run, few examples")
+    parser.add_argument("--out", type=Path, default=data_path("results"))
+    options = parser.parse_args()
+    until = time.monotonic() + options.seconds
+    options.out.mkdir(parents=True, exist_ok=True)
+    progress: dict[str, list[Progress]] = {}
+    for name in options.contests:
+        contest = CONTESTS[name]
+        if options.smoke:
+            contest = replace(contest, steps=2, dev=8)
+        task, rows = contest.load_task(), Rows(options.out / f"bench_{name}.jsonl")
+        progress[name] = [
+            Progress(contest, entry, rows, task.main, bool(task.head))
+            for entry in contest.entries
+            if not options.methods or entry.label in options.methods
+        ]
+    context, gpus = (
+        get_context("spawn"),
+        torch.cuda.device_count() if options.device == "cuda" else 0,
+    )
+    pool = ProcessPoolExecutor(options.workers, context, take_a_gpu, (context.Value("i", 0), gpus))
+    begun = time.perf_counter()
+    try:
+        everyone = [each for several in progress.values() for each in several]
+        problems = play(
+            everyone, run_together, pool, options.device, together, until,
+            say=lambda text: print(f"{time.perf_counter() - begun:.0f} s: {text}", flush=True),
+        )  # fmt: skip
+        for name, several in progress.items():
+            if (
+                not options.methods
+                and time.monotonic() < until
+                and not any(e.needed() for e in several)
+            ):
+                facts = facts_of(several[0].contest, options) | references(
+                    several[0].contest, options.device
+                )
+                write(options.out / f"bench_{name}.json", facts, several)
+                print(f"{name}: whole", flush=True)
+    finally:
+        processes = list((pool._processes or {}).values())
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in processes:  # what runs now after `--seconds` is not waited for
+            process.terminate()
+    print(f"{len(problems)} problems", *problems, sep="\n")
+
+
+if __name__ == "__main__":
+    main()
