@@ -13,6 +13,9 @@ PUBLISHED = sorted(path.stem for path in data_path("configs").glob("*.json"))
 def test_every_promised_model_is_known():
     promised = "gpt2 gpt2-medium gpt2-large gpt2-xl bert-base bert-large t5-base llama-2-7b"
     promised += " llama-3-8b llama-3-70b tinyllama-1.1b smollm2-135m qwen2.5-0.5b"
+    promised += " llama-2-13b llama-2-70b llama-3.2-1b llama-3.2-3b mistral-7b smollm2-360m"
+    promised += " smollm2-1.7b qwen2.5-1.5b qwen2.5-3b qwen2.5-7b qwen2.5-14b qwen2.5-32b"
+    promised += " qwen2.5-72b t5-large t5-3b t5-11b"
     assert set(promised.split()) == set(PUBLISHED)
     assert set(names()) >= set(PUBLISHED)
 
@@ -32,6 +35,29 @@ def test_one_model_by_name_by_dict_and_by_shape(name):
     assert as_shape(shape) is shape
     assert Shape.from_config(fields, name) == shape
     assert as_shape(fields).parameters() == shape.parameters()
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("llama-2-13b", 13_015_864_320),
+        ("llama-2-70b", 68_976_648_192),
+        ("llama-3.2-1b", 1_235_814_400),
+        ("llama-3.2-3b", 3_212_749_824),
+        ("mistral-7b", 7_248_023_552),
+        ("qwen2.5-1.5b", 1_543_714_304),
+        ("qwen2.5-3b", 3_085_938_688),
+        ("qwen2.5-7b", 7_615_616_512),
+        ("qwen2.5-14b", 14_770_033_664),
+        ("qwen2.5-32b", 32_763_876_352),
+        ("qwen2.5-72b", 72_706_203_648),
+        ("smollm2-360m", 361_821_120),
+        ("smollm2-1.7b", 1_711_376_384),
+    ],
+)
+def test_what_was_written_by_hand_counts_as_published(name, published):
+    """The number of parameters that the model's page on the hub gives for its file."""
+    assert Shape.named(name).parameters() == published
 
 
 def test_unknown_name_lists_the_known_ones():

@@ -24,47 +24,16 @@ import transformers
 
 from peftlab.bases.data import data_path
 from peftlab.bases.shapes import named_config
-from peftlab.memory.step import MOMENTS, Counter, How, Live, followed
+from peftlab.memory.curves import DEPTH, DEPTHS, Curves, alike
+from peftlab.memory.step import MOMENTS, How, followed
 from peftlab.memory.traced import blank, rows
 from peftlab.methods import Method
 from peftlab.panels.memory import BESIDE_FULL, memory_models, value
 
-BATCHES, LENGTHS, DEPTHS = (2, 3), (16, 24, 40), (3, 4)
+BATCHES, LENGTHS = (2, 3), (16, 24, 40)
 CHECK = (5, 31)
 WHERE = list(product([2**i for i in range(13)], [2**i for i in range(15)]))  # rows, tokens
-DEPTH = ("n_layer", "num_hidden_layers", "num_layers", "num_decoder_layers")
 PARTS = ("weights", "aside", "optimiser", "gradients", "activations", "batch")
-
-
-class _Named(Live):
-    """Remembers every allocation: what made it, its bytes, and how many are alive then."""
-
-    def __init__(self):
-        super().__init__()
-        self.curve: list[tuple[str, int, int]] = []
-        self.name = ""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.name = str(function)
-        return super().__torch_dispatch__(function, types, args, kwargs)
-
-    def _follow(self, storage):
-        before = self.bytes
-        super()._follow(storage)
-        if self.bytes != before:
-            self.curve.append((self.name, self.bytes - before, self.bytes))
-
-
-class _Curves(Counter):
-    """A counter that keeps the curve of each part of the step."""
-
-    def __init__(self):
-        self.live, self.curves = _Named(), []
-
-    def most(self) -> int:
-        self.curves.append([("", 0, self.live.blocks), *self.live.curve])
-        self.live.curve = []
-        return super().most()
 
 
 def points() -> list[tuple[int, int]]:
@@ -76,7 +45,7 @@ def traces(method: Method, config: dict) -> Iterator[dict]:
     how = How()
     for point in points():
         with blank(method, config, how) as tuned:
-            counter = _Curves()
+            counter = Curves()
             memory = followed(tuned, rows(tuned, *point), how, counter)
         yield {part: memory.bytes(part) for part in PARTS} | {"curves": counter.curves[1:]}
 
@@ -114,18 +83,6 @@ def of_depth(method: Method, config: dict, depth: int, what: str) -> dict:
             names, sizes, alive = zip(*events, strict=True)
             told[moment].append(((names, sizes), fitted(alive, f"{what}, {moment}, {names[0]}")))
     return told
-
-
-def alike(low: list, high: list) -> list[tuple]:
-    """The allocations of two depths that are the same one: counted from the start, as far as they
-    agree, and from the end."""
-    pairs = []
-    for step in (1, -1):
-        for one, more in zip(low[::step], high[::step], strict=False):
-            if one[0] != more[0]:
-                break
-            pairs.append((one[1], more[1]))
-    return pairs
 
 
 def of_model(name: str, label: str) -> dict:

@@ -181,16 +181,24 @@ def _without(names: Iterable[str], tuned: Tuned, optimizer, parts: dict, memory:
 def warm(tuned: Tuned, batch: dict[str, Tensor], how: How) -> torch.optim.Optimizer:
     """An optimiser that has its states. On a GPU a step is taken, so that its libraries have theirs
     as well; elsewhere gradients of zero are enough."""
-    optimizer = how.optimizer(list(tuned.trainable.values()))
     if tuned.device.type == "cuda":
-        with _running(tuned, how):
+        return take(tuned, batch, how)
+    optimizer = how.optimizer(list(tuned.trainable.values()))
+    for parameter in tuned.trainable.values():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return optimizer
+
+
+def take(tuned: Tuned, batch: dict[str, Tensor], how: How, steps: int = 1) -> torch.optim.Optimizer:
+    """Training steps that nothing follows; the new optimiser that took them."""
+    optimizer = how.optimizer(list(tuned.trainable.values()))
+    with _running(tuned, how):
+        for _ in range(steps):
             for _ in _step(tuned, batch, optimizer, how):
                 pass
-    else:
-        for parameter in tuned.trainable.values():
-            parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=True)
     return optimizer
 
 

@@ -80,7 +80,7 @@ def predict(
     Raises ValueError for a setting out of range, for rows that do not fit the context, for a family
     that peftlab does not know, and for an encoder without a head of its own and none given.
     """
-    again = _Gpu if device == "cuda" else contextlib.nullcontext
+    again = Gpu if device == "cuda" else contextlib.nullcontext
     how = How(device, dtype, checkpointing, optimiser, again=again)
     with blank(methods, model, how, head) as tuned:
         counter = Counter() if device == "cpu" else _Blocks()
@@ -132,7 +132,7 @@ class _Facts:
     dtype: torch.dtype
 
 
-class _Words:
+class Words:
     """In the place of a tokenizer: every text is one token, the first."""
 
     pad_token_id = eos_token_id = 0
@@ -183,7 +183,7 @@ class _Blank:
             model.tie_weights()
             if facts.head == "none" and hasattr(model, "pooler"):
                 model.pooler = None
-            self.base = Base(facts.name, model, _Words(config.vocab_size), "a config")
+            self.base = Base(facts.name, model, Words(config.vocab_size), "a config")
 
     @contextlib.contextmanager
     def numberless(self, how: How) -> Iterator[None]:
@@ -229,7 +229,7 @@ CASTS = {"layer_norm", "pow", "__pow__", "__rpow__", "rsqrt", "exp", "log", "nor
 SUMS = {"softmax", "log_softmax", "sum", "cumsum", "prod"}
 
 
-class _Gpu(TorchFunctionMode):
+class Gpu(TorchFunctionMode):
     """Inside, a CPU takes the decisions of a GPU: kernels of attention, types under autocast."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):

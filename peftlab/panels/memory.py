@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 
 from peftlab import accounting, figures
 from peftlab.bases.data import data_path
-from peftlab.bases.shapes import Shape, as_shape, names
+from peftlab.bases.shapes import Shape, as_shape
 from peftlab.memory import MOMENTS
 from peftlab.methods import (
     FullFineTuning,
@@ -105,9 +105,8 @@ class MemoryView:
 
 
 def memory_models() -> tuple[str, ...]:
-    """Models that have a head of their own."""
-    known = [name for name in names() if Shape.named(name).head == "lm"]
-    return tuple(sorted(known, key=accounting.base_parameters))
+    """Models whose steps were traced."""
+    return tuple(sorted(_traces(), key=accounting.base_parameters))
 
 
 def memory_lengths(model: str | Shape) -> tuple[int, ...]:
