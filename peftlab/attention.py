@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
-from transformers.masking_utils import eager_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
 
 NAME = "peftlab"
 CACHES = ("cache", "past_key_values")  # the argument's name since transformers 5.24, and before
@@ -184,8 +184,19 @@ def weighted_sum(
     return weights @ value.repeat_interleave(weights.shape[1] // value.shape[1], dim=1)
 
 
+def explicit_mask(*args, dtype: torch.dtype = torch.float32, **kwargs) -> Tensor | None:
+    """transformers' own explicit mask; None if it hides no key.
+
+    While a CUDA graph is recorded nothing may be copied to the GPU, which some versions do for it.
+    """
+    if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        return eager_mask(*args, dtype=dtype, **kwargs)
+    kept = sdpa_mask(*args, **kwargs | {"allow_is_causal_skip": False})
+    return None if kept is None else torch.where(kept, 0.0, torch.finfo(dtype).min).to(dtype)
+
+
 AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, eager_mask)  # an explicit mask; None if it hides no key
+AttentionMaskInterface.register(NAME, explicit_mask)
 
 
 class Dispatched:

@@ -163,7 +163,7 @@ class Replay:
         self.given[length] = {key: tensor.clone() for key, tensor in batch.items()}
         kept = [self.number.clone(), self.bad.clone(), self.losses.clone()]
         moving = [t for state in self.optimizer.state.values() for t in state.values()]
-        saved = [t.clone() for t in (*self.parameters, *moving)]
+        saved = [t.detach().clone() for t in (*self.parameters, *moving)]
         with torch.cuda.stream(self.stream):
             for _ in range(2):  # libraries set themselves up in a first pass
                 self._once(self.given[length])

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import copy
 import time
+from contextlib import ExitStack
 
 import torch
 
 from peftlab.bases import Base, load
+from peftlab.bases.data import data_path
 from peftlab.bench.contest import Contest, Entry, Try
 from peftlab.bench.replay import Replay
-from peftlab.bases.data import data_path
 from peftlab.tasks import Example, Task
 from peftlab.tuned import Tuned, attach
 
 BLOCKS = 20  # of the test items: a verdict leaves one out at a time
 SHOWN = 24  # outputs that are kept of a first seed's run
-SCORED = 256  # examples at a time
+SCORED = {True: 256, False: 128}  # examples at a time, generated and not
 
 
 def plain_texts() -> list[str]:
@@ -47,10 +48,10 @@ def task_of(contest: Contest) -> Task:
 
 def answers(model: Base | Tuned, task: Task, examples: list[Example]) -> list[str]:
     """What the model says to each example."""
-    found = []
+    found, size = [], SCORED[task.max_new_tokens > 1]
     with torch.no_grad():
-        for start in range(0, len(examples), SCORED):
-            found += task.answers(model, examples[start : start + SCORED])
+        for start in range(0, len(examples), size):
+            found += task.answers(model, examples[start : start + size])
     return found
 
 
@@ -84,42 +85,45 @@ def run_together(contest: Contest, entry: Entry, jobs: list[Try], device: str) -
     """
     torch.set_num_threads(1)
     task, begun = task_of(contest), time.perf_counter()
-    tuned = [
-        attach(base, list(entry.methods), seed=job.seed, head=getattr(task, "head", None))
-        for base, job in zip(bases(contest.base, device, len(jobs)), jobs, strict=True)
-    ]
-    replays = [Replay(each, task, job) for each, job in zip(tuned, jobs, strict=True)]
-    while not replays[0].done:
+    head, methods = getattr(task, "head", None), list(entry.methods)
+    torch.manual_seed(jobs[0].seed)  # dropout draws from it, for all of them together
+    with ExitStack() as stack:
+        tuned = [
+            stack.enter_context(attach(base, methods, seed=job.seed, head=head))
+            for base, job in zip(bases(contest.base, device, len(jobs)), jobs, strict=True)
+        ]
+        replays = [Replay(each, task, job) for each, job in zip(tuned, jobs, strict=True)]
+        while not replays[0].done:
+            for replay in replays:
+                replay.step()
         for replay in replays:
-            replay.step()
-    rows = []
-    for replay in replays:
-        replay.finish()
-    trained = time.perf_counter() - begun
-    for each, replay, job in zip(tuned, replays, jobs, strict=True):
-        start = time.perf_counter()
-        count, losses = each.count(), replay.losses
-        row = {
-            **vars(job),
-            "trained": count.parameters,
-            "stored": count.stored,
-            "head": count.head,
-            "file_bytes": count.file_bytes,
-            "last_loss": round(losses[-20:].mean().item(), 5),
-            "curve": [
-                round(part.mean().item(), 4) for part in losses.tensor_split(min(25, len(losses)))
-            ],
-            "problem": replay.problem,
-        }
-        row |= scores(each, task, job.split, shown=job.seed == 0)
-        if job.split == "test" and each.kind == "decoder" and each.head is None:
-            row["plain_loss"] = round(each.loss(plain_texts()), 5)
-        row["train seconds"] = round(trained, 2)
-        row["score seconds"] = round(time.perf_counter() - start, 2)
-        rows.append(row)
-    for each in tuned:
-        each.detach()
+            replay.finish()
+        seconds = round(time.perf_counter() - begun, 2)
+        rows = [row_of(*each, task, seconds) for each in zip(tuned, replays, jobs, strict=True)]
     del replays, tuned
     if device != "cpu":
         torch.cuda.empty_cache()
     return rows
+
+
+def row_of(tuned: Tuned, replay: Replay, job: Try, task: Task, seconds: float) -> dict:
+    """What a run was, what it cost and what it can do."""
+    begun, count = time.perf_counter(), tuned.count()
+    losses = replay.losses[replay.losses.isfinite()]
+    row = {
+        **vars(job),
+        "trained": count.parameters,
+        "stored": count.stored,
+        "head": count.head,
+        "file_bytes": count.file_bytes,
+        "last_loss": round(losses[-20:].mean().item(), 5) if len(losses) else 1e9,
+        "curve": [round(p.mean().item(), 4) for p in losses.tensor_split(25) if len(p)],
+        "problem": replay.problem,
+        **scores(tuned, task, job.split, shown=job.seed == 0),
+    }
+    if job.split == "test" and tuned.kind == "decoder" and tuned.head is None:
+        row["plain_loss"] = round(tuned.loss(plain_texts()), 5)
+    return row | {
+        "train seconds": seconds,
+        "score seconds": round(time.perf_counter() - begun, 2),
+    }
