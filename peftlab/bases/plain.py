@@ -14,6 +14,7 @@ __all__ = ["has_numbers", "plain"]
 
 
 def has_numbers(tensor: Tensor) -> bool:
-    """Whether the tensor's numbers can be read: not while a CUDA graph is recorded, for example."""
+    """Whether the tensor's numbers can be read: not inside `vmap`, nor of a CUDA graph's steps."""
     recording = tensor.is_cuda and torch.cuda.is_current_stream_capturing()
-    return not recording and not isinstance(tensor, FakeTensor)
+    stacked = torch._C._functorch.is_batchedtensor(tensor)
+    return not (recording or stacked or isinstance(tensor, FakeTensor))

@@ -1,11 +1,13 @@
-"""Training steps that a GPU replays: one step is recorded as a CUDA graph and launched as a whole.
+"""Runs trained side by side: one forward pass for all of them, and one launch a step on a GPU.
 
-A step of a small model is some thousand kernels, and Python launches them more slowly than the GPU
-computes them. Recorded once, they are launched together; several runs are replayed side by side,
-each on a stream of its own. What is computed is a step of `peftlab.train`: the same batches in the
-same order, AdamW, warm-up and cosine, gradients clipped at norm 1, bf16 where that is `train`'s
-choice. Three things differ, none of them in exact arithmetic: batches are padded to a few lengths,
-logits are computed only where a label is, and dropout draws other random numbers.
+A step of a small model is some thousand kernels, too small to fill a GPU and launched more slowly
+than they are computed. Here runs of one entry, with seeds and rates of their own, are computed by
+the same kernels: `torch.vmap` runs the model once over a stack of adapters and a stack of batches,
+and a CUDA graph launches the whole step. What is computed for each run is a step of
+`peftlab.train`: the same batches in the same order, AdamW, warm-up and cosine, gradients clipped at
+norm 1, bf16 where that is `train`'s choice. Four things differ, none of them in exact arithmetic:
+batches are padded to a few lengths, logits are computed only where a label is, codes of 4 bits are
+decoded once and not at every step, and dropout draws other random numbers.
 
 Without a GPU the same step runs as it is, which is how the tests hold it equal to `train`.
 """
@@ -14,20 +16,28 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
+from functools import partial
 from itertools import chain, islice, repeat
+from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from peftlab.bases import Base
 from peftlab.bench.contest import Try
+from peftlab.methods import FullFineTuning, Method, Prune
+from peftlab.methods.heads import Head
 from peftlab.tasks import IGNORED, Task
-from peftlab.training import _groups, _warm_cosine, precision_for
-from peftlab.tuned import Tuned
+from peftlab.training import _warm_cosine, precision_for
+from peftlab.tuned import Tuned, attach
 
 ROUND = 32  # lengths of batches are padded to a multiple of this
 WARMUP = 10  # as in `train`
+BETAS, EPS = (0.9, 0.999), 1e-8  # AdamW's, as in `train`
 
 
 def order(size: int, batch_size: int, steps: int, seed: int) -> list[list[int]]:
@@ -40,10 +50,10 @@ def order(size: int, batch_size: int, steps: int, seed: int) -> list[list[int]]:
 
 
 def padded(batch: dict[str, Tensor], length: int, fill: int, decoder: bool) -> dict[str, Tensor]:
-    """The batch with rows of `length` tokens; a decoder's labels moved to where they are predicted.
+    """The batch with rows of `length` tokens; of a decoder with `places` in place of its labels.
 
-    Adds for a decoder `places` (batch, n) and `targets` (batch, n): the positions whose next token
-    has a label, in front of others that are filled up with the label −100.
+    `places` (batch, length) are the positions of a row, first those whose next token has a label;
+    `targets` are these labels, −100 at all other positions.
     """
     rows, now = batch["input_ids"].shape
     fills = {"input_ids": fill, "attention_mask": 0, "labels": IGNORED}
@@ -60,166 +70,286 @@ def padded(batch: dict[str, Tensor], length: int, fill: int, decoder: bool) -> d
     return made
 
 
-def labelled_loss(tuned: Tuned, batch: dict[str, Tensor]) -> Tensor:
-    """`tuned.batch_loss`, with the logits of a decoder only where a label is."""
-    if "places" not in batch:
-        return tuned.batch_loss(batch)
-    mask = batch["attention_mask"]
-    given = {"input_ids": batch["input_ids"], "attention_mask": mask}
-    if tuned.anatomy.takes_positions:
-        given["position_ids"] = tuned.anatomy.positions(mask)
-    hidden = tuned.anatomy.backbone(**given, use_cache=False).last_hidden_state
-    kept = hidden.take_along_dim(batch["places"].unsqueeze(-1), dim=1)
-    logits = tuned.model.get_output_embeddings()(kept)
-    return F.cross_entropy(logits.float().flatten(0, 1), batch["targets"].flatten())
+def stacked(tuned: Tuned, task: Task, jobs: list[Try]) -> list[dict[str, Tensor]]:
+    """For each step a batch of every run, (runs, batch, …), padded to a few lengths."""
+    size, decoder = (
+        min(jobs[0].batch_size, len(task.train)),
+        tuned.kind == "decoder" and not tuned.head,
+    )
+    given = {"context": tuned.context, "kind": tuned.kind}
+    made: dict[int, list[dict[str, Tensor]]] = {}
+    for seed in {job.seed for job in jobs}:
+        chosen = order(len(task.train), size, jobs[0].steps, seed)
+        parts = ([task.train[i] for i in each] for each in chosen)
+        made[seed] = [task.batch(part, tuned.tokenizer, **given) for part in parts]
+    steps = []
+    for at in range(jobs[0].steps):
+        longest = max(batches[at]["input_ids"].shape[1] for batches in made.values())
+        length = min(math.ceil(longest / ROUND) * ROUND, tuned.context)
+        fill = tuned.tokenizer.pad_token_id
+        runs = [padded(made[job.seed][at], length, fill, decoder) for job in jobs]
+        steps.append({key: torch.stack([run[key] for run in runs]) for key in runs[0]})
+    if decoder:  # in all batches of one length as many places as the most that a row needs
+        most: dict[int, int] = {}
+        for step in steps:
+            labelled = (step["targets"] != IGNORED).sum(dim=-1).max()
+            length = step["input_ids"].shape[-1]
+            most[length] = max(most.get(length, 1), int(labelled))
+        for step in steps:
+            kept = most[step["input_ids"].shape[-1]]
+            step |= {key: step[key][..., :kept] for key in ("places", "targets")}
+    return [{key: tensor.to(tuned.device) for key, tensor in step.items()} for step in steps]
+
+
+class Loss(nn.Module):
+    """`tuned.batch_loss` as a module, with the logits of a decoder only where a label is."""
+
+    def __init__(self, tuned: Tuned):
+        super().__init__()
+        self.module = tuned.as_module()
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        tuned = self.module.tuned
+        if "places" not in batch:
+            return tuned.batch_loss(batch)
+        mask = batch["attention_mask"]
+        given = {"input_ids": batch["input_ids"], "attention_mask": mask, "use_cache": False}
+        if tuned.anatomy.takes_positions:
+            given["position_ids"] = tuned.anatomy.positions(mask)
+        hidden = tuned.anatomy.backbone(**given).last_hidden_state
+        kept = hidden.take_along_dim(batch["places"].unsqueeze(-1), dim=1)
+        logits = tuned.model.get_output_embeddings()(kept)
+        return F.cross_entropy(logits.float().flatten(0, 1), batch["targets"].flatten())
+
+
+class Unread:
+    """Inside, a forward pass looks at no number, and reads decoded weights in place of codes."""
+
+    def __init__(self, tuned: Tuned):
+        dtype = torch.bfloat16 if precision_for(tuned.device) == "bf16" else torch.float32
+        coded = [site for site in tuned._sites if site.codes is not None]
+        self.decoded = {site.linear.module: site.codes.dequantise(dtype) for site in coded}
+        self.forwards: dict[nn.Module, Callable] = {}
+        made = chain.from_iterable(module.modules() for module in tuned.modules.values())
+        self.lstms = [module for module in made if isinstance(module, nn.LSTM)]
+
+    def __enter__(self):
+        for module, weight in self.decoded.items():
+            self.forwards[module] = vars(module)["forward"]
+            module.forward = partial(_linear, weight, module.bias)
+        for lstm in self.lstms:
+            lstm.forward = partial(_lstm, lstm)
+        self.tracing = mock.patch("transformers.masking_utils.is_tracing", lambda *_: True)
+        self.tracing.start()
+        return self
+
+    def __exit__(self, *_):
+        self.tracing.stop()
+        for module, forward in self.forwards.items():
+            module.forward = forward
+        for lstm in self.lstms:
+            del lstm.forward
+
+
+def _linear(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    return F.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
+
+
+def _lstm(module: nn.LSTM, x: Tensor) -> tuple[Tensor, None]:
+    """The states of an LSTM on one sequence, (1, tokens, d_in) to (1, tokens, d_out), token by
+    token: torch's own kernel knows no stack of weights."""
+    x = x[0]
+    for layer in range(module.num_layers):
+        ways = []
+        for way in ("", "_reverse")[: 1 + module.bidirectional]:
+            W, U, b, c = (
+                getattr(module, f"{name}_l{layer}{way}")
+                for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+            )
+            inputs = F.linear(x, W, b + c)
+            h = cell = torch.zeros_like(inputs[0, : module.hidden_size])
+            states = []
+            for now in (inputs.flip(0) if way else inputs).unbind():
+                i, f, g, o = (now + F.linear(h, U)).chunk(4)
+                cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
+                h = o.sigmoid() * cell.tanh()
+                states.append(h)
+            ways.append(torch.stack(states).flip(0) if way else torch.stack(states))
+        x = torch.cat(ways, dim=-1)
+    return x[None], None
 
 
 class Replay:
-    """One training run, step by step: `step()` until `done`, then `finish()`.
+    """Training runs of one entry, step by step: `step()` until `done`, then `finish()`.
 
-    `losses` has the loss of each step; `problem` says, after `finish`, that a loss or gradient was
-    not finite, and at which step. From that step on nothing has moved.
+    `jobs` differ in seed and rates alone. `losses` (runs, steps) and, after `finish`, `problems`, a
+    sentence for each run whose loss or gradient was not finite: from that step on its weights have
+    not moved. `put(i)` gives the adapted base the weights of a run. Use `started` to make one.
+
+    Raises ValueError for methods that need to hear of every step: their runs have to be alone.
     """
 
-    def __init__(self, tuned: Tuned, task: Task, job: Try):
-        self.tuned, self.job, self.problem, self.at = tuned, job, "", 0
-        self.device, self.module = tuned.device, tuned.as_module()
+    def __init__(self, tuned: Tuned, task: Task, jobs: list[Try], starts: list[dict[str, Tensor]]):
+        _check(tuned.methods)
+        self.tuned, self.jobs, self.device, self.at = tuned, jobs, tuned.device, 0
+        self.problems = [""] * len(jobs)
         self.graphed = self.device.type == "cuda"
         self.bf16 = precision_for(self.device) == "bf16"
+        self.batches = stacked(tuned, task, jobs)
+        self.loss, self.unread = Loss(tuned), Unread(tuned)
+        self._lay_out(starts)
+        steps, place = jobs[0].steps, {"device": self.device}
+        factors = [_warm_cosine(i, WARMUP, steps) for i in range(steps)]
+        self.factors = torch.tensor([*factors, 0.0, 0.0, 0.0], **place)  # a step is tried thrice
+        self.number = torch.zeros(1, dtype=torch.long, **place)
+        self.losses = torch.zeros(steps + 3, len(jobs), **place)
+        self.bad = torch.zeros(len(jobs), dtype=torch.bool, **place)
         self.stream = torch.cuda.Stream(self.device) if self.graphed else None
-        self.batches = self._batches(task)
-        self.parameters = list(tuned.trainable.values())
-        rates = _Rates(job.lr, job.head_lr)
-        groups = _groups(tuned, rates)
-        room = job.steps + 3  # a step is run three times while it is recorded
-        factors = [_warm_cosine(i, WARMUP, job.steps) for i in range(job.steps)]
-        self.scale = torch.tensor([*factors, 0.0, 0.0, 0.0], device=self.device)
-        self.number = torch.zeros(1, dtype=torch.long, device=self.device)
-        self.losses = torch.zeros(room, device=self.device)
-        self.bad = torch.zeros((), device=self.device)
-        self.rates = [torch.tensor(group["lr"], device=self.device) for group in groups]
-        for group in groups:
-            group["lr"] = torch.tensor(group["lr"], device=self.device)
-        self.optimizer = torch.optim.AdamW(
-            groups, weight_decay=0.0, fused=True, capturable=self.graphed
-        )
         self.recorded: dict[int, torch.cuda.CUDAGraph] = {}
         self.given: dict[int, dict[str, Tensor]] = {}
-        self.pool = None
         tuned.train(True)
-        for parameter in self.parameters:
-            parameter.grad = torch.zeros_like(parameter)
 
-    def _batches(self, task: Task) -> list[dict[str, Tensor]]:
-        """All batches on the device, padded to a few lengths."""
-        tuned, job = self.tuned, self.job
-        size = min(job.batch_size, len(task.train))
-        made = []
-        decoder = tuned.kind == "decoder" and tuned.head is None
-        for chosen in order(len(task.train), size, job.steps, job.seed):
-            examples = [task.train[i] for i in chosen]
-            batch = task.batch(examples, tuned.tokenizer, context=tuned.context, kind=tuned.kind)
-            length = math.ceil(batch["input_ids"].shape[1] / ROUND) * ROUND
-            length = min(length, tuned.context)
-            made.append(padded(batch, length, tuned.tokenizer.pad_token_id, decoder))
-        if decoder:  # as many places in all batches of a length as the most that one has
-            most: dict[int, int] = {}
-            for batch in made:
-                length, here = (
-                    batch["input_ids"].shape[1],
-                    (batch["targets"] != IGNORED).sum(1).max(),
-                )
-                most[length] = max(most.get(length, 1), int(here))
-            for batch in made:
-                for key in ("places", "targets"):
-                    batch[key] = batch[key][:, : most[batch["input_ids"].shape[1]]]
-        return [{key: t.to(self.device) for key, t in batch.items()} for batch in made]
+    def _lay_out(self, starts: list[dict[str, Tensor]]) -> None:
+        """All that trains in one table, (runs, numbers), which the parameters are views of."""
+        tuned, runs = self.tuned, len(starts)
+        ratios = {name: e.method.rate(name) for e in tuned.attachments for name in e.trainable}
+        by_rate: dict[float | None, list[str]] = {}  # None: the head's
+        for name in tuned.trainable:
+            by_rate.setdefault(ratios.get(name), []).append(name)
+        numbers = sum(parameter.numel() for parameter in tuned.trainable.values())
+        self.flat = torch.zeros(runs, numbers, device=self.device)
+        self.gradient, self.m, self.v = (torch.zeros_like(self.flat) for _ in range(3))
+        self.parts: list[tuple[slice, Tensor]] = []  # columns and their rates, (runs, 1)
+        self.views: dict[str, Tensor] = {}
+        at = 0
+        for ratio, names in by_rate.items():
+            begin = at
+            for name in names:
+                shape = tuned.trainable[name].shape
+                columns = slice(at, at := at + shape.numel())
+                view = self.flat[:, columns].view(runs, *shape)
+                view.copy_(torch.stack([start[name] for start in starts]))
+                self.views[name] = view.detach().requires_grad_()
+                self.views[name].grad = self.gradient[:, columns].view(runs, *shape)
+            rates = [job.head_lr if ratio is None else job.lr * ratio for job in self.jobs]
+            self.parts.append((slice(begin, at), torch.tensor(rates, device=self.device)[:, None]))
+        places: dict[int, list[str]] = {}
+        for name, parameter in self.loss.named_parameters(remove_duplicate=False):
+            places.setdefault(id(parameter), []).append(name)
+        self.names = {
+            place: name for name, p in tuned.trainable.items() for place in places[id(p)]
+        }  # where the loss has a parameter: its name among those that train
 
     @property
     def done(self) -> bool:
-        return self.at == self.job.steps
+        return self.at == self.jobs[0].steps
 
     def _once(self, batch: dict[str, Tensor]) -> None:
-        """One step, without a look at any number."""
-        torch._foreach_zero_([p.grad for p in self.parameters])
+        """One step of every run, without a look at any number."""
+
+        def one(parameters: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
+            given = {place: parameters[name] for place, name in self.names.items()}
+            return functional_call(self.loss, given, (batch,))
+
+        self.gradient.zero_()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            loss = labelled_loss(self.tuned, batch)
-        loss.backward()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters])
-        fine = (loss.detach().isfinite() & norm.isfinite()).float()
-        torch.maximum(self.bad, 1 - fine, out=self.bad)
-        self.losses.index_copy_(0, self.number, loss.detach().float().view(1))
-        factor = self.scale.index_select(0, self.number).squeeze()
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"].copy_(rate * factor)
-        self.optimizer.grad_scale = ((norm + 1e-6) / 1.0).clamp(min=1.0).float()
-        self.optimizer.found_inf = self.bad
-        self.optimizer.step()
+            losses = torch.vmap(one, randomness="different")(self.views, batch)  # (runs,)
+        losses.sum().backward()
+        losses = losses.detach()
+        self.losses.index_copy_(0, self.number, losses[None].float())
+        norm = self.gradient.norm(dim=1)
+        self.bad |= ~(losses.isfinite() & norm.isfinite())
         self.number += 1
+        self._move(self.gradient * (1 / (norm + 1e-6)).clamp(max=1.0)[:, None])
+
+    def _move(self, g: Tensor) -> None:
+        """AdamW without decay, a rate for each run; a run that is bad stays where it is."""
+        t, (b1, b2) = self.number.float(), BETAS
+        self.m.lerp_(g, 1 - b1)
+        self.v.mul_(b2).addcmul_(g, g, value=1 - b2)
+        factor = self.factors.index_select(0, self.number - 1) / (1 - b1**t)
+        spread = (1 - b2**t).sqrt()
+        for columns, rates in self.parts:
+            update = self.m[:, columns] / (self.v[:, columns].sqrt() / spread + EPS)
+            update.mul_(rates * factor).masked_fill_(self.bad[:, None], 0.0)
+            self.flat[:, columns] -= update
 
     def _record(self, batch: dict[str, Tensor]) -> None:
         """Record the step for batches of this length, without changing anything that is trained."""
-        length = batch["input_ids"].shape[1]
-        self.given[length] = {key: tensor.clone() for key, tensor in batch.items()}
-        kept = [self.number.clone(), self.bad.clone(), self.losses.clone()]
-        moving = [t for state in self.optimizer.state.values() for t in state.values()]
-        saved = [t.detach().clone() for t in (*self.parameters, *moving)]
+        length = batch["input_ids"].shape[-1]
+        given = self.given[length] = {key: tensor.clone() for key, tensor in batch.items()}
+        moved = (self.flat, self.m, self.v, self.number, self.losses, self.bad)
+        before = [tensor.clone() for tensor in moved]
+        torch.cuda.synchronize()
         with torch.cuda.stream(self.stream):
             for _ in range(2):  # libraries set themselves up in a first pass
-                self._once(self.given[length])
-        self.stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(
-            graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
-        ):
-            self._once(self.given[length])
-        self.pool, self.recorded[length] = graph.pool(), graph
-        with torch.no_grad():
-            for tensor, before in zip((self.number, self.bad, self.losses), kept, strict=True):
-                tensor.copy_(before)
-            now = [t for state in self.optimizer.state.values() for t in state.values()]
-            if not moving:  # the first time the optimiser had no state yet: it starts at zero
-                saved += [torch.zeros_like(t) for t in now]
-            for tensor, before in zip((*self.parameters, *now), saved, strict=True):
-                tensor.copy_(before)
+                self._once(given)
+        graph, pool = torch.cuda.CUDAGraph(), next(iter(self.recorded.values()), None)
+        pool = pool and pool.pool()
+        with torch.cuda.graph(graph, pool, self.stream, capture_error_mode="thread_local"):
+            self._once(given)
+        self.recorded[length] = graph
+        for tensor, was in zip(moved, before, strict=True):
+            tensor.copy_(was)
         torch.cuda.synchronize()
 
     def step(self) -> None:
         """Do the next step, or on a GPU launch it."""
         batch = self.batches[self.at]
-        if not self.graphed:
-            self._once(batch)
-        else:
-            length = batch["input_ids"].shape[1]
-            if length not in self.recorded:
-                torch.cuda.synchronize()
+        with self.unread:
+            if not self.graphed:
+                self._once(batch)
+            elif (length := batch["input_ids"].shape[-1]) not in self.recorded:
                 self._record(batch)
+        if self.graphed:
             with torch.cuda.stream(self.stream):
                 for key, tensor in self.given[length].items():
                     tensor.copy_(batch[key])
                 self.recorded[length].replay()
         self.at += 1
-        with torch.cuda.stream(self.stream) if self.graphed else contextlib.nullcontext():
-            self.module.after_step(self.at, self.job.steps)
 
     def finish(self) -> None:
-        """Wait for the last step; take the gradients off and switch dropout off."""
+        """Wait for the last step, and switch dropout off."""
         if self.graphed:
             self.stream.synchronize()
-        self.recorded.clear()
-        self.given.clear()
-        self.batches.clear()
-        for parameter in self.parameters:
-            parameter.grad = None
+        for kept in (self.recorded, self.given, self.batches):
+            kept.clear()
         self.tuned.train(False)
-        self.losses = self.losses[: self.at].cpu()
-        if self.bad.item():
-            where = int((~self.losses.isfinite()).int().argmax()) + 1
-            self.problem = f"a loss or a gradient was not finite, by step {where} at the latest"
+        self.gradient = self.m = self.v = None
+        for view in self.views.values():
+            view.grad = None
+        self.losses = self.losses[: self.at].T.cpu()
+        for i in self.bad.nonzero().flatten().tolist():
+            finite = self.losses[i].isfinite()
+            step = int(finite.int().argmin()) + 1 if not finite.all() else self.at
+            self.problems[i] = f"a loss or a gradient was not finite, by step {step} at the latest"
+
+    @torch.no_grad()
+    def put(self, run: int) -> None:
+        """Give the adapted base the weights of this run."""
+        for name, parameter in self.tuned.trainable.items():
+            parameter.copy_(self.views[name][run])
 
 
-class _Rates:
-    """The two rates of a run, by the names that `_groups` reads."""
+def _check(methods: list[Method]) -> None:
+    scheduled = [m for m in methods if type(m).after_step != Method.after_step]
+    idle = all(isinstance(m, Prune) for m in scheduled)
+    if scheduled and not (idle and not any(isinstance(m, FullFineTuning) for m in methods)):
+        raise ValueError(f"{scheduled[0].title} hears of every step: it trains with `train` alone")
 
-    def __init__(self, lr: float, head_lr: float | None):
-        self.lr, self.head_lr = lr, head_lr
+
+@contextlib.contextmanager
+def started(base: Base, methods: list[Method], head: Head | None, task: Task, jobs: list[Try]):
+    """The runs of these jobs, attached to one base and ready for their first step."""
+    starts, frozen = {}, {}
+    for seed in sorted({job.seed for job in jobs}):
+        base.detach()
+        tuned = attach(base, methods, seed=seed, head=head)
+        starts[seed] = {name: p.detach().clone() for name, p in tuned.trainable.items()}
+        frozen[seed] = {name: t.detach().clone() for name, t in tuned.frozen.items()}
+    with tuned:
+        first = next(iter(frozen.values()))
+        for other in frozen.values():
+            if not all(torch.equal(other[name], tensor) for name, tensor in first.items()):
+                raise ValueError("what does not train depends on the seed: one seed at a time")
+        yield Replay(tuned, task, jobs, [starts[job.seed] for job in jobs])

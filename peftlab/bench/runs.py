@@ -1,19 +1,17 @@
-"""Runs that are made: trained side by side where there is a GPU, then scored one after another."""
+"""Runs that are made: trained side by side, then scored one after another."""
 
 from __future__ import annotations
 
-import copy
 import time
-from contextlib import ExitStack
 
 import torch
 
 from peftlab.bases import Base, load
 from peftlab.bases.data import data_path
 from peftlab.bench.contest import Contest, Entry, Try
-from peftlab.bench.replay import Replay
+from peftlab.bench.replay import Replay, started
 from peftlab.tasks import Example, Task
-from peftlab.tuned import Tuned, attach
+from peftlab.tuned import Tuned
 
 BLOCKS = 20  # of the test items: a verdict leaves one out at a time
 SHOWN = 24  # outputs that are kept of a first seed's run
@@ -26,17 +24,15 @@ def plain_texts() -> list[str]:
 
 
 _TASKS: dict[str, Task] = {}
-_BASES: dict[str, list[Base]] = {}
+_BASES: dict[tuple[str, str], Base] = {}
 
 
-def bases(name: str, device: str, number: int) -> list[Base]:
-    """So many copies of a base on the device; they are kept for the next call."""
-    if name not in _BASES:
+def base_of(contest: Contest, device: str) -> Base:
+    """The base of a contest on the device. One is kept, for the next call."""
+    if (key := (contest.base, device)) not in _BASES:
         _BASES.clear()
-        _BASES[name] = [load(name)]
-    while len(_BASES[name]) < number + 1:  # the first one stays behind, untouched
-        _BASES[name].append(copy.deepcopy(_BASES[name][0]).to(device))
-    return _BASES[name][1 : number + 1]
+        _BASES[key] = load(contest.base, device)
+    return _BASES[key]
 
 
 def task_of(contest: Contest) -> Task:
@@ -78,38 +74,34 @@ def scores(model: Base | Tuned, task: Task, split: str, shown: bool) -> dict:
 
 
 def run_together(contest: Contest, entry: Entry, jobs: list[Try], device: str) -> list[dict]:
-    """A row of each job, all of them jobs of one entry.
+    """A row of each job, all of them jobs of one entry, trained together.
 
-    On a GPU they are trained at the same time, each on a copy of the base: the seconds of a row are
-    those of all of them.
+    The seconds of training in a row are those of all of them.
     """
     torch.set_num_threads(1)
     task, begun = task_of(contest), time.perf_counter()
-    head, methods = getattr(task, "head", None), list(entry.methods)
-    torch.manual_seed(jobs[0].seed)  # dropout draws from it, for all of them together
-    with ExitStack() as stack:
-        tuned = [
-            stack.enter_context(attach(base, methods, seed=job.seed, head=head))
-            for base, job in zip(bases(contest.base, device, len(jobs)), jobs, strict=True)
-        ]
-        replays = [Replay(each, task, job) for each, job in zip(tuned, jobs, strict=True)]
-        while not replays[0].done:
-            for replay in replays:
-                replay.step()
-        for replay in replays:
-            replay.finish()
+    base, head = base_of(contest, device), getattr(task, "head", None)
+    torch.manual_seed(jobs[0].seed)  # dropout draws from it, for all of them
+    with started(base, list(entry.methods), head, task, jobs) as replay:
+        while not replay.done:
+            replay.step()
+        replay.finish()
         seconds = round(time.perf_counter() - begun, 2)
-        rows = [row_of(*each, task, seconds) for each in zip(tuned, replays, jobs, strict=True)]
-    del replays, tuned
+        if device != "cpu":
+            torch.cuda.empty_cache()
+        rows = [row_of(replay, i, task, seconds) for i in range(len(jobs))]
+    del replay
     if device != "cpu":
         torch.cuda.empty_cache()
     return rows
 
 
-def row_of(tuned: Tuned, replay: Replay, job: Try, task: Task, seconds: float) -> dict:
+def row_of(replay: Replay, run: int, task: Task, seconds: float) -> dict:
     """What a run was, what it cost and what it can do."""
-    begun, count = time.perf_counter(), tuned.count()
-    losses = replay.losses[replay.losses.isfinite()]
+    replay.put(run)
+    begun, tuned, job = time.perf_counter(), replay.tuned, replay.jobs[run]
+    count, losses = tuned.count(), replay.losses[run]
+    losses = losses[losses.isfinite()]
     row = {
         **vars(job),
         "trained": count.parameters,
@@ -118,7 +110,7 @@ def row_of(tuned: Tuned, replay: Replay, job: Try, task: Task, seconds: float) -
         "file_bytes": count.file_bytes,
         "last_loss": round(losses[-20:].mean().item(), 5) if len(losses) else 1e9,
         "curve": [round(p.mean().item(), 4) for p in losses.tensor_split(25) if len(p)],
-        "problem": replay.problem,
+        "problem": replay.problems[run],
         **scores(tuned, task, job.split, shown=job.seed == 0),
     }
     if job.split == "test" and tuned.kind == "decoder" and tuned.head is None:

@@ -114,38 +114,49 @@ def play(
     run: Callable[[Contest, Entry, list[Try], str], list[dict]],
     pool: Executor,
     device: str,
+    workers: int,
     together: Callable[[Contest, Entry], int],
     until: float = float("inf"),
     say: Callable[[str], None] = print,
 ) -> list[str]:
     """Make all runs that the entries need, on a pool; the problems that came up.
 
-    `together` says how many runs of an entry one worker makes at the same time. After the moment
-    `until`, by `time.monotonic`, nothing new is begun. A call that fails costs its runs alone.
+    The entries that come first are served first. `together` says how many runs of an entry one
+    worker makes at the same time. After the moment `until`, by `time.monotonic`, nothing new is
+    begun. A call that fails is tried once more, because a device may be full for a moment; then it
+    costs its entry alone.
     """
-    waiting: dict[Future, tuple[Progress, list[Try]]] = {}
-    failed: set[int] = set()
+    ready: list[tuple[int, int, list[Try]]] = []  # turn, failures so far, runs
+    waiting: dict[Future, tuple[int, int, list[Try]]] = {}
     problems: list[str] = []
 
-    def begin(each: Progress) -> None:
+    def begin(turn: int) -> None:
+        each = progress[turn]
         jobs, most = each.needed(), together(each.contest, each.entry)
         for start in range(0, len(jobs), most):
-            part = jobs[start : start + most]
-            future = pool.submit(run, each.contest, each.entry, part, device)
-            waiting[future] = (each, part)
+            ready.append((turn, 0, jobs[start : start + most]))
 
-    for each in progress:
-        begin(each)
-    while waiting and time.monotonic() < until:
+    for turn in range(len(progress)):
+        begin(turn)
+    while (ready or waiting) and time.monotonic() < until:
+        ready.sort(key=lambda part: part[:2])
+        while ready and len(waiting) < workers:
+            turn, failures, jobs = ready.pop(0)
+            each = progress[turn]
+            future = pool.submit(run, each.contest, each.entry, jobs, device)
+            waiting[future] = (turn, failures, jobs)
         left = max(0.0, until - time.monotonic())
         done, _ = wait(waiting, timeout=min(left, 3600.0), return_when=FIRST_COMPLETED)
         for future in done:
-            each, part = waiting.pop(future)
+            turn, failures, jobs = waiting.pop(future)
+            each = progress[turn]
             where = f"{each.contest.name}, {each.entry.label}"
             if error := future.exception():
-                problems.append(f"{where}: {type(error).__name__}: {error}")
-                failed.add(id(each))
-                say(problems[-1])
+                say(f"{where}: {type(error).__name__}: {error}")
+                if failures:
+                    problems.append(f"{where}: {type(error).__name__}: {error}")
+                else:
+                    ready.append((turn, 1, jobs))
                 continue
             for row in future.result():
                 each.rows.add(row)
@@ -154,9 +165,8 @@ def play(
                     f"{row['split']} {each.main} {row[each.main]:.4f} loss {row['last_loss']:.4f} "
                     f"{row['train seconds']:.1f}+{row['score seconds']:.1f} s {row['problem']}"
                 )
-            busy = any(other is each for other, _ in waiting.values())
-            if not busy and id(each) not in failed:
-                begin(each)
+            if not any(other[0] == turn for other in (*ready, *waiting.values())):
+                begin(turn)
     for future in waiting:
         future.cancel()
     return problems

@@ -91,11 +91,15 @@ CONTESTS = {
         Contest("permute", "letters", "tiny-gpt", 400, 16, SMALL, {"skill": "permute"}),
     )
 }
-TOGETHER = {"smollm2-135m": 3, "minilm": 4}  # runs that one worker trains at a time; others: 7
 
 
 def together(contest: Contest, entry: Entry) -> int:
-    return TOGETHER.get(contest.base, 7)
+    """How many runs one worker trains at a time, by what a GPU of 80 GB holds with six workers."""
+    if contest.base != "smollm2-135m":
+        return 6
+    if any(isinstance(method, FullFineTuning) for method in entry.methods):
+        return 2
+    return 6 if contest.name == "pharmacy" else 4
 
 
 # -- what a method is compared with beside the other methods ----------------------------------
@@ -215,7 +219,8 @@ def main() -> None:
     try:
         everyone = [each for several in progress.values() for each in several]
         problems = play(
-            everyone, run_together, pool, options.device, together, until,
+            everyone, run_together, pool, options.device, options.workers, together,
+            until,
             say=lambda text: print(f"{time.perf_counter() - begun:.0f} s: {text}", flush=True),
         )  # fmt: skip
         for name, several in progress.items():
