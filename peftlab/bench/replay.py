@@ -122,6 +122,32 @@ class Loss(nn.Module):
         return F.cross_entropy(logits.float().flatten(0, 1), batch["targets"].flatten())
 
 
+def plain_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """softmax(scale q kᵀ + mask) v in products that `vmap` stacks, which a GPU's fused ones are not."""
+    if (groups := query.shape[-3] // key.shape[-3]) > 1:
+        key, value = (t.repeat_interleave(groups, dim=-3) for t in (key, value))
+    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = scores.float()
+    if is_causal:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(later, torch.finfo(scores.dtype).min)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    weights = F.dropout(scores.softmax(dim=-1), dropout_p) if dropout_p else scores.softmax(dim=-1)
+    return weights.to(value.dtype) @ value
+
+
 class Unread:
     """Inside, a forward pass looks at no number, and reads decoded weights in place of codes."""
 
@@ -139,12 +165,17 @@ class Unread:
             module.forward = partial(_linear, weight, module.bias)
         for lstm in self.lstms:
             lstm.forward = partial(_lstm, lstm)
-        self.tracing = mock.patch("transformers.masking_utils.is_tracing", lambda *_: True)
-        self.tracing.start()
+        self.patches = [
+            mock.patch("transformers.masking_utils.is_tracing", lambda *_: True),
+            mock.patch("torch.nn.functional.scaled_dot_product_attention", plain_attention),
+        ]
+        for patch in self.patches:
+            patch.start()
         return self
 
     def __exit__(self, *_):
-        self.tracing.stop()
+        for patch in self.patches:
+            patch.stop()
         for module, forward in self.forwards.items():
             module.forward = forward
         for lstm in self.lstms:
@@ -279,6 +310,7 @@ class Replay:
         length = batch["input_ids"].shape[-1]
         given = self.given[length] = {key: tensor.clone() for key, tensor in batch.items()}
         moved = (self.flat, self.m, self.v, self.number, self.losses, self.bad)
+        torch.cuda.synchronize()  # steps that were launched are to be done before they are kept
         before = [tensor.clone() for tensor in moved]
         torch.cuda.synchronize()
         with torch.cuda.stream(self.stream):
