@@ -28,7 +28,6 @@ from peftlab.memory.step import MOMENTS, How, followed
 from peftlab.memory.traced import WORKSPACE, Gpu, blank, rows
 from peftlab.methods import (
     IA3,
-    NF4,
     BitFit,
     DoRA,
     FullFineTuning,
@@ -37,6 +36,7 @@ from peftlab.methods import (
     Method,
     PrefixTuning,
     PromptTuning,
+    QLoRA,
 )
 from peftlab.methods.heads import Classification
 
@@ -65,7 +65,7 @@ MODELS = (  # those that the traces are kept of, smallest first
 class Kind:
     """A method of the calculator: how it is made, what its size is called, and its usual sizes."""
 
-    make: Callable[[int], Method | list[Method]]
+    make: Callable[[int], Method]
     size: str = ""
     usual: int = 0
     sizes: tuple[int, ...] = (0,)
@@ -76,7 +76,7 @@ KINDS = {
     "Full fine-tuning": Kind(lambda _: FullFineTuning()),
     "LoRA, q and v": Kind(lambda r: LoRA(r=r), "rank", 8, RANKS),
     "LoRA": Kind(lambda r: LoRA(r=r, target_modules="all-linear"), "rank", 16, RANKS),
-    "QLoRA": Kind(lambda r: [NF4(), LoRA(r=r, target_modules="all-linear")], "rank", 16, RANKS),
+    "QLoRA": Kind(lambda r: QLoRA(r=r), "rank", 16, RANKS),
     "DoRA": Kind(lambda r: DoRA(r=r, target_modules="all-linear"), "rank", 16, RANKS),
     "Prompt tuning": Kind(PromptTuning, "virtual tokens", 32, VIRTUAL),
     "Prefix tuning": Kind(PrefixTuning, "virtual tokens", 32, VIRTUAL),
@@ -299,10 +299,9 @@ def calculate(
         raise ValueError(f"{model} has room for {shape.context} tokens, not {length + virtual}")
     told, at = traced(model, kind, dtype, checkpointing), terms(batch, length, size, degree(kind))
     sizes = {part: round(float(told[part] @ at)) for part in PARTS}
-    methods = KINDS[kind].make(size)
-    methods = methods if isinstance(methods, list) else [methods]
-    adapters = sum(0 if m.in_place else 4 * accounting.count(m, shape) for m in methods)
-    codes = sum(m.coded(shape)[1] for m in methods)
+    method = KINDS[kind].make(size)
+    adapters = 0 if method.in_place else 4 * accounting.count(method, shape)
+    codes = method.coded(shape)[1]
     loss, update = (round(float((told[moment] @ at).max())) for moment in ("loss", "update"))
     return Told(
         model, kind, codes=codes, adapters=adapters, **sizes,
