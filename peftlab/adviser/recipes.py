@@ -89,14 +89,13 @@ def _loaded(need: Need, more: str = "") -> str:
 
 def _peft(config: str, need: Need, load: str = "", names: str = "get_peft_model") -> str:
     kind, task = auto(need)
-    used = config.split("(")[0]
+    used, _, fields = config.replace("'", '"').removesuffix(")").partition("(")
+    fields = fields or "inference_mode=False"
     return (
         f"import torch\nfrom peft import {', '.join(sorted([used, *names.split(', ')]))}\n"
         f"from transformers import {kind}{', BitsAndBytesConfig' if load else ''}\n\n"
         + (load or _loaded(need))
-        + f"config = {config.replace('(', f'(\n    task_type={task!r}, ', 1)[:-1]},\n)\n".replace(
-            "'", '"'
-        )
+        + f'config = {used}(\n    task_type="{task}", {fields},\n)\n'
         + "model = get_peft_model(model, config)\n"
         + "model.gradient_checkpointing_enable()\nmodel.enable_input_require_grads()\n"
     )
@@ -130,7 +129,9 @@ def _qlora(need: Need, r: int) -> str:
 def _prompt(need: Need, tokens: int) -> str:
     code = _peft(f"PromptTuningConfig(num_virtual_tokens={tokens})", need)
     if auto(need)[1] == "TOKEN_CLS":
-        code += f"# It returns logits of the virtual tokens too: put {tokens} × -100 before the labels.\n"
+        code += (
+            f"# Virtual tokens have logits too: put {tokens} × -100 before the labels of a row.\n"
+        )
     return code
 
 
