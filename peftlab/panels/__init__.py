@@ -13,6 +13,15 @@ from peftlab.panels.attention import (
     attention_scene,
     attention_view,
 )
+from peftlab.panels.calculator import (
+    ROW_TOKENS,
+    ROWS,
+    FitsPanel,
+    FitsView,
+    fits,
+    fits_view,
+    row_lengths,
+)
 from peftlab.panels.chat import Chat, Turn, chat, reply, transcript
 from peftlab.panels.choices import (
     CHOICES,
@@ -108,6 +117,8 @@ __all__ = [
     "CodeView",
     "CountExplorer",
     "CountView",
+    "FitsPanel",
+    "FitsView",
     "GATE_SPLITS",
     "GATE_SUMS",
     "GateLab",
@@ -131,6 +142,8 @@ __all__ = [
     "PruningView",
     "RANKS",
     "RATES",
+    "ROW_TOKENS",
+    "ROWS",
     "RankLab",
     "RankLabView",
     "SECONDS_BETWEEN_FRAMES",
@@ -157,6 +170,8 @@ __all__ = [
     "count_explorer",
     "count_view",
     "curve",
+    "fits",
+    "fits_view",
     "gate_lab",
     "gate_view",
     "live_trainer",
@@ -171,6 +186,7 @@ __all__ = [
     "rank_lab",
     "rank_lab_view",
     "reply",
+    "row_lengths",
     "scores_table",
     "soft_lab_view",
     "soft_prompt_lab",
