@@ -32,15 +32,17 @@ def fits_bars(
             x=held, y=list(MOMENTS.values()), name=part, marker_color=colour, orientation="h",
             hovertemplate=f"{part}: %{{x:.2f}} GB<extra></extra>",
         )  # fmt: skip
-    ink = theme().ink
-    for at, (name, size) in enumerate(gpus.items()):
-        fits = most <= size / GB
-        fig.add_vline(x=size / GB, line=dict(color=ink, width=1, dash="solid" if fits else "dot"))
+    sizes = sorted(gpus.items(), key=lambda item: item[1])
+    roomy = [size / GB for _, size in sizes if size / GB >= most]
+    right = 1.08 * max(most, roomy[0] if roomy else sizes[-1][1] / GB)
+    shown = [(name, size / GB) for name, size in sizes if size / GB < right]
+    for at, (name, size) in enumerate(shown):
+        dash = "solid" if size >= most else "dot"
+        fig.add_vline(x=size, line=dict(color=theme().ink, width=1, dash=dash))
         fig.add_annotation(
-            x=size / GB, y=1.02 + 0.085 * (at % 3), yref="paper", showarrow=False, font_size=10,
-            text=name, xanchor="center", yanchor="bottom",
+            x=size, y=1 + 0.1 * (at % 4), yref="paper", showarrow=False, font_size=11,
+            text=name, xanchor="right" if size > 0.85 * right else "center", yanchor="bottom",
         )  # fmt: skip
-    fig.update_layout(margin=dict(l=170, r=30, t=110, b=90), title=dict(y=0.96, font_size=15))
-    fig.update_layout(legend=dict(orientation="h", y=-0.28, x=0))
-    right = max(most, max(gpus.values(), default=0) / GB) * 1.06
-    return fig.update_xaxes(range=[0, right])
+    fig.update_layout(margin=dict(l=190, r=30, t=150, b=100), title=dict(y=0.95, font_size=15))
+    fig.update_layout(legend=dict(orientation="h", y=-0.5, x=0, traceorder="normal"))
+    return fig.update_xaxes(range=[0, right], title_standoff=5).update_layout(height=380)

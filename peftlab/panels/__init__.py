@@ -4,6 +4,12 @@ A panel shows its widgets where a kernel runs. Its output also carries a figure 
 `panel.static()`, for every place where none does: GitHub, a printed page, a preview.
 """
 
+from peftlab.panels.adviser import (
+    AdviserPanel,
+    advice_html,
+    flow_figure,
+    which_method,
+)
 from peftlab.panels.attention import (
     AttentionExplorer,
     AttentionScene,
@@ -104,6 +110,7 @@ from peftlab.panels.soft_lab import (
 from peftlab.panels.strength import StrengthExplorer, StrengthView, strength_explorer, strength_view
 
 __all__ = [
+    "AdviserPanel",
     "AttentionExplorer",
     "AttentionScene",
     "AttentionView",
@@ -158,6 +165,7 @@ __all__ = [
     "TARGETS",
     "TOKENS",
     "Turn",
+    "advice_html",
     "allowed_sizes",
     "attention_explorer",
     "attention_scene",
@@ -171,6 +179,7 @@ __all__ = [
     "count_view",
     "curve",
     "fits",
+    "flow_figure",
     "fits_view",
     "gate_lab",
     "gate_view",
@@ -194,4 +203,5 @@ __all__ = [
     "strength_explorer",
     "strength_view",
     "transcript",
+    "which_method",
 ]

@@ -48,7 +48,7 @@ class FitsView:
     @property
     def text(self) -> str:
         smallest = min(self.gpus, key=room, default=None)
-        fits = f"fits a {smallest} and larger" if smallest else "fits none of these GPUs"
+        fits = f"fits from the {smallest} on" if smallest else "fits none of these GPUs"
         return f"{readable_bytes(self.told.peak)} at the peak: {fits}"
 
     def figure(self) -> go.Figure:
