@@ -19,7 +19,8 @@ def parts_of(key: str) -> tuple:
     return model, kind, dtype, bool(more)
 
 
-SETTINGS = [  # the first two are traced in the test: (model, kind, size, batch, length, dtype, checkpointing)
+# (model, kind, size, batch, length, dtype, checkpointing); the first two are traced in the test.
+SETTINGS = [
     ("tiny-llama", "LoRA", 8, 3, 64, "bfloat16", True),
     ("tiny-gpt", "Full fine-tuning", 0, 2, 96, "float32", False),
     ("bert-large", "Prompt tuning", 24, 2, 200, "bfloat16", True),
