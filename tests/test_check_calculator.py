@@ -26,7 +26,7 @@ def test_the_rows_are_many_and_of_every_kind():
 def test_a_row_on_a_cpu_is_what_is_predicted(tmp_path):
     """The smallest of them: the code that measures is run, not played."""
     case = check.Case("tiny-llama", "LoRA", 2, "bfloat16", checkpointing=True, length=32)
-    told = check.predict(case.methods, case.model, 2, 32, dtype="bfloat16", checkpointing=True)
+    told = check.predict(case.method, case.model, 2, 32, dtype="bfloat16", checkpointing=True)
     found = check.row(case, "cpu")
     assert found["measured"] == told.peak
     assert found["device"] == "1 CPU core" and found["torch"] == torch.__version__

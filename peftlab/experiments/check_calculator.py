@@ -33,6 +33,7 @@ from peftlab.memory import measure, predict
 from peftlab.memory.calculator import GIB, KINDS, Told, calculate, head_of
 from peftlab.memory.step import How, take
 from peftlab.memory.traced import Words, rows
+from peftlab.methods import Method
 from peftlab.tuned import attach
 
 CONTEXT = GIB  # what a process on a GPU takes beside its tensors
@@ -52,7 +53,7 @@ class Case:
     length: int = 512
 
     @property
-    def methods(self):
+    def method(self) -> Method:
         return KINDS[self.kind].make(self.size or KINDS[self.kind].usual)
 
     @property
@@ -63,7 +64,7 @@ class Case:
             f"{self.length}, {self.dtype}{', checkpointing' * self.checkpointing}"
         )
 
-    def predicted(self):
+    def predicted(self) -> Told:
         """What the calculator says."""
         options = dict(dtype=self.dtype, checkpointing=self.checkpointing)
         size = self.size or None
@@ -129,11 +130,9 @@ def built(name: str, dtype: torch.dtype, device: str) -> Base:
 
 def measured(case: Case, device: str) -> int:
     """The most bytes of two training steps, in a process that did nothing else."""
-    methods = case.methods
-    listed = methods if isinstance(methods, list) else [methods]
-    wide = any(method.in_place for method in listed)  # a model that trains is in float32
+    wide = case.method.in_place  # a model that trains is in float32
     base = built(case.model, torch.float32 if wide else getattr(torch, case.dtype), device)
-    with attach(base, methods, head=head_of(case.model)) as tuned:
+    with attach(base, case.method, head=head_of(case.model)) as tuned:
         batch = {key: x.to(device) for key, x in rows(tuned, case.batch, case.length).items()}
         how = dict(dtype=case.dtype, checkpointing=case.checkpointing)
         if device == "cpu":
@@ -165,7 +164,7 @@ def on_cpu(out: File) -> None:
     for case in SMOKE:
         if not out.has(case):
             how = dict(dtype=case.dtype, checkpointing=case.checkpointing)
-            told = predict(case.methods, case.model, case.batch, case.length, **how)
+            told = predict(case.method, case.model, case.batch, case.length, **how)
             out.add(row(case, "cpu") | {"predicted": told.peak})
 
 

@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=list(KINDS))
     parser.add_argument("--modes", type=int, default=len(MODES), help="the first of them")
     parser.add_argument("--checked", action="store_true", help="those of check_calculator first")
+    parser.add_argument("--only", nargs="+", help="keys, as the file has them")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=1e9, help="start none after these")
     parser.add_argument("--out", type=Path, default=data_path("results", "calculator_traces.json"))
@@ -59,6 +60,9 @@ def main() -> None:
         from peftlab.experiments.check_calculator import CASES
 
         settings = [(c.model, c.kind, c.dtype, c.checkpointing) for c in CASES]
+    if options.only:
+        parts = [name.split(" | ") for name in options.only]
+        settings = [(*part[:3], len(part) > 3) for part in parts]
     done = report["traces"].keys() | report["none"].keys()
     settings = [setting for setting in dict.fromkeys(settings) if key(*setting) not in done]
     with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:

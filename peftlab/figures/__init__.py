@@ -5,9 +5,11 @@ and show real tensors; `draw` shows what is attached. Each has a text for those 
 `alt_text(figure)`.
 """
 
+from peftlab.figures.adviser import decision_lanes
 from peftlab.figures.attention import attention_pair, attention_parts, token_bars
 from peftlab.figures.bell import bell
 from peftlab.figures.block import block_of_weights
+from peftlab.figures.calculator import STEP_PARTS, fits_bars
 from peftlab.figures.clinic import counted_labels, decision_order, gradient_reach, stations
 from peftlab.figures.curves import (
     bars_by_method,

@@ -5,8 +5,8 @@
 
 The numbers are those of `memory.predict(..., device="cuda")`. Every allocation of a step is a
 polynomial in rows B, tokens T and the method's size s (a rank, a width, a number of virtual
-tokens), and it grows evenly with the number of layers. So 24 small steps on tensors without
-numbers tell of every B, T and s, at the model's own depth, and after them an answer takes
+tokens), and it grows evenly with the number of layers. So a few small steps on tensors
+without numbers tell of every B, T and s, at the model's own depth, and after them an answer takes
 milliseconds. `data/results/calculator_traces.json` keeps what they told.
 """
 
@@ -28,7 +28,6 @@ from peftlab.memory.step import MOMENTS, How, followed
 from peftlab.memory.traced import WORKSPACE, Gpu, blank, rows
 from peftlab.methods import (
     IA3,
-    NF4,
     BitFit,
     DoRA,
     FullFineTuning,
@@ -37,6 +36,7 @@ from peftlab.methods import (
     Method,
     PrefixTuning,
     PromptTuning,
+    QLoRA,
 )
 from peftlab.methods.heads import Classification
 
@@ -65,7 +65,7 @@ MODELS = (  # those that the traces are kept of, smallest first
 class Kind:
     """A method of the calculator: how it is made, what its size is called, and its usual sizes."""
 
-    make: Callable[[int], Method | list[Method]]
+    make: Callable[[int], Method]
     size: str = ""
     usual: int = 0
     sizes: tuple[int, ...] = (0,)
@@ -76,7 +76,7 @@ KINDS = {
     "Full fine-tuning": Kind(lambda _: FullFineTuning()),
     "LoRA, q and v": Kind(lambda r: LoRA(r=r), "rank", 8, RANKS),
     "LoRA": Kind(lambda r: LoRA(r=r, target_modules="all-linear"), "rank", 16, RANKS),
-    "QLoRA": Kind(lambda r: [NF4(), LoRA(r=r, target_modules="all-linear")], "rank", 16, RANKS),
+    "QLoRA": Kind(lambda r: QLoRA(r=r), "rank", 16, RANKS),
     "DoRA": Kind(lambda r: DoRA(r=r, target_modules="all-linear"), "rank", 16, RANKS),
     "Prompt tuning": Kind(PromptTuning, "virtual tokens", 32, VIRTUAL),
     "Prefix tuning": Kind(PrefixTuning, "virtual tokens", 32, VIRTUAL),
@@ -100,27 +100,26 @@ WHERE = [
 ]
 
 
-def terms(batch: int, length: int, size: int, sized: bool = True) -> np.ndarray:
-    """The monomials of `POWERS` at one place."""
-    return np.array([batch**b * length**t * size**s for b, t, s in powers(sized)], float)
+def degree(kind: str) -> int:
+    """The highest power of a method's size: virtual tokens may meet each other in attention."""
+    return {"": 0, "virtual tokens": 2}.get(KINDS[kind].size, 1)
 
 
-def powers(sized: bool) -> list[tuple[int, int, int]]:
-    """The exponents of B, T and s; without a size those of B and T alone."""
-    return POWERS if sized else [power for power in POWERS if not power[2]]
+def terms(batch: int, length: int, size: int, degree: int) -> np.ndarray:
+    """The monomials at one place, up to this power of the size."""
+    powers = [power for power in POWERS if power[2] <= degree]
+    return np.array([batch**b * length**t * size**s for b, t, s in powers], float)
 
 
-def places(sized: bool) -> list[tuple[int, int, int]]:
-    """Rows, tokens and size of the steps that are traced."""
-    return PLACES if sized else [place for place in PLACES if place[2] == 32]
+def places(degree: int) -> list[tuple[int, int, int]]:
+    """Rows, tokens and size of the steps that are traced: as many as there are monomials."""
+    return [at for at, power in zip(PLACES, POWERS, strict=True) if power[2] <= degree]
 
 
 @cache
-def _inverse(sized: bool) -> np.ndarray:
+def _inverse(degree: int) -> np.ndarray:
     """From the values at `places` to the coefficients, exact until it is written as floats."""
-    rows = [
-        [Fraction(b**i * t**j * s**k) for i, j, k in powers(sized)] for b, t, s in places(sized)
-    ]
+    rows = [[Fraction(int(x)) for x in terms(*place, degree)] for place in places(degree)]
     n = len(rows)
     rows = [row + [Fraction(i == j) for j in range(n)] for i, row in enumerate(rows)]
     for i in range(n):  # Gauss and Jordan
@@ -144,8 +143,7 @@ def trace(model: str, kind: str, dtype: str, checkpointing: bool) -> dict[str, l
     told: dict[str, list] = {
         part: (low[part] + (high[part] - low[part]) * deep).tolist() for part in PARTS
     }
-    sized = bool(KINDS[kind].size)
-    grid = np.array([terms(*where, sized) for where in WHERE])
+    grid = np.array([terms(*where, degree(kind)) for where in WHERE])
     for name, moments in (("loss", ("forward", "backward")), ("update", ("step",))):
         lines = np.array(
             [
@@ -164,23 +162,25 @@ def _of_depth(model: str, kind: str, dtype: str, checkpointing: bool, depth: int
     what made it and how large it was."""
     config = named_config(model)
     config |= {key: depth for key in DEPTH if key in config}
-    sized, how = bool(KINDS[kind].size), How("cuda", dtype, checkpointing, again=Gpu)
-    found = []
-    for batch, length, size in places(sized):
+    how = How("cuda", dtype, checkpointing, again=Gpu)
+    at, found = places(degree(kind)), {}
+    for size in dict.fromkeys(size for _, _, size in at):
+        # What is attached stays for all steps of this size.
         with blank(KINDS[kind].make(size), config, how, head_of(model)) as tuned:
-            counter = Curves()
-            memory = followed(tuned, rows(tuned, batch, length), how, counter)
-        found.append((memory, counter.curves[1:]))
-    inverse = _inverse(sized)
+            for place in (place for place in at if place[2] == size):
+                counter = Curves()
+                memory = followed(tuned, rows(tuned, *place[:2]), how, counter)
+                found[place] = memory, counter.curves[1:]
+    inverse = _inverse(degree(kind))
 
     def fitted(sizes: Sequence[int]) -> np.ndarray:
         # Bytes are whole or halves in every monomial; what is left is the rounding of floats.
         return np.round(inverse @ np.array(sizes, float), 3)
 
-    told: dict = {part: fitted([memory.bytes(part) for memory, _ in found]) for part in PARTS}
+    told: dict = {part: fitted([found[place][0].bytes(part) for place in at]) for part in PARTS}
     for index, moment in enumerate(MOMENTS):
         told[moment] = []
-        for events in zip(*(curves[index] for _, curves in found), strict=True):
+        for events in zip(*(found[place][1][index] for place in at), strict=True):
             names, sizes, alive = zip(*events, strict=True)
             told[moment].append(((names, sizes), fitted(alive)))
     return told
@@ -293,16 +293,15 @@ def calculate(
     for name, given in (("batch", batch), ("length", length), ("size", size or 1)):
         if given < 1:
             raise ValueError(f"{name}={given}: allowed is at least 1")
-    shape, sized = Shape.named(model), bool(KINDS[kind].size)
+    shape = Shape.named(model)
     virtual = size if KINDS[kind].size == "virtual tokens" else 0
     if length + virtual > shape.context:
         raise ValueError(f"{model} has room for {shape.context} tokens, not {length + virtual}")
-    told, at = traced(model, kind, dtype, checkpointing), terms(batch, length, size, sized)
+    told, at = traced(model, kind, dtype, checkpointing), terms(batch, length, size, degree(kind))
     sizes = {part: round(float(told[part] @ at)) for part in PARTS}
-    methods = KINDS[kind].make(size)
-    methods = methods if isinstance(methods, list) else [methods]
-    adapters = sum(0 if m.in_place else 4 * accounting.count(m, shape) for m in methods)
-    codes = sum(m.coded(shape)[1] for m in methods)
+    method = KINDS[kind].make(size)
+    adapters = 0 if method.in_place else 4 * accounting.count(method, shape)
+    codes = method.coded(shape)[1]
     loss, update = (round(float((told[moment] @ at).max())) for moment in ("loss", "update"))
     return Told(
         model, kind, codes=codes, adapters=adapters, **sizes,

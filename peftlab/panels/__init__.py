@@ -4,6 +4,12 @@ A panel shows its widgets where a kernel runs. Its output also carries a figure 
 `panel.static()`, for every place where none does: GitHub, a printed page, a preview.
 """
 
+from peftlab.panels.adviser import (
+    AdviserPanel,
+    advice_html,
+    flow_figure,
+    which_method,
+)
 from peftlab.panels.attention import (
     AttentionExplorer,
     AttentionScene,
@@ -12,6 +18,15 @@ from peftlab.panels.attention import (
     attention_explorer,
     attention_scene,
     attention_view,
+)
+from peftlab.panels.calculator import (
+    ROW_TOKENS,
+    ROWS,
+    FitsPanel,
+    FitsView,
+    fits,
+    fits_view,
+    row_lengths,
 )
 from peftlab.panels.chat import Chat, Turn, chat, reply, transcript
 from peftlab.panels.choices import (
@@ -95,6 +110,7 @@ from peftlab.panels.soft_lab import (
 from peftlab.panels.strength import StrengthExplorer, StrengthView, strength_explorer, strength_view
 
 __all__ = [
+    "AdviserPanel",
     "AttentionExplorer",
     "AttentionScene",
     "AttentionView",
@@ -108,6 +124,8 @@ __all__ = [
     "CodeView",
     "CountExplorer",
     "CountView",
+    "FitsPanel",
+    "FitsView",
     "GATE_SPLITS",
     "GATE_SUMS",
     "GateLab",
@@ -131,6 +149,8 @@ __all__ = [
     "PruningView",
     "RANKS",
     "RATES",
+    "ROW_TOKENS",
+    "ROWS",
     "RankLab",
     "RankLabView",
     "SECONDS_BETWEEN_FRAMES",
@@ -145,6 +165,7 @@ __all__ = [
     "TARGETS",
     "TOKENS",
     "Turn",
+    "advice_html",
     "allowed_sizes",
     "attention_explorer",
     "attention_scene",
@@ -157,6 +178,9 @@ __all__ = [
     "count_explorer",
     "count_view",
     "curve",
+    "fits",
+    "flow_figure",
+    "fits_view",
     "gate_lab",
     "gate_view",
     "live_trainer",
@@ -171,6 +195,7 @@ __all__ = [
     "rank_lab",
     "rank_lab_view",
     "reply",
+    "row_lengths",
     "scores_table",
     "soft_lab_view",
     "soft_prompt_lab",
@@ -178,4 +203,5 @@ __all__ = [
     "strength_explorer",
     "strength_view",
     "transcript",
+    "which_method",
 ]

@@ -1,0 +1,16 @@
+"""Which method to take: constraints in, a method out, or why there is none.
+
+    advice = advise(Need(model="llama-3-8b", gpu="RTX 4090 24 GB", task="generation"))
+    advice.outcome, advice.method      "method", "QLoRA"
+    advice.path                        every question, and what its answer ruled out
+    advice.code                        a Hugging Face PEFT configuration to copy
+
+`flow` asks the `questions` of a `need`; `recipes` has what stands at the end of a path, and
+`evidence` reads the recorded comparisons.
+"""
+
+from peftlab.adviser.evidence import ENOUGH, FAR, comparisons
+from peftlab.adviser.flow import FLOW, OUTCOMES, QUALITY, Advice, Step, advise
+from peftlab.adviser.need import GOALS, SERVERS, SKILLS, TASKS, Need
+from peftlab.adviser.questions import megabytes, size_of
+from peftlab.adviser.recipes import RECIPES, Recipe
