@@ -146,9 +146,8 @@ def tidy(notebook) -> None:
 
 
 def add_pictures(notebook, picture: Camera, drawn: dict[str, str]) -> None:
-    """Put a PNG beside every figure; `drawn` holds those already made, by the figure's data. The
-    PNG's metadata, where JupyterLab and nbconvert look, say how wide it is shown, since it has more
-    pixels than that, and of a drawing the words for those who cannot see it.
+    """Put a PNG beside every figure; `drawn` holds those already made, by the figure's data. A
+    drawing's words for those who cannot see it go into the PNG's metadata, where nbconvert looks.
     """
     for output in outputs(notebook):
         data = output["data"]
@@ -156,11 +155,8 @@ def add_pictures(notebook, picture: Camera, drawn: dict[str, str]) -> None:
         if figure is not None:
             key = json.dumps(figure, sort_keys=True)
             drawn[key] = data[PNG] = drawn.get(key) or picture(figure)
-            layout = figure.get("layout", {})
-            shown = {"width": layout.get("width", WIDTH)}
-            if alt := layout.get("meta", {}).get("alt"):
-                shown["alt"] = alt
-            output.setdefault("metadata", {})[PNG] = shown
+            if alt := figure.get("layout", {}).get("meta", {}).get("alt"):
+                output.setdefault("metadata", {})[PNG] = {"alt": alt}
 
 
 def run(path: Path, picture: Camera | None) -> float:
