@@ -9,53 +9,14 @@ from peftlab.accounting import percent
 from peftlab.bases import load
 from peftlab.bases.data import data_path
 from peftlab.exercises import exercise, expect, question
-from peftlab.exercises.forms import a_count, a_number
+from peftlab.exercises.forms import a_number, a_tensor, unlike
 from peftlab.methods import LoRA
 from peftlab.tasks import load as load_task
 from peftlab.training import train
 from peftlab.tuned import attach
 
 
-# --- 1 · the trainable share -------------------------------------------------------------------
-def trainable_percent(model):
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return 100 * trained / sum(p.numel() for p in model.parameters())
-
-
-def _tensors(model):
-    parameters = list(model.parameters())
-    return 100 * sum(p.requires_grad for p in parameters) / len(parameters)
-
-
-def _of_frozen(model):
-    share = trainable_percent(model)
-    return 100 * share / (100 - share)
-
-
-@exercise(
-    "How much of a model trains?", solution=trainable_percent,
-    difficulty=1, importance=4, minutes=3,
-    hints=(
-        "`model.parameters()` gives tensors; `p.numel()` is how many numbers one holds.",
-        "A parameter trains if `p.requires_grad` is true."),
-    mistakes=(
-        (lambda model: trainable_percent(model) / 100,
-         "{given:.3f} is a fraction; for a percentage, multiply by 100"),
-        (_tensors,
-         "{given:.1f}% is the share of the tensors, large and small alike. Count their numbers"),
-        (_of_frozen, "you divided by the frozen ones; divide by all"),
-        (lambda model: 100 - trainable_percent(model),
-         "{given:.1f}% is the frozen share; take the other one")),
-    otherwise="420 of 1,660 numbers train, {right:.2f}%; yours says {given:.2f}%",
-    praise="{right:.2f}% of this little network trains",
-)  # fmt: skip
-def share_that_trains(answer):
-    model = nn.Sequential(nn.Linear(30, 40), nn.Linear(40, 10, bias=False), nn.LayerNorm(10))
-    model[0].requires_grad_(False)  # 1,240 numbers frozen, 400 and 20 train
-    return a_number(answer(model))
-
-
-# --- 2 · bit for bit ---------------------------------------------------------------------------
+# --- 1 · bit for bit ---------------------------------------------------------------------------
 def changed_tensors(before, model):
     return [name for name, now in model.state_dict().items() if not torch.equal(now, before[name])]
 
@@ -124,34 +85,76 @@ def same_model(answer):
     return [sorted(names) for names in named]
 
 
-# --- 3 · the shape of attention ----------------------------------------------------------------
-def attention_shape(batch, heads, seq, virtual):
-    return batch, heads, virtual + seq, virtual + seq
+# --- 2 · two roads -----------------------------------------------------------------------------
+def two_roads(x, W, A, B):
+    return x @ W.T + (x @ A.T) @ B.T
 
 
 @exercise(
-    "Read the shape of attention", solution=attention_shape, difficulty=1, importance=3, minutes=3,
+    "Two roads", solution=two_roads, difficulty=1, importance=5, minutes=4,
     hints=(
-        "One attention map has a row for each token that looks and a column for each token that "
-        "is looked at.",
-        "Each head of each text in the batch has a map of its own."),
+        "x comes as rows, one for each token: W x on paper is x @ W.T in code.",
+        "The second road has two steps. x @ A.T makes one number a token; then comes B.",
+        "h has d_out numbers a token on both roads, so you can add them."),
     mistakes=(
-        (lambda b, h, t, p: (b, h, t, t), "you left out the virtual tokens"),
-        (lambda b, h, t, p: (b, h, t, p + t), "you count the virtual tokens only as columns. In "
-         "front of the input they are tokens: they look, too. (Prefix tuning has the shape you "
-         "wrote)"),
-        (lambda b, h, t, p: (b, p + t, p + t), "there is one map a head; say how many heads"),
-        (lambda b, h, t, p: (b, p + t, p + t, h),
-         "right numbers, other order: the heads come second")),
-    otherwise="{given} for {right}: one row and one column a token", again=(3, 5, 7, 9),
-    praise="{right}: every token, real or virtual, has a row and a column",
+        (lambda x, W, A, B: x @ W.T, "that is W x alone: the road through A and B is missing"),
+        (lambda x, W, A, B: (x @ A.T) @ B.T, "that is B A x alone: you left out W x"),
+        (lambda x, W, A, B: x @ W.T + x @ A.T,
+         "you added A x, one number a token, to every output: B has to spread it first"),
+        (lambda x, W, A, B: x @ W.T + B.T,
+         "you added B itself: it has to be multiplied by A x, which differs from token to token"),
+        (lambda x, W, A, B: x @ W.T - (x @ A.T) @ B.T, "you subtracted the change: it is added"),
+        (lambda x, W, A, B: x @ W.T + x @ W.T @ B @ A,
+         "the shapes do not fit. Perhaps the order is another: x goes through A first, then "
+         "through B, and each product is x @ (matrix).T"),
+        (lambda x, W, A, B: two_roads(x, W, A, B).T,
+         "yours is transposed: one row for each token, as in x")),
+    otherwise=unlike, again=(7, 4, 11), praise="both roads, added, for every token",
 )  # fmt: skip
-def shape_of_attention(answer, texts=2, heads=4, tokens=5, virtual=3):
-    given = answer(texts, heads, tokens, virtual)
-    given = given.tolist() if isinstance(given, torch.Tensor) else given
-    words = f"a shape has four numbers, batch and heads first; yours is {given!r}"
-    expect(isinstance(given, (tuple, list)), words)
-    return tuple(a_count(size, "a size") for size in given)
+def small_road(answer, tokens=5, d_in=6, d_out=9):
+    generator = torch.Generator().manual_seed(5)
+    shapes = (tokens, d_in), (d_out, d_in), (1, d_in), (d_out, 1)
+    made = [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    return a_tensor(answer(*made))
+
+
+# --- 3 · the trainable share -------------------------------------------------------------------
+def trainable_percent(model):
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return 100 * trained / sum(p.numel() for p in model.parameters())
+
+
+def _tensors(model):
+    parameters = list(model.parameters())
+    return 100 * sum(p.requires_grad for p in parameters) / len(parameters)
+
+
+def _of_frozen(model):
+    share = trainable_percent(model)
+    return 100 * share / (100 - share)
+
+
+@exercise(
+    "How much of a model trains?", solution=trainable_percent,
+    difficulty=1, importance=4, minutes=3,
+    hints=(
+        "`model.parameters()` gives tensors; `p.numel()` is how many numbers one holds.",
+        "A parameter trains if `p.requires_grad` is true."),
+    mistakes=(
+        (lambda model: trainable_percent(model) / 100,
+         "{given:.3f} is a fraction; for a percentage, multiply by 100"),
+        (_tensors,
+         "{given:.1f}% is the share of the tensors, large and small alike. Count their numbers"),
+        (_of_frozen, "you divided by the frozen ones; divide by all"),
+        (lambda model: 100 - trainable_percent(model),
+         "{given:.1f}% is the frozen share; take the other one")),
+    otherwise="420 of 1,660 numbers train, {right:.2f}%; yours says {given:.2f}%",
+    praise="{right:.2f}% of this little network trains",
+)  # fmt: skip
+def share_that_trains(answer):
+    model = nn.Sequential(nn.Linear(30, 40), nn.Linear(40, 10, bias=False), nn.LayerNorm(10))
+    model[0].requires_grad_(False)  # 1,240 numbers frozen, 400 and 20 train
+    return a_number(answer(model))
 
 
 # --- predict first -----------------------------------------------------------------------------

@@ -7,6 +7,7 @@ and show real tensors; `draw` shows what is attached. Each has a text for those 
 
 from peftlab.figures.adviser import decision_lanes
 from peftlab.figures.attention import attention_pair, attention_parts, token_bars
+from peftlab.figures.before_after import before_after
 from peftlab.figures.bell import bell
 from peftlab.figures.block import block_of_weights
 from peftlab.figures.calculator import STEP_PARTS, fits_bars
@@ -69,6 +70,7 @@ from peftlab.figures.style import (
     use_template,
 )
 from peftlab.figures.timeline import step_timeline
+from peftlab.figures.to_scale import to_scale
 from peftlab.figures.weights import (
     CODE_TYPES,
     code_errors,

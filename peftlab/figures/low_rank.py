@@ -127,7 +127,7 @@ def hand_product(
 ) -> go.Figure:
     """ΔW = scale · B A with every number, and W + ΔW: each number of ΔW is the one of B at its left
     times the one of A above it (r = 1), times the scale."""
-    (d_out, d_in), delta = W.shape, scale * B @ A
+    (d_out, d_in), delta = W.shape, scale * B @ A + 0.0  # no number is −0
     cell, top = 40, 66
     sheet = Sheet("", top + d_out * cell + 44, "", dark)
     t, ink = sheet.theme, sheet.theme.text(BLUE)
