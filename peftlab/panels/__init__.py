@@ -50,7 +50,7 @@ from peftlab.panels.live import (
     live_trainer,
     scores_table,
 )
-from peftlab.panels.live_curve import LiveCurve, LiveShares
+from peftlab.panels.live_curve import LiveCurve, LiveLooks, LiveShares
 from peftlab.panels.memory import (
     BATCHES,
     BESIDE_FULL,
@@ -121,6 +121,7 @@ __all__ = [
     "LAB_STEPS",
     "LENGTHS",
     "LiveCurve",
+    "LiveLooks",
     "LiveShares",
     "LiveTrainer",
     "MemoryExplorer",
