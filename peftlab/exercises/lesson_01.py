@@ -1,5 +1,5 @@
-"""Lesson 01, full fine-tuning: gradients of a linear layer and what they need, a step of Adam, bytes
-a parameter, what a block keeps, four leaks."""
+"""Lesson 01, full fine-tuning: gradients of a linear layer and what they need, a step of Adam,
+bytes a parameter, what a block keeps, four leaks."""
 
 import math
 from functools import lru_cache

@@ -20,7 +20,8 @@ def linear_backward(x: Tensor, W: Tensor, g: Tensor, dark: bool | None = None) -
     x (tokens, d_in), W (d_out, d_in), and g (tokens, d_out), the gradient of y.
     """
     y, of_W, of_x = x @ W.T, g.T @ x, g @ W
-    cell, top, low = 34, 40, 208
+    cell, top = 34, 40
+    low = top + cell * max(len(x), len(W)) + 100
     sheet = Sheet("", low + 34 * max(len(x), len(W)) + 46, "", dark)
     t, red = sheet.theme, sheet.theme.line(GRADIENT)
     left, middle, right = 70, 340, 626
@@ -169,8 +170,8 @@ def rounded_steps(
             sheet.line([(at(number), y - 6), (at(number), y + 6)], t.edge, 2)
         back = ends == first
         colour = t.line(GRADIENT) if back else t.ink
-        sheet.arrow([(at(first), y - 10), (at(first), y - 22), (at(lands), y - 22), (at(lands), y - 3)],
-                    colour, head=0.8)  # fmt: skip
+        over = [(at(number), y - 22) for number in (first, lands)]
+        sheet.arrow([(at(first), y - 10), *over, (at(lands), y - 3)], colour, head=0.8)
         sheet.dot(at(ends), y, colour, f"stored: {ends:g}")
         words = "rounded back: it has not moved" if back else f"stored: {ends:.6f}"
         sheet.text(at(ends), y + 17, words, SMALL, t.text(GRADIENT) if back else t.ink, "center")
