@@ -7,19 +7,19 @@ import plotly.graph_objects as go
 
 from peftlab.figures.style import AXIS, BLACK, BLUE, DASHES, GREY, ORANGE, VERMILLION, figure
 
-SHARES = {"new_facts": ("new facts", BLUE, "circle"), "known_facts": ("old facts", ORANGE, "x")}
+SHARES = {"new_facts": ("new facts", BLUE, "circle"), "known_facts": ("known facts", ORANGE, "x")}
 LOSSES = {"loss": ("training loss", BLUE, "circle"), "old": ("loss on old texts", ORANGE, "x")}
 
 
-def _two_panels(title: str, left: str, right: str, height: int = 400) -> go.Figure:
+def _two_panels(title: str, left: str, right: str, height: int = 420) -> go.Figure:
     """An empty figure with the panels x, y and x2, y2 side by side; each y has a title."""
     fig = figure(title, "step", left, height=height)
     fig.update_layout(
         xaxis_domain=[0, 0.44],
         xaxis2={**AXIS, "domain": [0.56, 1], "anchor": "y2", "title": "step"},
         yaxis2={**AXIS, "anchor": "x2", "title": right},
-        legend=dict(orientation="h", y=-0.22, yanchor="top", x=0),
-        margin=dict(b=90),
+        legend=dict(orientation="h", y=-0.3, yanchor="top", x=0),
+        margin=dict(b=110),
     )
     return fig
 
@@ -87,7 +87,7 @@ def leaks(charts: pd.DataFrame, moments: Sequence[str], title: str) -> go.Figure
         for name, some in charts.groupby("patient", sort=False)
     }
     sound = lines.pop("sound")
-    fig = figure(title, "", "kB alive", height=400, legend=dict(orientation="h", y=-0.24, x=0))
+    fig = figure(title, "", "kB alive", height=400, legend=dict(orientation="h", y=-0.3, x=0))
     ticks = [i * len(moments) for i in range(len(sound) // len(moments))]
     width = 1 / len(lines)
     for i, (name, line) in enumerate(lines.items(), 1):
@@ -101,5 +101,5 @@ def leaks(charts: pd.DataFrame, moments: Sequence[str], title: str) -> go.Figure
             )  # fmt: skip
         place = dict(domain=[(i - 1) * width + 0.01, i * width - 0.01], anchor="y")
         marks = dict(tickvals=ticks, ticktext=[str(n + 1) for n in range(len(ticks))])
-        fig.update_layout({f"xaxis{i}": {**AXIS, **place, **marks, "title": f"{name}<br>step"}})
+        fig.update_layout({f"xaxis{i}": {**AXIS, **place, **marks, "title": f"{name}, step"}})
     return fig.update_yaxes(rangemode="tozero").update_layout(margin_b=100)
