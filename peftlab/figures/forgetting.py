@@ -19,7 +19,7 @@ def _two_panels(title: str, left: str, right: str, height: int = 420) -> go.Figu
         xaxis2={**AXIS, "domain": [0.56, 1], "anchor": "y2", "title": "step"},
         yaxis2={**AXIS, "anchor": "x2", "title": right},
         legend=dict(orientation="h", y=-0.3, yanchor="top", x=0),
-        margin=dict(b=110),
+        margin=dict(t=80, b=110),
     )
     return fig
 
@@ -60,7 +60,6 @@ def forgetting_by_rate(runs: pd.DataFrame, uniform: float, title: str) -> go.Fig
     seeds, end = runs["seed"].nunique(), runs["step"].max()
     subtitle = f"lines: means of {seeds} seeds; points: every seed at step {end}"
     fig = _two_panels(f"{title}<br><sup>{subtitle}</sup>", "new facts right", "loss on old texts")
-    fig.update_layout(margin_t=80)
     shades = (BLUE, ORANGE, BLACK, VERMILLION)
     for i, (rate, some) in enumerate(runs.groupby("lr")):
         colour, dash = shades[i % len(shades)], DASHES[i % len(DASHES)]
