@@ -1,5 +1,5 @@
 """Lesson 01, full fine-tuning: gradients of a linear layer and what they need, a step of Adam,
-bytes a parameter, what a block keeps, four leaks."""
+what a block keeps, four leaks."""
 
 import math
 from functools import lru_cache
@@ -80,39 +80,6 @@ def how_many_times():
     letter = "d" if times < 1 else "c" if times <= 1.5 else "b" if times < 5.5 else "a"
     share = view.steps["Prompt tuning"].activations / prompt
     return letter, f"{times:.2f} times; {share:.0%} of the smaller one's bytes are activations."
-
-
-# --- bytes a parameter -------------------------------------------------------------------------
-def adam_bytes_solution(total, trained):
-    weights = 4 * total
-    gradients = 4 * trained
-    moments = 2 * 4 * trained
-    return weights + gradients + moments
-
-
-@exercise(
-    "Bytes of training in float32", solution=adam_bytes_solution,
-    mistakes=(
-        (lambda total, trained: total + 3 * trained,
-         "you counted numbers: each of them takes 4 bytes"),
-        (lambda total, trained: 16 * total, "you gave the frozen ones a gradient and moments too"),
-        (lambda total, trained: 16 * trained, "the frozen weights are still there, 4 bytes each"),
-        (lambda total, trained: 4 * total + 8 * trained, "beside its weight, a trained one has a "
-         "gradient and two moments: you left out one of the three"),
-        (lambda total, trained: 4 * total + 4 * trained,
-         "your optimiser has no memory of its own: Adam has"),
-        (lambda total, trained: 4 * total + 16 * trained,
-         "you counted the trained weights twice: they are among the total")),
-    otherwise="of {case[0]:,} with {case[1]:,} trained: {right:,} bytes, yours {given:,}",
-    praise="4 bytes each, and 12 more for each that trains: 16 if all do",
-    difficulty=1, importance=5, minutes=3,
-    hints=(
-        "Every weight of the model takes 4 bytes, whether it trains or not.",
-        "A weight that trains has three more numbers: its gradient, and Adam's two moments."),
-)  # fmt: skip
-def adam_bytes(answer):
-    cases = (1000, 1000), (1000, 10), (124_439_808, 294_912)
-    return {case: a_count(answer(*case)) for case in cases}
 
 
 # --- the gradients of a linear layer ------------------------------------------------------------
