@@ -1,4 +1,5 @@
-"""Lesson 01, full fine-tuning: bytes a parameter, a step of Adam, what is kept, four leaks."""
+"""Lesson 01, full fine-tuning: gradients of a linear layer and what they need, a step of Adam,
+what a block keeps, four leaks."""
 
 import math
 from functools import lru_cache
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from peftlab.accounting import training_bytes
-from peftlab.exercises import exercise, expect, question
+from peftlab.exercises import after, exercise, expect, question
 from peftlab.exercises.clinic import Ward
 from peftlab.exercises.forms import a_count, same, several, unlike
 from peftlab.memory import Live, predict
@@ -35,19 +36,21 @@ def how_many_bytes():
 
 
 @question(
-    "GPT-2, 8 rows of 128 tokens. Prompt tuning trains 20 vectors at the input, one parameter in "
-    "ten thousand. Of the activations that the blocks keep under full fine-tuning it keeps:",
+    "GPT-2, 8 rows of 128 tokens. All of it is frozen, and only 20 vectors train that stand in "
+    "front of the input: one number for every ten thousand of the model. Of the activations that "
+    "the blocks keep when everything trains, they now keep:",
     {
         "a": ("less than 1%", "What trains is small. What a gradient passes on its way is not."),
-        "b": ("about a tenth", "The gradient enters below the first block and crosses all twelve."),
-        "c": ("about half", "A frozen linear layer keeps no input; everything else is kept."),
-        "d": ("about nine tenths", "Every layer is crossed, and there are 20 more tokens in a "
-              "row.")},
+        "b": ("about a tenth", "The gradient goes to the input, below the first block, and crosses "
+              "all twelve."),
+        "c": ("about seven tenths", "Frozen linear layers keep no inputs. All else is kept in "
+              "every block, of 20 more tokens a row."),
+        "d": ("all of them", "A linear layer that is frozen does not keep its input.")},
 )  # fmt: skip
 def what_a_prompt_keeps():
     full, prompt = (_in_blocks(m) for m in (FullFineTuning(), PromptTuning(20)))
     share = prompt / full
-    guesses = {"a": 0.0, "b": 0.1, "c": 0.5, "d": 0.9}
+    guesses = {"a": 0.0, "b": 0.1, "c": 0.7, "d": 1.0}
     letter = min(guesses, key=lambda key: abs(guesses[key] - share))
     return letter, f"{prompt / 1e6:.0f} MB of {full / 1e6:.0f} MB: {share:.0%}."
 
@@ -59,14 +62,15 @@ def _in_blocks(method) -> int:
 
 
 @question(
-    "A source says that full fine-tuning needs 7 times the memory of prompt tuning. GPT-2 trains "
-    "on 64 rows of 512 tokens, in float32, without recomputing anything. How many times is it?",
+    "You will read that full fine-tuning needs 7 times the memory of training 20 vectors in front "
+    "of the input. GPT-2 trains on 64 rows of 512 tokens, in float32, without recomputing "
+    "anything. How many times is it?",
     {
         "a": ("about 7 times", "That leaves out the activations, and counts the weights in 16 "
               "bits."),
         "b": ("about 4 times", "That is 16 bytes against 4: right, if there were no activations."),
         "c": ("1 to 1.5 times", "The activations of so many tokens are most of it in both."),
-        "d": ("less than 1", "It would take more virtual tokens than that: 20 beside 512 are few."),
+        "d": ("less than 1", "It would take more vectors than that: 20 beside 512 tokens are few."),
     },
 )  # fmt: skip
 def how_many_times():
@@ -75,40 +79,67 @@ def how_many_times():
     times = full / prompt
     letter = "d" if times < 1 else "c" if times <= 1.5 else "b" if times < 5.5 else "a"
     share = view.steps["Prompt tuning"].activations / prompt
-    return letter, f"{times:.2f} times; {share:.0%} of prompt tuning's bytes are activations."
+    return letter, f"{times:.2f} times; {share:.0%} of the smaller one's bytes are activations."
 
 
-# --- bytes a parameter -------------------------------------------------------------------------
-def adam_bytes_solution(total, trained):
-    weights = 4 * total
-    gradients = 4 * trained
-    moments = 2 * 4 * trained
-    return weights + gradients + moments
+# --- the gradients of a linear layer ------------------------------------------------------------
+def linear_backward_solution(x, W, g):
+    of_W = g.T @ x  # d_out d_in
+    of_x = g @ W  # tokens d_in
+    return of_W, of_x
+
+
+def _layer(tokens=5, d_in=7, d_out=3):
+    """x, W and g of a linear layer, with three sizes that differ."""
+    draw = torch.Generator().manual_seed(tokens)
+    shapes = (tokens, d_in), (d_out, d_in), (tokens, d_out)
+    return [torch.randn(shape, generator=draw, dtype=torch.float64) for shape in shapes]
+
+
+def _autograd_of(*size):
+    """Both gradients, as PyTorch's own backward pass has them."""
+    x, W, g = _layer(*size)
+    x.requires_grad_()
+    W.requires_grad_()
+    nn.functional.linear(x, W).backward(g)
+    return W.grad, x.grad
+
+
+def _of_either(given, right):
+    which = 0 if not same(given[0], right[0]) else 1
+    name = ("that of W", "that of x")[which]
+    return f"{name} is another: {unlike(given[which], right[which])}"
 
 
 @exercise(
-    "Bytes of training in float32", solution=adam_bytes_solution,
+    "The gradients of a linear layer", solution=linear_backward_solution,
     mistakes=(
-        (lambda total, trained: total + 3 * trained,
-         "you counted numbers: each of them takes 4 bytes"),
-        (lambda total, trained: 16 * total, "you gave the frozen ones a gradient and moments too"),
-        (lambda total, trained: 16 * trained, "the frozen weights are still there, 4 bytes each"),
-        (lambda total, trained: 4 * total + 8 * trained, "beside its weight, a trained one has a "
-         "gradient and two moments: you left out one of the three"),
-        (lambda total, trained: 4 * total + 4 * trained,
-         "your optimiser has no memory of its own: Adam has"),
-        (lambda total, trained: 4 * total + 16 * trained,
-         "you counted the trained weights twice: they are among the total")),
-    otherwise="of {case[0]:,} with {case[1]:,} trained: {right:,} bytes, yours {given:,}",
-    praise="4 bytes each, and 12 more for each that trains: 16 if all do",
-    difficulty=1, importance=5, minutes=3,
+        (after(linear_backward_solution, lambda W, x: (x, W)),
+         "you return them in the other order: that of W comes first"),
+        (after(linear_backward_solution, lambda W, x: (W.T, x)),
+         "the gradient of W is transposed: it has the shape of W, (d_out, d_in)"),
+        (lambda x, W, g: (g.T @ x / len(x), g @ W), "you took the mean over the tokens in that of "
+         "W: each token adds its share, and g has the loss's own mean in it already"),
+        (lambda x, W, g: (x.T @ x @ W.T, g @ W), "no g is in your gradient of W",
+         lambda given, right: given[0].shape == right[0].T.shape),
+        (lambda x, W, g: (g[:1].T @ x[:1], g @ W), "your gradient of W has one token in it: all "
+         "of them used this W, so add up what each contributes"),
+        (lambda x, W, g: (g.T @ x, g @ W / len(x)),
+         "you divided that of x by the number of tokens: each token has a gradient of its own"),
+        (lambda x, W, g: (g.T @ x, (x @ W.T) @ W), "your gradient of x is made of y: the gradient "
+         "that arrives is g")),
+    otherwise=_of_either, praise="gᵀ x and g W: the same as PyTorch's backward pass, at two sizes",
+    right=_autograd_of, again=(9, 3, 11), difficulty=2, importance=5, minutes=6,
     hints=(
-        "Every weight of the model takes 4 bytes, whether it trains or not.",
-        "A weight that trains has three more numbers: its gradient, and Adam's two moments."),
+        "Each gradient has the shape of what it belongs to: W is (d_out, d_in), x (tokens, d_in).",
+        "W[i, j] is multiplied by x[t, j] for every token t, and what comes out is weighed by "
+        "g[t, i]. Add g[t, i] x[t, j] over the tokens.",
+        "x[t, j] goes to every output i through W[i, j]. Add g[t, i] W[i, j] over the outputs."),
 )  # fmt: skip
-def adam_bytes(answer):
-    cases = (1000, 1000), (1000, 10), (124_439_808, 294_912)
-    return {case: a_count(answer(*case)) for case in cases}
+def linear_backward(answer, *size):
+    """Both gradients of a layer; their shapes first."""
+    x, W, g = _layer(*size)
+    return tuple(several(answer(x, W, g), 2, "return two tensors: that of W, then that of x"))
 
 
 # --- a step of Adam ----------------------------------------------------------------------------

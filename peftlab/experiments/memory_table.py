@@ -16,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from datetime import date
 from pathlib import Path
 
+import pandas as pd
 import torch
 import transformers
 
@@ -188,6 +189,19 @@ def predict_again(path: Path) -> None:
         "transformers": transformers.__version__,
     }
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def read(device: str) -> tuple[dict, pd.DataFrame]:
+    """The float32 result of a device as it was written: when and where it was made, and for each
+    row its label and both peaks in bytes, without what is kept aside."""
+    path = data_path("results", f"memory_table_{device}.json")
+    made = json.loads(path.read_text(encoding="utf-8"))
+    found = [
+        {"label": row["label"]}
+        | {f"{k} peak": row[k]["peak"] - row[k]["aside"] for k in ("measured", "predicted")}
+        for row in made.pop("rows")
+    ]
+    return made, pd.DataFrame(found)
 
 
 def main() -> None:

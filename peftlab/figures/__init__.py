@@ -7,6 +7,7 @@ and show real tensors; `draw` shows what is attached. Each has a text for those 
 
 from peftlab.figures.adviser import decision_lanes
 from peftlab.figures.attention import attention_pair, attention_parts, token_bars
+from peftlab.figures.backward import kept_in_block, linear_backward, rounded_steps
 from peftlab.figures.before_after import before_after
 from peftlab.figures.bell import bell
 from peftlab.figures.block import block_of_weights
@@ -24,6 +25,7 @@ from peftlab.figures.curves import (
 from peftlab.figures.definitions import soft_definitions
 from peftlab.figures.described import Box, Drawing, describe
 from peftlab.figures.draw import draw
+from peftlab.figures.forgetting import forgetting_by_rate, leaks, learned_and_lost
 from peftlab.figures.gate import gate_road
 from peftlab.figures.lora_runs import (
     forgotten_by_size,

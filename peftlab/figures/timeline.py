@@ -14,17 +14,19 @@ WORDS = {"aside": "originals kept aside", "optimiser": "Adam's moments"}
 HIGH = 250
 
 
-def step_timeline(memories: Mapping[str, Memory], dark: bool | None = None) -> go.Figure:
+def step_timeline(
+    memories: Mapping[str, Memory], dark: bool | None = None, title: str = ""
+) -> go.Figure:
     """What is in memory during a training step, one panel for each label, with one scale.
 
     `memories` has what `memory.measure` or `memory.predict` returned. A layer's activations are
     kept when its forward pass is done; in the backward pass they go, and its gradients come. The
     dots are the totals at the end of forward, backward and step; the dashed line is the most that
-    was in use at any time, short-lived tensors included.
+    was in use at any time, short-lived tensors included. Without a `title` it says these.
     """
     peak = max(max(memory.peak, *memory.total.values()) for memory in memories.values())
     peaks = [f"{label}: {readable_bytes(memory.peak)}" for label, memory in memories.items()]
-    title = "The most memory that a step needs is " + "; ".join(peaks)
+    title = title or "The most memory that a step needs is " + "; ".join(peaks)
     alt = ". ".join(_in_words(label, memory) for label, memory in memories.items())
     sheet = Sheet(title, HIGH + 100, f"{title}. {alt}.", dark)
     width = (784 - 62) / len(memories)

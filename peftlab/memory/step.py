@@ -13,7 +13,7 @@ import json
 import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -69,7 +69,22 @@ class Memory:
 
     def sum(self, moment: str) -> int:
         """What the parts that are there at this moment add up to."""
-        return sum(self.bytes(part) for part, moments in PRESENT.items() if moment in moments)
+        return sum(self.bytes(part) for part in self.parts if moment in PRESENT[part])
+
+    def without(self, part: str) -> Memory:
+        """The same step without one part, which has to be there all the time, as "aside" is.
+
+        Raises ValueError for a part that comes and goes, and for one that is not there.
+        """
+        if PRESENT.get(part) != MOMENTS or part not in self.parts:
+            always = ", ".join(name for name in self.parts if PRESENT[name] == MOMENTS)
+            raise ValueError(f"{part!r} is not there all the time: allowed is {always}")
+        size, parts = self.bytes(part), {k: v for k, v in self.parts.items() if k != part}
+        total, most = (
+            {moment: held - size for moment, held in found.items()}
+            for found in (self.total, self.most)
+        )
+        return replace(self, parts=parts, total=total, most=most)
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ from peftlab.panels.live import (
     live_trainer,
     scores_table,
 )
-from peftlab.panels.live_curve import LiveCurve, LiveShares
+from peftlab.panels.live_curve import LiveCurve, LiveLooks, LiveShares
 from peftlab.panels.memory import (
     BATCHES,
     BESIDE_FULL,
@@ -139,6 +139,7 @@ __all__ = [
     "LAB_STEPS",
     "LENGTHS",
     "LiveCurve",
+    "LiveLooks",
     "LiveShares",
     "LiveTrainer",
     "MemoryExplorer",

@@ -1,5 +1,7 @@
 """Curves that grow in a cell's output while it trains."""
 
+from collections.abc import Callable
+
 import pandas as pd
 import plotly.graph_objects as go
 from IPython.display import clear_output, display
@@ -59,3 +61,31 @@ class LiveShares:
             self.looks.append({key: record[key] for key in ("step", *self.names)})
             clear_output(wait=True)
             display(self.figure())
+
+
+class LiveLooks:
+    """An `on_step` for `train`: every `every` steps it looks, and redraws what it saw so far.
+
+    `look(step)` returns numbers by name; `draw(table)` makes a figure of the table of all looks,
+    which has "step", "loss" (the mean since the last look) and those numbers. `first` is what was
+    seen before step 1, if it shall be drawn.
+    """
+
+    def __init__(self, look: Callable, draw: Callable, every: int, first: dict | None = None):
+        self.look, self.draw, self.every = look, draw, every
+        self.looks: list[dict] = [] if first is None else [first]
+        self._losses: list[float] = []
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row for each look so far."""
+        return pd.DataFrame(self.looks)
+
+    def __call__(self, record: dict) -> None:
+        """Note one step; `record` has "step" and "loss"."""
+        self._losses.append(record["loss"])
+        if record["step"] % self.every == 0:
+            loss, self._losses = sum(self._losses) / len(self._losses), []
+            self.looks.append({"step": record["step"], "loss": loss, **self.look(record["step"])})
+            clear_output(wait=True)
+            display(self.draw(self.table))
