@@ -9,6 +9,7 @@ from peftlab.figures.attention import attention_pair, attention_parts, token_bar
 from peftlab.figures.bell import bell
 from peftlab.figures.block import block_of_weights
 from peftlab.figures.clinic import counted_labels, decision_order, gradient_reach, stations
+from peftlab.figures.coded_runs import code_shares, what_arrives
 from peftlab.figures.curves import (
     bars_by_method,
     counts_figure,
@@ -45,6 +46,7 @@ from peftlab.figures.prefix import (
     thrown_away,
     within_and_through,
 )
+from peftlab.figures.quantiser import coded_road, pages, quantile_steps
 from peftlab.figures.relatives import relatives, sum_of_factors
 from peftlab.figures.roads import adapter_places, bottleneck
 from peftlab.figures.scores import score_matrix
