@@ -35,6 +35,11 @@ def multiples():
     return figures.small_multiples(table, "steps", "exact", "skill", "t", "steps", "share right")
 
 
+def arriving():
+    table = pd.DataFrame({"size": [0.01, 0.1, 1.0], "along": [0.0, 0.8, 1.0], "off": [1.0, 0.8, 0]})
+    return figures.what_arrives(table, {"a tenth": 0.1}, "t")
+
+
 def every_figure():
     table = pd.DataFrame({"method": ["lora", "lora", "base"], "em": [0.9, 0.8, 0.1]})
     return {
@@ -47,6 +52,8 @@ def every_figure():
         "attention_pair": attention(),
         "small_multiples": multiples(),
         "token_bars": figures.token_bars(["a", "a"], [1, 2], "t", "cosine"),
+        "code_shares": figures.code_shares({"nf4": [1 / 16] * 16, "int4": [1 / 15] * 15}, "t"),
+        "what_arrives": arriving(),
     }
 
 
@@ -186,6 +193,18 @@ def test_token_bars_keep_equal_tokens_apart():
     figure = figures.token_bars([" the", " the"], [0.5, 0.4], "t", "cosine")
     assert list(figure.data[0].y) == [0, 1]
     assert list(figure.layout.yaxis.ticktext) == ["' the'", "' the'"]
+
+
+def test_code_shares_have_a_point_a_code_and_the_even_share():
+    fig = figures.code_shares({"nf4": [1 / 16] * 16, "int4": [1 / 15] * 15}, "t")
+    assert {line.name: len(line.y) for line in fig.data} == {"nf4": 16, "int4": 15}
+    assert [line.y0 for line in fig.layout.shapes] == [1 / 16]
+
+
+def test_what_arrives_has_both_parts_and_the_sizes_that_were_named():
+    along, off, mark = arriving().data
+    assert list(along.y) == [0.0, 0.8, 1.0] and list(off.y) == [1.0, 0.8, 0.0]
+    assert list(mark.x) == [0.1, 0.1] and "a tenth" in mark.text
 
 
 def test_figures_survive_json():
