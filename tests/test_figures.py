@@ -40,6 +40,12 @@ def arriving():
     return figures.what_arrives(table, {"a tenth": 0.1}, "t")
 
 
+def lost():
+    ways = [("codes", 0.5), ("original", 0.1), ("decoded", 0.0)]
+    rows = [(b, way, s, worse) for b in "ab" for way, worse in ways for s in (0, 1)]
+    return figures.lost_by_way(pd.DataFrame(rows, columns=["base", "way", "seed", "worse"]), "t")
+
+
 def every_figure():
     table = pd.DataFrame({"method": ["lora", "lora", "base"], "em": [0.9, 0.8, 0.1]})
     return {
@@ -54,6 +60,7 @@ def every_figure():
         "token_bars": figures.token_bars(["a", "a"], [1, 2], "t", "cosine"),
         "code_shares": figures.code_shares({"nf4": [1 / 16] * 16, "int4": [1 / 15] * 15}, "t"),
         "what_arrives": arriving(),
+        "lost_by_way": lost(),
     }
 
 
@@ -205,6 +212,14 @@ def test_what_arrives_has_both_parts_and_the_sizes_that_were_named():
     along, off, mark = arriving().data
     assert list(along.y) == [0.0, 0.8, 1.0] and list(off.y) == [1.0, 0.8, 0.0]
     assert list(mark.x) == [0.1, 0.1] and "a tenth" in mark.text
+
+
+def test_every_run_of_a_merged_adapter_is_a_point_beside_its_base():
+    fig = lost()
+    for trace, worse in zip(fig.data, (0.5, 0.1, 0.0), strict=True):
+        assert list(trace.x) == [worse] * 4
+        assert [round(y) for y in trace.y] == [0, 0, 1, 1]
+    assert list(fig.layout.yaxis.ticktext) == ["a", "b"] and "2 seeds" in fig.layout.title.text
 
 
 def test_figures_survive_json():

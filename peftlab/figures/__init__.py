@@ -9,7 +9,7 @@ from peftlab.figures.attention import attention_pair, attention_parts, token_bar
 from peftlab.figures.bell import bell
 from peftlab.figures.block import block_of_weights
 from peftlab.figures.clinic import counted_labels, decision_order, gradient_reach, stations
-from peftlab.figures.coded_runs import code_shares, what_arrives
+from peftlab.figures.coded_runs import code_shares, lost_by_way, what_arrives
 from peftlab.figures.curves import (
     bars_by_method,
     counts_figure,

@@ -23,7 +23,8 @@ def code_shares(shares: Mapping[str, Sequence[float]], title: str) -> go.Figure:
     fig.add_hline(y=1 / 16, line=dict(color=GREY, dash="dash"))
     note = dict(text="1 in 16", showarrow=False, xanchor="left", yanchor="bottom", font_size=12)
     fig.add_annotation(x=0, xref="paper", y=1 / 16, **note)
-    fig.update_xaxes(dtick=1).update_yaxes(tickformat=".0%", rangemode="tozero")
+    fig.update_xaxes(dtick=1, range=[-0.6, 15.6])
+    fig.update_yaxes(tickformat=".0%", rangemode="tozero")
     return fig.update_layout(legend=dict(x=0.99, xanchor="right", y=0.99))
 
 
@@ -51,4 +52,26 @@ def what_arrives(table: pd.DataFrame, marks: Mapping[str, float], title: str) ->
     ticks = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1]
     fig.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
     fig.update_yaxes(tickformat=".0%", range=[-0.03, 1.42])
-    return fig.update_layout(legend=dict(orientation="h", x=0, y=-0.22), margin_b=90, height=420)
+    return fig.update_layout(legend=dict(orientation="h", x=0, y=-0.26), margin_b=100, height=440)
+
+
+def lost_by_way(table: pd.DataFrame, title: str) -> go.Figure:
+    """The loss that each "way" to use a trained adapter adds, "worse", a row for each "base".
+
+    Every seed has its point; 0 is the adapter beside its codes.
+    """
+    bases, ways = list(table["base"].unique()), list(table["way"].unique())
+    seeds = table["seed"].nunique()
+    title += f"<br><sup>every seed's point, {seeds} seeds for each base and way</sup>"
+    fig = figure(title, "test loss above that beside the codes, nats per target token", "")
+    looks = ((VERMILLION, "x"), (GREY, "circle-open"), (BLUE, MARKERS["qlora"]))
+    for n, (way, (colour, symbol)) in enumerate(zip(ways, looks, strict=True)):
+        mine = table[table["way"] == way]
+        y = [bases.index(base) + (n - 1) * 0.24 for base in mine["base"]]
+        marker = dict(color=colour, symbol=symbol, size=11)
+        fig.add_scatter(x=mine["worse"], y=y, mode="markers", marker=marker, name=way)
+    fig.add_vline(x=0, line=dict(color=GREY, dash="dash"))
+    places = dict(tickvals=list(range(len(bases))), ticktext=bases, ticks="")
+    fig.update_yaxes(**places, range=[len(bases) - 0.5, -0.5], showgrid=False)
+    legend = dict(orientation="h", x=0, y=-0.32)
+    return fig.update_layout(legend=legend, margin=dict(l=110, b=110, t=70), height=410)
