@@ -35,6 +35,17 @@ def multiples():
     return figures.small_multiples(table, "steps", "exact", "skill", "t", "steps", "share right")
 
 
+def arriving():
+    table = pd.DataFrame({"size": [0.01, 0.1, 1.0], "along": [0.0, 0.8, 1.0], "off": [1.0, 0.8, 0]})
+    return figures.what_arrives(table, {"a tenth": 0.1}, "t")
+
+
+def lost():
+    ways = [("codes", 0.5), ("original", 0.1), ("decoded", 0.0)]
+    rows = [(b, way, s, worse) for b in "ab" for way, worse in ways for s in (0, 1)]
+    return figures.lost_by_way(pd.DataFrame(rows, columns=["base", "way", "seed", "worse"]), "t")
+
+
 def every_figure():
     table = pd.DataFrame({"method": ["lora", "lora", "base"], "em": [0.9, 0.8, 0.1]})
     return {
@@ -47,6 +58,9 @@ def every_figure():
         "attention_pair": attention(),
         "small_multiples": multiples(),
         "token_bars": figures.token_bars(["a", "a"], [1, 2], "t", "cosine"),
+        "code_shares": figures.code_shares({"nf4": [1 / 16] * 16, "int4": [1 / 15] * 15}, "t"),
+        "what_arrives": arriving(),
+        "lost_by_way": lost(),
     }
 
 
@@ -186,6 +200,26 @@ def test_token_bars_keep_equal_tokens_apart():
     figure = figures.token_bars([" the", " the"], [0.5, 0.4], "t", "cosine")
     assert list(figure.data[0].y) == [0, 1]
     assert list(figure.layout.yaxis.ticktext) == ["' the'", "' the'"]
+
+
+def test_code_shares_have_a_point_a_code_and_the_even_share():
+    fig = figures.code_shares({"nf4": [1 / 16] * 16, "int4": [1 / 15] * 15}, "t")
+    assert {line.name: len(line.y) for line in fig.data} == {"nf4": 16, "int4": 15}
+    assert [line.y0 for line in fig.layout.shapes] == [1 / 16]
+
+
+def test_what_arrives_has_both_parts_and_the_sizes_that_were_named():
+    along, off, mark = arriving().data
+    assert list(along.y) == [0.0, 0.8, 1.0] and list(off.y) == [1.0, 0.8, 0.0]
+    assert list(mark.x) == [0.1, 0.1] and "a tenth" in mark.text
+
+
+def test_every_run_of_a_merged_adapter_is_a_point_beside_its_base():
+    fig = lost()
+    for trace, worse in zip(fig.data, (0.5, 0.1, 0.0), strict=True):
+        assert list(trace.x) == [worse] * 4
+        assert [round(y) for y in trace.y] == [0, 0, 1, 1]
+    assert list(fig.layout.yaxis.ticktext) == ["a", "b"] and "2 seeds" in fig.layout.title.text
 
 
 def test_figures_survive_json():

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from itertools import pairwise
 
 import nbformat
 import numpy as np
@@ -12,6 +13,7 @@ from models import tiny
 
 import peftlab as pl
 from peftlab import figures
+from peftlab.accounting import readable_bytes
 from peftlab.bases.probes import attention_map, gate
 from peftlab.experiments.run_notebooks import PLOTLY, PNG, add_pictures
 from peftlab.figures.described import describe
@@ -20,7 +22,7 @@ from peftlab.figures.theme import DARK, LIGHT, contrast
 from peftlab.figures.timeline import course
 from peftlab.memory import measure, predict
 from peftlab.memory.traced import rows
-from peftlab.sites.quantisation import ABSMAX_BLOCK, QUANT_TYPES, quantise, table
+from peftlab.sites.quantisation import ABSMAX_BLOCK, NF4_OFFSET, QUANT_TYPES, quantise, table
 
 SOFT = {
     "Prompt tuning": pl.PromptTuning(3),
@@ -34,6 +36,8 @@ ADAPTERS = {
     "Parallel": pl.ParallelAdapter(3),
     "(IA)³": pl.IA3(),
 }
+STAYS = {"weights": 36 * 10**9, "adapter": 2 * 10**9, "gradients": 2 * 10**9}
+BATCHES = {"two short texts": 10**9, "two long texts": 5 * 10**9}
 
 
 def weight(rows=24, columns=32, seed=0):
@@ -74,6 +78,10 @@ def every_drawing(dark=False):
         "bell": figures.bell(0.3, 0.7, dark=dark),
         "block": figures.block_of_weights(W, quantise(W), 2, dark),
         "block, one scale": figures.block_of_weights(W, quantise(W, double_quant=False), 0, dark),
+        "steps of probability": figures.quantile_steps(dark),
+        "coded road": figures.coded_road(quantise(W), 8, "layers.0.up", dark),
+        "pages": figures.pages(STAYS, 6 * 10**9, BATCHES, 48 * 10**9, dark),
+        "pages not needed": figures.pages(STAYS, 10**9, BATCHES, 48 * 10**9, dark),
         "masks": figures.masked_matrix(W, figures.usual_masks(W), dark=dark),
         "bottleneck": small,
         "timeline": timeline,
@@ -185,6 +193,43 @@ def test_the_bell_has_the_bins_of_its_table(kind):
         assert len(areas) == len(levels)
     with pytest.raises(ValueError, match="allowed is"):
         figures.bell(1.1, 1.0, kind)
+
+
+def test_steps_of_probability_end_at_the_levels():
+    figure = figures.quantile_steps()
+    lines = [s for s in figure.layout.shapes if s.type == "path" and s.path.count("L") == 2]
+    points = [[tuple(map(float, p.split(","))) for p in s.path[1:].split("L")] for s in lines]
+    steps = [y for (_, y), _, _ in points]  # on the axis of probability, the lowest level first
+    rises = [low - high for low, high in pairwise(steps)]
+    assert rises[:7] == pytest.approx([320 * (NF4_OFFSET - 0.5) / 7] * 7, abs=0.11)
+    assert rises[7:] == pytest.approx([320 * (NF4_OFFSET - 0.5) / 8] * 8, abs=0.11)
+    ends = [x for _, _, (x, _) in points]
+    zero, one = ends[7], ends[15]
+    levels = [(x - zero) / (one - zero) for x in ends]
+    assert levels == pytest.approx(table("nf4").tolist(), abs=1e-3)
+
+
+def test_a_coded_road_has_areas_to_the_scale_of_bytes():
+    codes = quantise(weight(80, 256))
+    figure = figures.coded_road(codes, 4, "here")
+    boxes = [s for s in figure.layout.shapes if s.type == "rect" and s.x1 - s.x0 == 104]
+    first, last, held = sorted(boxes, key=lambda s: s.y0 - s.y1)
+    assert first.y1 - first.y0 == last.y1 - last.y0 == 104 and first.line.dash == "dot"
+    assert (held.y1 - held.y0) / 104 == pytest.approx(codes.bytes / (4 * 80 * 256))
+    assert f"{readable_bytes(codes.bytes)} stay" in figure.layout.title.text
+
+
+def test_pages_lend_what_is_missing_and_no_more():
+    gb = 10**9
+    figure = figures.pages(STAYS, 6 * gb, BATCHES, 48 * gb)
+    unit = 640 / (48 * gb)  # 40 + 6 + 5 − 48: 3 GB do not fit
+    assert "misses the card by 3.0 GB" in figure.layout.title.text
+    boxes = [s for s in figure.layout.shapes if s.type == "rect" and s.y1 - s.y0 == 34]
+    ends = {y: max(s.x1 for s in boxes if s.y0 == y and s.x0 < 656) for y in (34, 116, 198)}
+    assert [round((x - 16) / unit / gb, 6) for x in ends.values()] == [47, 51, 48]
+    [host] = [s for s in boxes if s.x0 > 656 and s.y0 == 198]
+    assert (host.x1 - host.x0) / unit == pytest.approx(3 * gb)
+    assert "2.0 GB are left" in figures.pages(STAYS, gb, BATCHES, 48 * gb).layout.title.text
 
 
 def test_a_block_shows_its_codes_and_scales():

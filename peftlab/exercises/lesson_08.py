@@ -1,4 +1,4 @@
-"""Lesson 08, QLoRA: levels, blocks, bytes, the gradient through codes, and four broken readers."""
+"""Lesson 08, QLoRA: blocks, levels, bits, the gradient through codes, and four broken readers."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch
 
 from peftlab.exercises import after, exercise, expect, question
 from peftlab.exercises.clinic import Ward
-from peftlab.exercises.forms import a_tensor, same, several, unlike
-from peftlab.sites.quantisation import NF4_OFFSET, blockwise, normal_levels, quantise, table, unpack
+from peftlab.exercises.forms import a_number, a_tensor, same, several, unlike
+from peftlab.sites.quantisation import NF4_OFFSET, blockwise, normal_levels, quantise, table
 
 
 # --- predict first -----------------------------------------------------------------------------
@@ -221,36 +221,44 @@ def encode(answer, blocks=8, size=64):
     return codes, absmax
 
 
-# --- bytes -------------------------------------------------------------------------------------
-def pack_solution(codes):
-    return codes[::2] * 16 + codes[1::2]
+# --- bits --------------------------------------------------------------------------------------
+def bits_solution(block, group):
+    return 4 + 8 / block + 32 / (block * group)
+
+
+def _sizes(numbers):
+    """`numbers(block, group)` for three pairs of sizes."""
+    return {case: numbers(*case) for case in ((64, 256), (32, 100), (96, 7))}
 
 
 @exercise(
-    "Two codes in a byte", solution=pack_solution, difficulty=1, importance=3, minutes=4,
+    "Bits a weight", solution=bits_solution,
     mistakes=(
-        (lambda c: c[::2] + c[1::2],
-         "the two codes lie on top of each other: 3 and 4 would read like 4 and 3"),
-        (lambda c: c[::2] + 16 * c[1::2], "the first code is in the low half: that would work too, "
-         "but readers of this format look for it in the high half"),
-        (lambda c: c, "still one code a byte: half as many bytes do",
-         lambda given, right: len(given) == 2 * len(right)),
-        (lambda c: c[: len(c) // 2] * 16 + c[len(c) // 2 :],
-         "you pair the first half of all codes with the second: neighbours share a byte"),
-        (lambda c: c[::2] * 10 + c[1::2], "you multiply by ten: four bits are sixteen values")),
-    praise="half as many bytes, and unpacking gives all codes back", again=(54,),
-    otherwise=lambda given, right: (
-        f"the first byte of codes {unpack(right, 2).tolist()} should be {right[0]}, not {given[0]}"
-        if len(given) == len(right) and given[0] != right[0]
-        else f"{len(right)} bytes are needed: {unlike(given, right)}"
-    ),
+        (lambda block, group: 4 + 32 / block,
+         "that is one scale of 32 bits a block: here it is a code of 8 bits"),
+        (lambda block, group: 4 + 8 / block,
+         "you left out the scale of scales: 32 bits for every group of blocks"),
+        (lambda block, group: 8 / block + 32 / (block * group),
+         "you left out the code itself: 4 bits"),
+        (lambda block, group: 4 + 8 / block + 32 / group,
+         "a group has `group` blocks, so block · group weights share its 32 bits"),
+        (lambda block, group: 4 + 8 / group + 32 / (block * group),
+         "a scale of 8 bits is shared by the weights of its block, not by the blocks of its group"),
+        (lambda block, group: 4 + 32 / block + 8 / (block * group),
+         "the wrong way round: the scale of a block has 8 bits, and the scale of scales has 32"),
+        (lambda block, group: (4 + 8 / block + 32 / (block * group)) / 8,
+         "that is in bytes: bits are asked for"),
+        (lambda block, group: 4 + 8 // block + 32 // (block * group),
+         "// rounds to a whole number: bits a weight are a mean, and need none")),
+    praise=lambda given, right: f"{right[64, 256]:.3f} bits, for blocks of 64 in groups of 256",
+    otherwise="for block, group = {case} expected {right:.5g}, yours {given:.5g}",
+    difficulty=1, importance=4, minutes=4,
     hints=(
-        "A byte has 8 bits, a code has 4. The first goes into the high four: times 16.",
-        "codes[::2] are the first of every pair, codes[1::2] the second."),
+        "Ask of each kind of number how many weights share it: a code 1, a scale `block`.",
+        "The 32 bits of the scale of scales are shared by block · group weights."),
 )  # fmt: skip
-def pack(answer, n=40):
-    codes = torch.randint(16, (n,), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
-    return a_tensor(answer(codes)).flatten()
+def bits(answer):
+    return _sizes(lambda *case: a_number(answer(*case)))
 
 
 # --- the gradient ------------------------------------------------------------------------------

@@ -56,6 +56,11 @@ def drawings(dark: bool) -> Iterator[tuple[str, go.Figure]]:
     W = base.anatomy.linears["layers.0.up"].weight
     yield "bell", figures.bell(float(W[0, 7]), float(W[0, :64].abs().max()), dark=dark)
     yield "block_of_weights", figures.block_of_weights(W, quantise(W), 37, dark)
+    yield "quantile_steps", figures.quantile_steps(dark)
+    yield "coded_road", figures.coded_road(quantise(W), 8, "layers.0.up", dark)
+    stays = {"weights": 34 * 10**9, "adapter": 3 * 10**9, "gradients": 3 * 10**9}
+    batches = {"two short texts": 10**9, "two long texts": 5 * 10**9}
+    yield "pages", figures.pages(stays, 6 * 10**9, batches, 48 * 10**9, dark)
     yield "masked_matrix", figures.masked_matrix(W, figures.usual_masks(W), dark=dark)
     steps = {
         method.title: predict(method, "gpt2", 4, 128) for method in (pl.FullFineTuning(), pl.LoRA())

@@ -32,6 +32,7 @@ import torch
 from peftlab.bases import Base, load
 from peftlab.bases.anatomy import CODES
 from peftlab.bases.data import data_path
+from peftlab.experiments import compare_real
 from peftlab.methods import NF4, LoRA, QLoRA
 from peftlab.tasks import Task
 from peftlab.tasks import load as load_task
@@ -179,6 +180,46 @@ def read(path: Path = PATH) -> tuple[dict, pd.DataFrame]:
     """When and how it was made, and one row a run."""
     made = json.loads(path.read_text(encoding="utf-8"))
     return made, pd.DataFrame(made.pop("runs"))
+
+
+def by_base() -> pd.DataFrame:
+    """One row a run of LoRA and of QLoRA, its "label" the base and the method."""
+    _, runs = read()
+    runs["label"] = runs["base"] + ": " + runs["method"]
+    runs["base"] = pd.Categorical(runs["base"], runs["base"].unique())  # in this order
+    return runs.sort_values(["base", "method", "seed"])
+
+
+def by_way() -> pd.DataFrame:
+    """One row for each QLoRA and each way to use it after training.
+
+    "worse" is the loss above that of the same adapter beside its codes, in nats.
+    """
+    _, runs = read()
+    rows = []
+    for _, run in runs[runs["method"] == "QLoRA"].iterrows():
+        for way, scores in run["merged"].items():
+            loss = scores["loss"]
+            row = {"base": run["base"], "way": way, "seed": run["seed"]}
+            rows.append({**row, "loss": loss, "worse": loss - run["loss"]})
+    return pd.DataFrame(rows)
+
+
+def beside_full() -> pd.DataFrame:
+    """LoRA and QLoRA on five recorded tasks of small real models, one row a run.
+
+    "part" is the main score over the mean of full fine-tuning there; "end" says whether the rate
+    was the first or the last of those tried.
+    """
+    rows = []
+    for name in compare_real.SETTINGS:
+        found = compare_real.recorded(name)
+        full = found.runs[found.runs["label"] == "Full fine-tuning"][found.main].mean()
+        for label in METHODS:
+            for _, run in found.runs[found.runs["label"] == label].iterrows():
+                part, end = run[found.main] / full, bool(run["at_the_end_of_its_grid"])
+                rows.append({"task": name, "label": f"{name}: {label}", "part": part, "end": end})
+    return pd.DataFrame(rows)
 
 
 def main() -> None:

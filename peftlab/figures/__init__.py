@@ -13,6 +13,7 @@ from peftlab.figures.bell import bell
 from peftlab.figures.block import block_of_weights
 from peftlab.figures.calculator import STEP_PARTS, fits_bars
 from peftlab.figures.clinic import counted_labels, decision_order, gradient_reach, stations
+from peftlab.figures.coded_runs import code_shares, lost_by_way, what_arrives
 from peftlab.figures.curves import (
     bars_by_method,
     counts_figure,
@@ -50,6 +51,7 @@ from peftlab.figures.prefix import (
     thrown_away,
     within_and_through,
 )
+from peftlab.figures.quantiser import coded_road, pages, quantile_steps
 from peftlab.figures.relatives import relatives, sum_of_factors
 from peftlab.figures.roads import adapter_places, bottleneck
 from peftlab.figures.scores import score_matrix
