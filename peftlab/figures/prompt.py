@@ -128,8 +128,8 @@ def share_strips(
             x += wide
         return x
 
-    strip(tops[0], alone, virtual)
-    strip(tops[1], shares, 0)
+    strip(tops[0], alone.tolist(), virtual)
+    strip(tops[1], shares.tolist(), 0)
     start = left + taken * long
     for ends in ([(left, tops[0] + high), (start, tops[1] - 22)],
                  [(left + long, tops[0] + high), (left + long, tops[1] - 22)]):  # fmt: skip
