@@ -175,7 +175,7 @@ def test_what_the_text_reads_in_the_runs_on_sentiment():
     assert slow.min() > tokens.query("lr == 0.1 and steps == 200").loss_last.max()
     better = []
     for rate in (0.01, 0.03, 0.1, 0.3, 1.0):
-        at = runs.query("steps == 200 and lr == @rate").groupby("init").accuracy
+        at = runs[(runs.steps == 200) & (runs.lr == rate)].groupby("init").accuracy
         better.append(at.min()["text"] > at.max()["vocabulary"])
         assert at.min()["vocabulary"] < at.max()["text"]
     assert better == [False, True, True, False, False]

@@ -222,7 +222,7 @@ def share_by_layer(shares: Mapping[str, Any], uniform: Number, title: str) -> go
             line=dict(color=PROMPT, dash=dash, width=2), name=label,
         )  # fmt: skip
     fig.add_hline(y=uniform, line=dict(color=GREY, dash="dot", width=1.5))
-    fig.add_annotation(x=0.01, xref="paper", xanchor="left", y=uniform, yshift=11, showarrow=False,
+    fig.add_annotation(x=0.99, xref="paper", xanchor="right", y=uniform, yshift=11, showarrow=False,
                        text=f"a reader who looks at all tokens alike: {uniform:.0%}")  # fmt: skip
     fig.update_layout(legend=dict(orientation="h", x=0, y=-0.22))
     return fig.update_yaxes(range=[0, 1], tickformat=".0%").update_xaxes(dtick=1)
