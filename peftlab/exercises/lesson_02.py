@@ -1,4 +1,4 @@
-"""Lesson 02, prompt tuning: prepend, count, initialise, and find what is broken."""
+"""Lesson 02, prompt tuning: prepend, count, initialise, nearest tokens, and what is broken."""
 
 import pandas as pd
 import torch
@@ -175,7 +175,54 @@ def _whose(vectors, table):
     return f"they have a mean norm of {mine}, the table's rows {wanted}. Is it noise?"
 
 
-# --- 4 · debug the broken adapter --------------------------------------------------------------
+# --- 4 · the nearest tokens --------------------------------------------------------------------
+def nearest(prompt, table, k):
+    cosine = F.normalize(prompt, dim=1) @ F.normalize(table, dim=1).T
+    return cosine.topk(k, dim=1).indices
+
+
+def _cosines(prompt, table):
+    return F.normalize(prompt, dim=1) @ F.normalize(table, dim=1).T
+
+
+@exercise(
+    "The nearest tokens", solution=nearest, difficulty=2, importance=3, minutes=5, again=(3, 31, 9),
+    hints=(
+        "`F.normalize(x, dim=1)` divides each row by its length. A matrix product then has all "
+        "cosines at once.",
+        "`topk(k, dim=1)` returns the values and the indices, the largest first."),
+    mistakes=(
+        (lambda prompt, table, k: (prompt @ table.T).topk(k, dim=1).indices,
+         "you ranked by the dot product, so long tokens win. Divide each row of the table by its "
+         "length first"),
+        (lambda prompt, table, k: torch.cdist(prompt, table).topk(k, dim=1, largest=False).indices,
+         "you ranked by distance. A trained vector is longer than any token, and then the distance "
+         "says more of lengths than of directions. Use the cosine"),
+        (lambda prompt, table, k: _cosines(prompt, table).topk(k, dim=1, largest=False).indices,
+         "these are the tokens farthest away: the largest cosine is the nearest"),
+        (lambda prompt, table, k: _cosines(prompt, table).topk(k, dim=1, sorted=True).values,
+         "these are the cosines. Return the ids of the tokens, the indices of `topk`"),
+        (lambda prompt, table, k: nearest(prompt, table, k).flip(1),
+         "the right tokens, but the nearest comes last"),
+        (lambda prompt, table, k: (F.normalize(prompt, dim=0) @ F.normalize(table, dim=0).T)
+         .topk(k, dim=1).indices,
+         "you divided columns by their lengths. A vector is a row: normalise with dim=1"),
+        (lambda prompt, table, k: nearest(prompt, table, k).T,
+         "one row for each virtual token, its k tokens along the row: the shape")),
+    otherwise="{given} are not the nearest; those are {right}",
+    praise="ids by cosine, the nearest first",
+)  # fmt: skip
+def nearest_ids(answer, P=5, tokens=23, d=7, k=3):
+    """The ids of the k nearest tokens: a vector's length must not matter, nor a token's."""
+    generator = torch.Generator().manual_seed(P)
+    table = torch.randn(tokens, d, generator=generator)
+    table *= 1 + 4 * torch.rand(tokens, 1, generator=generator)
+    prompt = 3 * torch.randn(P, d, generator=generator)
+    words = "one row for each virtual token, its k tokens along the row: the shape"
+    return a_tensor(answer(prompt, table, k), (P, k), words)
+
+
+# --- 5 · debug the broken adapter --------------------------------------------------------------
 CLINIC = Ward({
     "optimiser": (
         "C", "the optimiser was never given the prompt",

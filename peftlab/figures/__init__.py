@@ -51,6 +51,13 @@ from peftlab.figures.prefix import (
     thrown_away,
     within_and_through,
 )
+from peftlab.figures.prompt import (
+    prompt_layers,
+    rows_with_prompts,
+    seeds_by_rate,
+    share_by_layer,
+    share_strips,
+)
 from peftlab.figures.quantiser import coded_road, pages, quantile_steps
 from peftlab.figures.relatives import relatives, sum_of_factors
 from peftlab.figures.roads import adapter_places, bottleneck
