@@ -10,7 +10,7 @@
 """
 
 from peftlab.adviser.evidence import ENOUGH, FAR, comparisons
-from peftlab.adviser.flow import FLOW, OUTCOMES, QUALITY, Advice, Step, advise
+from peftlab.adviser.flow import FLOW, OUTCOMES, Advice, Step, advise
 from peftlab.adviser.need import GOALS, SERVERS, SKILLS, TASKS, Need
 from peftlab.adviser.questions import megabytes, size_of
 from peftlab.adviser.recipes import RECIPES, Recipe
