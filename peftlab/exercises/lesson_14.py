@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from itertools import product
 
-from peftlab.adviser import Need, advise
-from peftlab.adviser.evidence import ENOUGH, unbeaten
 from peftlab.exercises import exercise, question
 from peftlab.exercises.forms import a_number
+from peftlab.memory.adviser import Need, advise
+from peftlab.memory.adviser.evidence import ENOUGH, unbeaten
 from peftlab.memory.calculator import calculate
 
 

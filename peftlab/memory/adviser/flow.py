@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import combinations
 
-from peftlab.adviser.evidence import about, comparisons, near, unbeaten
-from peftlab.adviser.need import Need
-from peftlab.adviser.questions import (
+from peftlab.memory.adviser.evidence import about, comparisons, near, unbeaten
+from peftlab.memory.adviser.need import Need
+from peftlab.memory.adviser.questions import (
     can_do,
     codes,
     delay,
@@ -24,7 +24,7 @@ from peftlab.adviser.questions import (
     together,
     weights,
 )
-from peftlab.adviser.recipes import RECIPES, Recipe
+from peftlab.memory.adviser.recipes import RECIPES, Recipe
 from peftlab.memory.calculator import KINDS
 
 OUTCOMES = ("method", "not enough evidence", "nothing fits")

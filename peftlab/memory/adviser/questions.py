@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from peftlab import accounting
-from peftlab.adviser.need import Need
-from peftlab.adviser.recipes import RECIPES
 from peftlab.bases.shapes import Shape
+from peftlab.memory.adviser.need import Need
+from peftlab.memory.adviser.recipes import RECIPES
 from peftlab.memory.calculator import GIB, KINDS, RESERVE, calculate, room
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from peftlab.bases.shapes import Shape, named_config
 
 if TYPE_CHECKING:
-    from peftlab.adviser.flow import Need
+    from peftlab.memory.adviser.flow import Need
 
 EVERY = frozenset({"peft", "vllm", "llama.cpp", "own code"})
 OWN, PEFT = frozenset({"own code"}), frozenset({"peft", "own code"})
