@@ -45,6 +45,7 @@ REPOSITORY = "https://github.com/peftlab/peftlab"
 
 _ROOMS = {
     "accounting": "accounting",
+    "adviser": "memory.adviser",
     "claims": "experiments.claims",
     "exercises": "exercises",
     "figures": "figures",

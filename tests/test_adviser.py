@@ -11,8 +11,8 @@ import yaml
 
 import peftlab
 from peftlab import adviser
-from peftlab.adviser import FLOW, RECIPES, Need, advise, megabytes
-from peftlab.adviser.evidence import about, comparisons, near, unbeaten
+from peftlab.memory.adviser import FLOW, RECIPES, Need, advise, megabytes
+from peftlab.memory.adviser.evidence import about, comparisons, near, unbeaten
 from peftlab.memory.calculator import KINDS, MODELS
 from peftlab.methods import Method
 

@@ -6,8 +6,8 @@ import time
 import pytest
 
 from peftlab import figures, panels
-from peftlab.adviser import FLOW, RECIPES, Need, advise
 from peftlab.figures.sheet import overlaps, pale
+from peftlab.memory.adviser import FLOW, RECIPES, Need, advise
 from peftlab.panels.adviser import MEGABYTES, OPTIONS, TICKS, outcome
 
 NEEDS = [

@@ -6,8 +6,8 @@ import ipywidgets as widgets
 import plotly.graph_objects as go
 
 from peftlab import figures
-from peftlab.adviser import GOALS, RECIPES, SERVERS, SKILLS, TASKS, Advice, Need, advise
 from peftlab.bases.shapes import Shape
+from peftlab.memory.adviser import GOALS, RECIPES, SERVERS, SKILLS, TASKS, Advice, Need, advise
 from peftlab.memory.calculator import GPUS, MODELS
 from peftlab.panels.panel import Panel
 from peftlab.panels.plot import Plot

@@ -8,12 +8,12 @@ are left scores best is a matter of evidence, and without it the adviser says so
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
-from peftlab.adviser.evidence import about, comparisons, near, unbeaten
-from peftlab.adviser.need import Need
-from peftlab.adviser.questions import (
+from peftlab.memory.adviser.evidence import about, comparisons, near, unbeaten
+from peftlab.memory.adviser.need import Need
+from peftlab.memory.adviser.questions import (
     can_do,
     codes,
     delay,
@@ -24,7 +24,7 @@ from peftlab.adviser.questions import (
     together,
     weights,
 )
-from peftlab.adviser.recipes import RECIPES, Recipe
+from peftlab.memory.adviser.recipes import RECIPES, Recipe
 from peftlab.memory.calculator import KINDS
 
 OUTCOMES = ("method", "not enough evidence", "nothing fits")
@@ -40,7 +40,15 @@ FLOW: dict[str, tuple[str, Callable[[str, Need], str]]] = {
     "served": ("Does the server know it?", served),
     "fits": ("Does a training step fit the GPU?", fits),  # the only one that takes a while
 }
-QUALITY = "Which of them scores best?"
+GIVEN_UP = {  # what a need is without the wish that a question is about
+    "bits": {"four_bits": True},
+    "weights": {"weights_may_change": True, "keep": False},
+    "together": {"together": 1},
+    "delay": {"no_delay": False},
+    "file": {"megabytes": None},
+    "served": {"serve": "peft"},
+}
+SKIPPED = {"can": ("can", "fits"), "fits": ("fits",)}  # another model, a larger GPU
 
 
 @dataclass(frozen=True)
@@ -137,7 +145,9 @@ def _relax(need: Need) -> tuple[str, ...]:
     for count in (1, 2, 3):
         found = []
         for keys in combinations(FLOW, count):
-            if left := _path(need, keys)[-1].left:
+            fields = {name: value for key in keys for name, value in GIVEN_UP.get(key, {}).items()}
+            skipped = tuple(other for key in keys for other in SKIPPED.get(key, ()))
+            if left := _path(replace(need, **fields), skipped)[-1].left:
                 asked = " and ".join(FLOW[key][0] for key in keys)
                 found.append(f"{asked} Then {', '.join(left)}.")
         if found:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from peftlab import accounting
-from peftlab.adviser.need import Need
-from peftlab.adviser.recipes import RECIPES
 from peftlab.bases.shapes import Shape
+from peftlab.memory.adviser.need import Need
+from peftlab.memory.adviser.recipes import RECIPES
 from peftlab.memory.calculator import GIB, KINDS, RESERVE, calculate, room
 
 
@@ -13,8 +13,10 @@ def can_do(kind: str, need: Need) -> str:
     shape = Shape.named(need.model)
     if need.task == "generation" and shape.kind == "encoder":
         return f"{need.model} is an encoder and writes no text"
-    if need.length + size_of(kind, need) * _virtual(kind) > shape.context:
-        return f"{need.length} tokens are more than {need.model} has room for"
+    virtual = size_of(kind, need) if KINDS[kind].size == "virtual tokens" else 0
+    if need.length + virtual > shape.context:
+        more = f" and {virtual} virtual ones" * bool(virtual)
+        return f"{need.length} tokens{more} are more than {need.model} has room for"
     if kind == "BitFit" and not shape.biased:
         return f"{need.model} has no biases"
     return ""
@@ -107,7 +109,3 @@ def size_of(kind: str, need: Need) -> int:
         return usual
     fitting = [s for s in smaller if _file_bytes(kind, need.model, s) <= most * 1e6]
     return max(fitting, default=min(smaller))
-
-
-def _virtual(kind: str) -> bool:
-    return KINDS[kind].size == "virtual tokens"

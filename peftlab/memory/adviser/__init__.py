@@ -9,8 +9,8 @@
 `evidence` reads the recorded comparisons.
 """
 
-from peftlab.adviser.evidence import ENOUGH, FAR, comparisons
-from peftlab.adviser.flow import FLOW, OUTCOMES, QUALITY, Advice, Step, advise
-from peftlab.adviser.need import GOALS, SERVERS, SKILLS, TASKS, Need
-from peftlab.adviser.questions import megabytes, size_of
-from peftlab.adviser.recipes import RECIPES, Recipe
+from peftlab.memory.adviser.evidence import ENOUGH, FAR, comparisons
+from peftlab.memory.adviser.flow import FLOW, OUTCOMES, Advice, Step, advise
+from peftlab.memory.adviser.need import GOALS, SERVERS, SKILLS, TASKS, Need
+from peftlab.memory.adviser.questions import megabytes, size_of
+from peftlab.memory.adviser.recipes import RECIPES, Recipe

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from peftlab.bases.shapes import Shape, named_config
 
 if TYPE_CHECKING:
-    from peftlab.adviser.flow import Need
+    from peftlab.memory.adviser.flow import Need
 
 EVERY = frozenset({"peft", "vllm", "llama.cpp", "own code"})
 OWN, PEFT = frozenset({"own code"}), frozenset({"peft", "own code"})
@@ -104,7 +104,7 @@ def _peft(config: str, need: Need, load: str = "", names: str = "get_peft_model"
 def _low_rank(need: Need, r: int, more: str = "") -> str:
     # PEFT leaves the head of SEQ_CLS out of "all-linear", and takes that of TOKEN_CLS for a layer.
     if auto(need)[1] == "TOKEN_CLS":
-        more += ", exclude_modules=['score', 'classifier']"
+        more += ",\n    exclude_modules=['score', 'classifier']"
     return f"LoraConfig(r={r}, lora_alpha={2 * r}, target_modules='all-linear'{more})"
 
 
