@@ -132,7 +132,7 @@ def plain_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """softmax(scale q kᵀ + mask) v in products that `vmap` stacks, which a GPU's fused ones are not."""
+    """softmax(scale q kᵀ + mask) v, in products that `vmap` can stack: it cannot the fused ones."""
     if (groups := query.shape[-3] // key.shape[-3]) > 1:
         key, value = (t.repeat_interleave(groups, dim=-3) for t in (key, value))
     scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
@@ -342,7 +342,7 @@ class Replay:
 
     def finish(self) -> None:
         """Wait for the last step, and switch dropout off."""
-        if self.graphed:
+        if self.stream is not None:
             self.stream.synchronize()
         for kept in (self.recorded, self.given, self.batches):
             kept.clear()

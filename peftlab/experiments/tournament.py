@@ -6,8 +6,9 @@
 Writes `data/results/bench_<contest>.json`: what was compared, the untuned base and few-shot
 prompting beside it, the runs of the search on dev and those of the seeds on the test. While a
 contest is not whole its rows lie in `bench_<contest>.jsonl`, and the same command goes on from
-there; `--seconds` ends it in time. How a rate is found is in `peftlab.bench.search`; what a row
-holds in `peftlab.bench.runs`.
+there; `--seconds` ends it in time. How a rate is found is in `peftlab.bench.search`, what a row
+holds in `peftlab.bench.runs`, and what a verdict is in `peftlab.bench.verdicts`; `--judge` derives
+the verdicts of the files again and runs nothing. It needs `pip install -e ".[sweep]"`.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from peftlab.bases.data import data_path
 from peftlab.bench.contest import SEEDS, TUNING_SEEDS, Contest, Entry
 from peftlab.bench.runs import answers, blocks, plain_texts, run_together
 from peftlab.bench.tournament import Progress, Rows, play
+from peftlab.bench.verdicts import comparisons
 from peftlab.experiments.compare_real import take_a_gpu
 from peftlab.methods import (
     IA3,
@@ -49,6 +51,7 @@ from peftlab.methods import (
     QLoRA,
 )
 from peftlab.tasks import Task
+from peftlab.training import precision_for
 
 ADAPTER = dict(r=8, alpha=16, target_modules="all-linear")
 SHOTS = 4  # examples in a few-shot prompt
@@ -151,6 +154,7 @@ def facts_of(contest: Contest, options) -> dict:
     return {
         "command": "python -m peftlab.experiments.tournament"
         f" --contests {contest.name} --device {options.device} --workers {options.workers}",
+        "precision": precision_for(options.device),
         "device": cpu if options.device == "cpu" else torch.cuda.get_device_name(),
         "date": date.today().isoformat(),
         "torch": torch.__version__,
@@ -164,10 +168,8 @@ def facts_of(contest: Contest, options) -> dict:
     }
 
 
-def write(path: Path, facts: dict, progress: list[Progress]) -> None:
-    """The whole contest in one file, a row a line."""
-    tried = [row for each in progress for row in each.tried]
-    runs = [each.rows.found[job.key] for each in progress for job in each.final]
+def whole(facts: dict, progress: list[Progress]) -> dict:
+    """A contest that is played to the end, ready for JSON."""
     chosen = {
         each.entry.label: {
             "methods": [method.to_dict() for method in each.entry.methods],
@@ -177,12 +179,21 @@ def write(path: Path, facts: dict, progress: list[Progress]) -> None:
         }
         for each in progress
     }
-    head = json.dumps({**facts, "entries": chosen}, indent=1, ensure_ascii=False)[:-2]
-    parts = []
-    for name, rows in (("tried", tried), ("runs", runs)):
-        listed = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in rows)
+    tried = [row for each in progress for row in each.tried]
+    runs = [each.rows.found[job.key] for each in progress for job in each.final]
+    return {**facts, "entries": chosen, "tried": tried, "runs": runs}
+
+
+def write(path: Path, contest: dict) -> None:
+    """The contest with what its runs say of each entry, a row a line."""
+    rows = {name: contest.pop(name) for name in ("tried", "runs")}
+    rows = {"comparisons": comparisons(contest, rows["runs"]), **rows}
+    contest.pop("comparisons", None)
+    parts = [json.dumps(contest, indent=1, ensure_ascii=False)[:-2]]
+    for name, several in rows.items():
+        listed = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in several)
         parts.append(f' "{name}": [\n{listed}\n ]')
-    path.write_text(head + ",\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
+    path.write_text(",\n".join(parts) + "\n}\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -195,8 +206,14 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes at a time")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="then begin no more")
     parser.add_argument("--smoke", action="store_true", help="two steps a run, few examples")
+    parser.add_argument("--judge", action="store_true", help="the verdicts again, from the rows")
     parser.add_argument("--out", type=Path, default=data_path("results"))
     options = parser.parse_args()
+    if options.judge:
+        for path in sorted(options.out.glob("bench_*.json")):
+            write(path, json.loads(path.read_text(encoding="utf-8")))
+            print(f"{path}: judged")
+        return
     until = time.monotonic() + options.seconds
     options.out.mkdir(parents=True, exist_ok=True)
     progress: dict[str, list[Progress]] = {}
@@ -232,7 +249,7 @@ def main() -> None:
                 facts = facts_of(several[0].contest, options) | references(
                     several[0].contest, options.device
                 )
-                write(options.out / f"bench_{name}.json", facts, several)
+                write(options.out / f"bench_{name}.json", whole(facts, several))
                 print(f"{name}: whole", flush=True)
     finally:
         processes = list((pool._processes or {}).values())

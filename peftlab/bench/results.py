@@ -1,0 +1,52 @@
+"""The contests that are recorded, as tables. Reading them needs no statistics library."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from peftlab.bases.data import data_path
+
+
+@dataclass(frozen=True)
+class Result:
+    """A contest as it was written.
+
+    `facts` is what holds for all rows, with the chosen rates under "entries"; `tried` are the runs
+    of the search on dev, `runs` those of the seeds on the test, one row each; `comparisons` says of
+    each entry which others it is better or worse than, and `references` are scores that nobody was
+    trained for.
+    """
+
+    facts: dict
+    tried: pd.DataFrame
+    runs: pd.DataFrame
+    comparisons: pd.DataFrame
+    references: pd.DataFrame
+
+    @property
+    def main(self) -> str:
+        """The headline metric."""
+        return self.facts["main"]
+
+    @property
+    def settled(self) -> pd.DataFrame:
+        """For each entry its rates, and whether each is inside the rates that were tried."""
+        return pd.DataFrame(self.facts["entries"]).T[["lr", "head_lr", "inside"]]
+
+
+def names() -> list[str]:
+    """The contests that lie in `data/results/`."""
+    found = data_path("results").glob("bench_*.json")
+    return sorted(path.stem.removeprefix("bench_") for path in found)
+
+
+def read(name: str, path: Path | None = None) -> Result:
+    """A contest that was written. Raises FileNotFoundError if it was not."""
+    path = path or data_path("results", f"bench_{name}.json")
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    parts = ("tried", "runs", "comparisons", "references")
+    return Result(facts, *(pd.DataFrame(facts.pop(part)) for part in parts))
