@@ -78,12 +78,14 @@ def test_the_platforms_that_the_readme_names_are_those_that_resolve():
 
 def test_the_sizes_in_the_readme_are_those_of_the_record():
     said = re.search(
-        r"a download of ([\d.]+) GB.*?brings CUDA, ([\d.]+) GB", page("README.md"), re.S
+        r"a download of ([\d.]+) GB \(([\d.]+) GB on macOS\).*?brings CUDA, ([\d.]+) GB",
+        page("README.md"),
+        re.S,
     )
     for python in versions.PYTHONS:
-        for platform in ("Windows x64", "macOS 14 arm64"):
-            assert f"{row(platform, python, 'learner')['megabytes'] / 1000:.1f}" == said[1]
-        assert f"{row('Linux x86_64', python, 'learner')['torch megabytes'] / 1000:.1f}" == said[2]
+        for platform, size in zip(("Windows x64", "macOS 14 arm64"), said.groups(), strict=False):
+            assert f"{row(platform, python, 'learner')['megabytes'] / 1000:.1f}" == size
+        assert f"{row('Linux x86_64', python, 'learner')['torch megabytes'] / 1000:.1f}" == said[3]
 
 
 # --- versions ----------------------------------------------------------------------------------

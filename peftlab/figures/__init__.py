@@ -14,6 +14,7 @@ from peftlab.figures.block import block_of_weights
 from peftlab.figures.calculator import STEP_PARTS, fits_bars
 from peftlab.figures.clinic import counted_labels, decision_order, gradient_reach, stations
 from peftlab.figures.coded_runs import code_shares, lost_by_way, what_arrives
+from peftlab.figures.contest import score_intervals
 from peftlab.figures.curves import (
     bars_by_method,
     counts_figure,

@@ -1,0 +1,48 @@
+"""A comparison of methods: every seed a point, the interval of the mean, and what nobody trained."""
+
+import plotly.graph_objects as go
+
+from peftlab.bench.results import Result
+from peftlab.figures.style import BLACK, BLUE, GREY, figure
+
+
+def score_intervals(result: Result, title: str) -> go.Figure:
+    """The test score of every entry, the highest mean on top, one point a seed.
+
+    A bar is the 95% interval of the mean over seeds and test examples. Dashed lines are the
+    references: the untuned base and the commonest answer, or others that are recorded.
+    """
+    told = result.comparisons.sort_values("mean", kind="stable")
+    labels = told["label"].tolist()
+    fig = figure(
+        title, f"test score, {result.main.replace('_', ' ')}", "", height=90 + 30 * len(told)
+    )
+    runs = result.runs
+    fig.add_scatter(
+        x=runs[result.main], y=runs["label"], mode="markers", name="one seed",
+        marker=dict(color=BLUE, size=7, opacity=0.5),
+    )  # fmt: skip
+    low, high = zip(*told["interval"], strict=True)
+    fig.add_scatter(
+        x=told["mean"], y=labels, mode="markers", name="mean, 95% interval",
+        marker=dict(color=BLACK, symbol="line-ns-open", size=12),
+        error_x=dict(
+            symmetric=False, color=BLACK, thickness=1.5,
+            array=[h - m for h, m in zip(high, told["mean"], strict=True)],
+            arrayminus=[m - l for l, m in zip(low, told["mean"], strict=True)],
+        ),
+    )  # fmt: skip
+    if len(result.references):
+        for label, score in result.references.groupby("label")[result.main].mean().items():
+            fig.add_vline(x=score, line=dict(color=GREY, dash="dash"))
+            fig.add_annotation(
+                x=score, y=1, yref="paper", text=label, showarrow=False, textangle=-90,
+                xanchor="left", yanchor="top", font=dict(size=12, color=GREY),
+            )  # fmt: skip
+    fig.update_layout(
+        xaxis=dict(range=[-0.05, 1.05], tickformat=".0%"),
+        yaxis=dict(categoryorder="array", categoryarray=labels, automargin=True),
+        legend=dict(orientation="h", y=-0.18, yanchor="top", x=0),
+        margin=dict(b=90),
+    )
+    return fig
