@@ -1,4 +1,4 @@
-"""A comparison of methods: every seed a point, the interval of the mean, and what nobody trained."""
+"""A comparison of methods: every seed a point, the interval of the mean, and the references."""
 
 import plotly.graph_objects as go
 
@@ -22,14 +22,13 @@ def score_intervals(result: Result, title: str) -> go.Figure:
         x=runs[result.main], y=runs["label"], mode="markers", name="one seed",
         marker=dict(color=BLUE, size=7, opacity=0.5),
     )  # fmt: skip
-    low, high = zip(*told["interval"], strict=True)
+    low, high = (told["interval"].str[i] for i in (0, 1))
     fig.add_scatter(
         x=told["mean"], y=labels, mode="markers", name="mean, 95% interval",
         marker=dict(color=BLACK, symbol="line-ns-open", size=12),
         error_x=dict(
             symmetric=False, color=BLACK, thickness=1.5,
-            array=[h - m for h, m in zip(high, told["mean"], strict=True)],
-            arrayminus=[m - l for l, m in zip(low, told["mean"], strict=True)],
+            array=high - told["mean"], arrayminus=told["mean"] - low,
         ),
     )  # fmt: skip
     if len(result.references):
@@ -42,7 +41,7 @@ def score_intervals(result: Result, title: str) -> go.Figure:
     fig.update_layout(
         xaxis=dict(range=[-0.05, 1.05], tickformat=".0%"),
         yaxis=dict(categoryorder="array", categoryarray=labels, automargin=True),
-        legend=dict(orientation="h", y=-0.18, yanchor="top", x=0),
+        legend=dict(orientation="h", y=-0.22, yanchor="top", x=0),
         margin=dict(b=90),
     )
     return fig
