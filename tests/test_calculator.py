@@ -53,14 +53,10 @@ def test_a_kept_trace_agrees_with_closed_forms(key):
         method = KINDS[kind].make(size)
         head = 0 if shape.head == "lm" else 2 * (shape.d_model + 1)
         trained = accounting.count(method, shape) + head
-        # Of an encoder the pooler is gone, and does not train either.
-        pooler = shape.d_model * (shape.d_model + 1) if shape.head == "pooler" else 0
-        if method.in_place:
-            trained -= pooler if kind == "Full fine-tuning" else shape.d_model
         if kind not in ("Full fine-tuning", "BitFit"):
             assert told.gradients == 4 * trained, size
             assert told.optimiser == pytest.approx(8 * trained, rel=1e-3)
-        frozen = accounting.base_parameters(shape) - pooler
+        frozen = accounting.base_parameters(shape)
         width = 4 if method.in_place or dtype == "float32" else 2
         coded, codes = method.coded(shape)
         numbers = (frozen - coded) * width + codes
@@ -135,7 +131,8 @@ def test_the_whole_range_of_what_is_kept():
         model, kind, dtype, again = parts_of(key)
         lengths = panels.row_lengths(model, kind)
         for batch, length in ((panels.ROWS[0], lengths[0]), (panels.ROWS[-1], lengths[-1])):
-            for size in {KINDS[kind].sizes[0], KINDS[kind].sizes[-1]}:
+            sizes = calculator.sizes_of(model, kind)
+            for size in {sizes[0], sizes[-1]}:
                 view = panels.fits_view(model, kind, size, batch, length, dtype, again)
                 fits = [name for name in GPUS if view.told.peak + calculator.RESERVE <= room(name)]
                 assert list(view.gpus) == fits
@@ -143,9 +140,23 @@ def test_the_whole_range_of_what_is_kept():
                 assert model in view.name and str(length) in view.name
 
 
+def test_a_rank_above_a_model_is_not_offered():
+    assert calculator.sizes_of("smollm2-135m", "LoRA")[-1] == 128
+    assert calculator.sizes_of("llama-3-8b", "LoRA") == KINDS["LoRA"].sizes
+    panel = panels.fits("llama-3-8b", "LoRA", size=256)
+    panel.model.value = "smollm2-135m"
+    assert panel.size.value in panel.size.options and max(panel.size.options) == 128
+    assert "smollm2-135m" in panel.view.name
+    panel.close()
+
+
 def test_moving_the_widgets_and_their_time():
     model, kind, dtype, again = next(
-        parts_of(key) for key in KEPT if "| LoRA |" in key and "checkpointing" in key
+        parts_of(key)
+        for key in KEPT
+        if "| LoRA |" in key
+        and "checkpointing" in key
+        and Shape.named(parts_of(key)[0]).context > 1024
     )
     panel = panels.fits(model, kind)
     traced(model, kind, dtype, again)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache, lru_cache
@@ -98,6 +99,18 @@ WHERE = [
     for t in (2**i for i in range(4, 16))
     for s in (1, 8, 32, 128, 512)
 ]
+
+
+@cache
+def sizes_of(model: str, kind: str) -> tuple[int, ...]:
+    """The sizes of a method that this model has room for, such as ranks up to its smallest matrix;
+    all of them if the model does not take the method at any."""
+    shape, found = Shape.named(model), []
+    for size in KINDS[kind].sizes:
+        with suppress(ValueError):
+            KINDS[kind].make(size).parameters(shape)
+            found.append(size)
+    return tuple(found) or KINDS[kind].sizes
 
 
 def degree(kind: str) -> int:

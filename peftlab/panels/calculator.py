@@ -91,7 +91,10 @@ class FitsPanel(Panel):
         )
         self.kind = widgets.Dropdown(options=tuple(KINDS), value=kind, description="method", **wide)
         self.size = widgets.SelectionSlider(
-            options=KINDS[kind].sizes, value=view.size, description=KINDS[kind].size, **wide
+            options=calculator.sizes_of(view.told.model, kind),
+            value=view.size,
+            description=KINDS[kind].size,
+            **wide,
         )
         self.batch = widgets.SelectionSlider(
             options=ROWS, value=view.batch, description="rows", **wide
@@ -139,10 +142,13 @@ class FitsPanel(Panel):
         self._shown()
 
     def _allowed(self) -> None:
-        """Sizes are those of the method, lengths those that the model has room for."""
+        """Sizes are those of the method, sizes and lengths those that the model has room for."""
         kind = KINDS[self.kind.value]
-        if self.size.options != kind.sizes:
-            self.size.options, self.size.value = kind.sizes, kind.usual
+        sizes = calculator.sizes_of(self.model.value, self.kind.value)
+        if self.size.options != sizes:
+            same, now = self.size.description == kind.size, self.size.value
+            wanted = now if same and now in sizes else min(kind.usual, sizes[-1])
+            self.size.options, self.size.value = sizes, wanted
             self.size.description = kind.size
         lengths = row_lengths(self.model.value, self.kind.value)
         if self.length.options != lengths:
