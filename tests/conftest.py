@@ -84,6 +84,22 @@ def sanitize(cell, value, text_only=IPyNbCell.sanitize):
 IPyNbCell.sanitize = sanitize
 
 
+def as_stored(outputs: list) -> list:
+    """Outputs with the data of their Plotly figures under the type that it is stored as."""
+    kinds = {"application/vnd.plotly.v1+json": "application/vnd.peftlab.figure+json"}
+    for output in outputs:
+        if "data" in output:
+            output["data"] = {kinds.get(kind, kind): data for kind, data in output["data"].items()}
+    return outputs
+
+
+def compare(cell, test, ref, skip_compare=None, by_kind=IPyNbCell.compare_outputs):
+    return by_kind(cell, as_stored(test), ref, skip_compare)
+
+
+IPyNbCell.compare_outputs = compare
+
+
 def pytest_collection_modifyitems(config, items):
     if hasattr(config, "workerinput"):  # one of several workers
         longest_first(items)

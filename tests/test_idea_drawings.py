@@ -15,7 +15,7 @@ import peftlab as pl
 from peftlab import figures
 from peftlab.accounting import readable_bytes
 from peftlab.bases.probes import attention_map, gate
-from peftlab.experiments.run_notebooks import PLOTLY, PNG, add_pictures
+from peftlab.experiments.run_notebooks import FIGURE, PLOTLY, PNG, WIDTH, add_pictures
 from peftlab.figures.described import describe
 from peftlab.figures.sheet import alt_text, extents, overlaps, pale
 from peftlab.figures.theme import DARK, LIGHT, contrast
@@ -317,5 +317,5 @@ def test_a_stored_drawing_has_its_words_beside_its_picture():
     first, second = notebook.cells[0].outputs
     assert first["data"][PNG] == "cGl4ZWxz" == second["data"][PNG]
     assert first["metadata"][PNG]["alt"] == alt_text(figure)
-    assert PNG not in second["metadata"]
+    assert second["metadata"][PNG] == {"width": WIDTH} and set(second["data"]) == {FIGURE, PNG}
     nbformat.validate(notebook)

@@ -26,8 +26,7 @@ import nbformat
 import pandas as pd
 
 import peftlab
-from peftlab.experiments.run_notebooks import PLOTLY
-from peftlab.panels import STILL
+from peftlab.experiments.run_notebooks import STILL, figure_in
 
 NOTEBOOKS = Path(peftlab.__file__).parents[1] / "notebooks"
 FORMULA = re.compile(r"\$\$|\$[^$\n]*[=≈∝≤][^$\n]*\$|\\begin\{")
@@ -62,8 +61,8 @@ def shown(cells: list) -> dict[str, int]:
         for data in (output["data"] for output in cell.outputs if "data" in output):
             if STILL in data:
                 found["panels"] += 1
-            elif PLOTLY in data:
-                drawn = data[PLOTLY].get("layout", {}).get("meta") or {}
+            elif figure := figure_in(data):
+                drawn = figure.get("layout", {}).get("meta") or {}
                 found["drawings" if "alt" in drawn else "figures"] += 1
             elif "<table" in data.get("text/html", "") and "dataframe" in data["text/html"]:
                 found["tables"] += 1

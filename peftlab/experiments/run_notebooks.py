@@ -2,12 +2,18 @@
 
     python -m peftlab.experiments.run_notebooks                    # every notebook, written back
     python -m peftlab.experiments.run_notebooks 06_lora --check    # run only, write nothing
+    python -m peftlab.experiments.run_notebooks --stored           # run nothing, store again
 
 A stored lesson shows its figures where no kernel runs. Chromium draws a PNG beside the data of
 each Plotly figure, with the plotly.js that the plotly package carries, so nothing is fetched. A
 panel offers a figure of itself in its output as `application/vnd.peftlab.still+json`; its PNG takes
 the place of the widget view, whose model ends with the kernel. nbval compares both kinds of figure
 by their data and passes over the PNG.
+
+A figure's data is stored as `application/vnd.peftlab.figure+json`. Under Plotly's own type,
+JupyterLab would hand the output to Plotly's extension, which shows the PNG at as many pixels as the
+file has and cuts off what is wider than the page. JupyterLab's own image view gives it the width in
+the output's metadata, or the page's where that is less.
 """
 
 import argparse
@@ -27,6 +33,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 PLOTLY = "application/vnd.plotly.v1+json"
+FIGURE = "application/vnd.peftlab.figure+json"  # what PLOTLY becomes when it is stored
 STILL = "application/vnd.peftlab.still+json"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 PNG = "image/png"
@@ -72,12 +79,8 @@ def camera() -> Iterator[Camera]:
         page.add_script_tag(path=library)
 
         def picture(figure: dict) -> str:
-            layout = figure.get("layout", {})
-            size = {
-                "width": layout.get("width", WIDTH),
-                "height": layout.get("height", HEIGHT),
-                "scale": SCALE,
-            }
+            height = figure.get("layout", {}).get("height", HEIGHT)
+            size = {"width": width_of(figure), "height": height, "scale": SCALE}
             return small(page.evaluate(draw, [figure, size]).split(",", 1)[1])
 
         try:
@@ -98,8 +101,13 @@ def small(png: str) -> str:
 
 
 def figure_in(data: dict) -> dict | None:
-    """The Plotly figure that an output carries, its own or a panel's still."""
-    return data.get(PLOTLY) or data.get(STILL)
+    """The Plotly figure that an output carries, shown or stored, its own or a panel's still."""
+    return data.get(PLOTLY) or data.get(FIGURE) or data.get(STILL)
+
+
+def width_of(figure: dict) -> int:
+    """A figure's width in pixels of a page."""
+    return figure.get("layout", {}).get("width", WIDTH)
 
 
 def outputs(notebook) -> Iterator[dict]:
@@ -146,8 +154,9 @@ def tidy(notebook) -> None:
 
 
 def add_pictures(notebook, picture: Camera, drawn: dict[str, str]) -> None:
-    """Put a PNG beside every figure; `drawn` holds those already made, by the figure's data. A
-    drawing's words for those who cannot see it go into the PNG's metadata, where nbconvert looks.
+    """Put a PNG beside every figure; `drawn` holds those already made, by the figure's data. Its
+    width on a page goes into the PNG's metadata, where JupyterLab and nbconvert look, and so do a
+    drawing's words for those who cannot see it.
     """
     for output in outputs(notebook):
         data = output["data"]
@@ -155,19 +164,26 @@ def add_pictures(notebook, picture: Camera, drawn: dict[str, str]) -> None:
         if figure is not None:
             key = json.dumps(figure, sort_keys=True)
             drawn[key] = data[PNG] = drawn.get(key) or picture(figure)
+            if PLOTLY in data:
+                data[FIGURE] = data.pop(PLOTLY)
+            about = {"width": width_of(figure)}
             if alt := figure.get("layout", {}).get("meta", {}).get("alt"):
-                output.setdefault("metadata", {})[PNG] = {"alt": alt}
+                about["alt"] = alt
+            output.setdefault("metadata", {})[PNG] = about
 
 
-def run(path: Path, picture: Camera | None) -> float:
-    """Execute one notebook; write it back only where a camera is given. Returns seconds."""
+def run(path: Path, picture: Camera | None, again: bool = True) -> float:
+    """Execute one notebook; write it back only where a camera is given. Returns seconds.
+
+    Without `again` nothing runs, and the outputs it has are what is stored.
+    """
     notebook = nbformat.read(path, as_version=4)
     drawn = {
         json.dumps(figure_in(data), sort_keys=True): data[PNG]
         for data in outputs_with_data(notebook)
         if PNG in data and figure_in(data)
     }
-    seconds = execute(notebook, path.parent)
+    seconds = execute(notebook, path.parent) if again else 0.0
     if picture is not None:
         tidy(notebook)
         add_pictures(notebook, picture, drawn)
@@ -191,21 +207,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("names", nargs="*", help="such as 06_lora; all where none is given")
     parser.add_argument("--folder", type=Path, default=Path("notebooks"))
-    parser.add_argument("--check", action="store_true", help="run, and write nothing")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--check", action="store_true", help="run, and write nothing")
+    instead.add_argument("--stored", action="store_true", help="write the outputs, and run nothing")
     options = parser.parse_args(arguments)
     paths = find_notebooks(options.names, options.folder)
     if options.check:
         return run_all(paths, None)
     with camera() as picture:
-        return run_all(paths, picture)
+        return run_all(paths, picture, again=not options.stored)
 
 
-def run_all(paths: list[Path], picture: Camera | None) -> int:
+def run_all(paths: list[Path], picture: Camera | None, again: bool = True) -> int:
     """Run each notebook; one that fails keeps its stored text. Returns how many failed."""
     failed = 0
     for path in paths:
         try:
-            print(f"{path}: {run(path, picture):.1f} s", flush=True)
+            print(f"{path}: {run(path, picture, again):.1f} s", flush=True)
         except CellExecutionError as error:
             failed += 1
             print(f"{path}: not written, a cell failed\n{error}", file=sys.stderr, flush=True)

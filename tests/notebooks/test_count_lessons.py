@@ -4,8 +4,7 @@ import nbformat
 import pytest
 
 from peftlab.experiments.count_lessons import count, distances, lines_of
-from peftlab.experiments.run_notebooks import PLOTLY
-from peftlab.panels import STILL
+from peftlab.experiments.run_notebooks import FIGURE, STILL
 
 
 def text(source):
@@ -18,7 +17,7 @@ def code(source, *shown):
 
 
 STUB = "def delta(A, B):\n    return ...\n\n\nlesson.delta(delta)"
-DRAWING = {PLOTLY: {"data": [], "layout": {"meta": {"alt": "a line"}}}}
+DRAWING = {FIGURE: {"data": [], "layout": {"meta": {"alt": "a line"}}}}
 CELLS = [
     text("You will read that (S1-02). " + "word " * 196),
     code("import torch\nx = torch.ones(3)", DRAWING),
@@ -27,7 +26,7 @@ CELLS = [
     text("Now you."),
     code(STUB),
     text("Predict: $r d$"),
-    code('answer = ...\nlesson.guess(answer)', {STILL: {}}, {PLOTLY: {"data": []}}),
+    code('answer = ...\nlesson.guess(answer)', {STILL: {}}, {FIGURE: {"data": []}}),
 ]  # fmt: skip
 
 

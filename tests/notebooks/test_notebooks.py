@@ -9,7 +9,7 @@ import nbformat
 import pytest
 
 import peftlab
-from peftlab.experiments.run_notebooks import PLOTLY, PNG, figure_in, outputs_with_data
+from peftlab.experiments.run_notebooks import PLOTLY, PNG, figure_in, outputs, width_of
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -94,10 +94,12 @@ def _without_pictures(output: dict) -> dict:
 
 @every_lesson
 def test_its_figures_have_pictures_and_load_nothing(path):
-    for data in outputs_with_data(lesson(path)):
+    for output in outputs(lesson(path)):
+        data = output["data"]
         assert "image/svg+xml" not in data  # compared byte for byte, and drawn by no two alike
-        if PLOTLY in data or figure_in(data):
-            assert PNG in data
+        assert PLOTLY not in data  # JupyterLab would show the PNG wider than the page
+        if figure := figure_in(data):
+            assert PNG in data and output["metadata"][PNG]["width"] == width_of(figure)
         assert not re.search(r"<script[^>]+src=|@import|cdn\.", data.get("text/html", ""))
 
 

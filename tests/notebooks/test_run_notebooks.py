@@ -17,11 +17,11 @@ from browser.fixtures import chromium_or_skip
 from PIL import Image
 
 from peftlab.experiments import run_notebooks
-from peftlab.experiments.run_notebooks import PLOTLY, PNG, STILL, WIDGET
+from peftlab.experiments.run_notebooks import FIGURE, PNG, STILL, WIDGET
 
 CONFTEST = Path(__file__).parents[1] / "conftest.py"
 
-FIGURE = """
+SQUARES = """
 import plotly.graph_objects as go
 import plotly.io as pio
 pio.renderers.default = "plotly_mimetype"
@@ -82,7 +82,7 @@ CHANGES = {
 def executed(tmp_path_factory) -> Path:
     """A lesson that was executed once: a print, a panel, and a figure for each of `CHANGES`."""
     folder = tmp_path_factory.mktemp("executed")
-    path = write_notebook(folder / "tiny.ipynb", "print(6 * 7)", PANEL, *[FIGURE] * len(CHANGES))
+    path = write_notebook(folder / "tiny.ipynb", "print(6 * 7)", PANEL, *[SQUARES] * len(CHANGES))
     run_notebooks.run(path, red_square)
     return path
 
@@ -105,7 +105,7 @@ def test_outputs_are_stored_in_order_and_metadata_is_tidy(stored):
 
 def test_figures_and_panels_get_a_picture_and_no_dead_widget(stored):
     _, panel, figure, *_ = nbformat.read(stored, as_version=4).cells
-    assert set(figure.outputs[0].data) == {PLOTLY, PNG}
+    assert set(figure.outputs[0].data) == {FIGURE, PNG}
     assert set(panel.outputs[0].data) == {STILL, PNG, "text/plain"}
     assert WIDGET not in stored.read_text()
 
@@ -119,11 +119,24 @@ def test_a_second_run_changes_nothing_and_draws_nothing(stored):
     assert stored.read_bytes() == before
 
 
+def test_what_is_stored_is_stored_again_without_a_run(stored):
+    """Figures under Plotly's own type and PNGs that say no width come from older notebooks."""
+    new, notebook = stored.read_bytes(), nbformat.read(stored, as_version=4)
+    for output in run_notebooks.outputs(notebook):
+        output.metadata = {}
+        if FIGURE in output.data:
+            output.data[run_notebooks.PLOTLY] = output.data.pop(FIGURE)
+    notebook.cells[0].source = "raise SystemExit"  # what would run would fail
+    nbformat.write(notebook, stored)
+    assert run_notebooks.run(stored, red_square, again=False) == 0
+    assert stored.read_bytes() == new.replace(b'"print(6 * 7)"', b'"raise SystemExit"')
+
+
 def test_nbval_compares_figures_by_what_a_reader_sees(stored):
     notebook = nbformat.read(stored, as_version=4)
     for cell, (old, new, _) in zip(notebook.cells[2:], CHANGES.values(), strict=True):
         data = cell.outputs[0].data
-        data[PLOTLY] = json.loads(json.dumps(data[PLOTLY]).replace(old, new))
+        data[FIGURE] = json.loads(json.dumps(data[FIGURE]).replace(old, new))
     nbformat.write(notebook, stored)
     verdicts = re.findall(r"^(PASSED|FAILED) tiny\.ipynb::Cell (\d)", nbval(stored.parent), re.M)
     expected = ["PASSED", "PASSED", *(verdict for *_, verdict in CHANGES.values())]
@@ -155,7 +168,7 @@ def test_an_unknown_notebook_is_named(tmp_path):
 def test_chromium_draws_the_picture(tmp_path):
     chromium_or_skip()
     # Playwright's synchronous interface wants a thread with no event loop: a process of its own.
-    path = write_notebook(tmp_path / "tiny.ipynb", FIGURE)
+    path = write_notebook(tmp_path / "tiny.ipynb", SQUARES)
     command = [sys.executable, "-m", "peftlab.experiments.run_notebooks", str(path)]
     subprocess.run(command, check=True)
     png = base64.b64decode(nbformat.read(path, as_version=4).cells[0].outputs[0].data[PNG])
