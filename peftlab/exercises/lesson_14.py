@@ -68,7 +68,7 @@ def floor_solution(parameters, trained, bits):
         "Frozen numbers take their bits and nothing else.",
         "A trained number is in float32: its weight, its gradient, and two moments of AdamW."),
 )  # fmt: skip
-def floor(answer, parameters=1_000_003, trained=4_001, bits=16):
+def floor(answer, parameters=100_003, trained=401, bits=16):
     return float(a_number(answer(parameters, trained, bits)))
 
 
