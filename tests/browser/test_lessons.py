@@ -20,6 +20,7 @@ from peftlab.panels import (
     allowed_sizes,
     code_view,
     count_view,
+    fits_view,
     memory_view,
     rank_lab_view,
 )
@@ -187,3 +188,17 @@ def test_lesson_01_weighs_what_the_slider_says(open_lesson):
     handle.press("ArrowRight")
     expect(answer).not_to_contain_text(before)
     expect(answer).to_contain_text(memory_view("gpt2", 16, 128).text)
+
+
+def test_lesson_14_says_what_fits_at_the_rows_that_the_slider_says(open_lesson):
+    """One press of an arrow key doubles the rows; another model has its own peak."""
+    lesson = open_lesson(NOTEBOOKS / "14_which_method.ipynb", "panels.fits")
+    lesson.run_all()
+    answer = lesson.page.locator(".peftlab-fits-answer").first
+    handle = lesson.page.locator(".peftlab-fits-batch [role=slider]").first
+    expect(answer).to_contain_text(fits_view("llama-3-8b", "QLoRA").text)
+    handle.focus()
+    handle.press("ArrowRight")
+    expect(answer).to_contain_text(fits_view("llama-3-8b", "QLoRA", batch=2).text)
+    lesson.page.locator(".peftlab-fits-kind select").first.select_option("LoRA")
+    expect(answer).to_contain_text(fits_view("llama-3-8b", "LoRA", batch=2).text)
