@@ -43,6 +43,9 @@ def fits_bars(
             x=size, y=1 + 0.1 * (at % 4), yref="paper", showarrow=False, font_size=11,
             text=name, xanchor="right" if size > 0.85 * right else "center", yanchor="bottom",
         )  # fmt: skip
-    fig.update_layout(margin=dict(l=190, r=30, t=150, b=100), title=dict(y=0.95, font_size=15))
+    fig.update_layout(
+        margin=dict(l=130, r=30, t=135, b=100),
+        title=dict(x=0.02, xref="container", y=0.96, font_size=15),
+    )
     fig.update_layout(legend=dict(orientation="h", y=-0.5, x=0, traceorder="normal"))
     return fig.update_xaxes(range=[0, right], title_standoff=5).update_layout(height=380)

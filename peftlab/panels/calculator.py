@@ -54,7 +54,8 @@ class FitsView:
     def figure(self) -> go.Figure:
         moments = {moment: self.told.parts(moment) for moment in ("loss", "update")}
         free = {name: room(name) - RESERVE for name in GPUS}
-        return figures.fits_bars(moments, free, f"{self.name}:<br>{self.text}")
+        title = self.name.replace(f", {self.dtype}", f",<br>{self.dtype}")
+        return figures.fits_bars(moments, free, title)
 
 
 @lru_cache(maxsize=512)
@@ -83,7 +84,10 @@ class FitsPanel(Panel):
     """See `fits`."""
 
     def __init__(self, **start):
-        wide = dict(style={"description_width": "130px"}, layout=widgets.Layout(width="480px"))
+        wide = dict(
+            style={"description_width": "130px"},
+            layout=widgets.Layout(width="480px", max_width="98%"),
+        )
         view = fits_view(**start)
         kind = view.told.kind
         self.model = widgets.Dropdown(
