@@ -44,7 +44,7 @@ def fits_bars(
             text=name, xanchor="right" if size > 0.85 * right else "center", yanchor="bottom",
         )  # fmt: skip
     fig.update_layout(
-        margin=dict(l=130, r=30, t=135, b=100),
+        margin=dict(l=190, r=30, t=135, b=100),
         title=dict(x=0.02, xref="container", y=0.96, font_size=15),
     )
     fig.update_layout(legend=dict(orientation="h", y=-0.5, x=0, traceorder="normal"))
