@@ -72,10 +72,8 @@ def padded(batch: dict[str, Tensor], length: int, fill: int, decoder: bool) -> d
 
 def stacked(tuned: Tuned, task: Task, jobs: list[Try]) -> list[dict[str, Tensor]]:
     """For each step a batch of every run, (runs, batch, …), padded to a few lengths."""
-    size, decoder = (
-        min(jobs[0].batch_size, len(task.train)),
-        tuned.kind == "decoder" and not tuned.head,
-    )
+    size = min(jobs[0].batch_size, len(task.train))
+    decoder = tuned.kind == "decoder" and tuned.head is None
     given = {"context": tuned.context, "kind": tuned.kind}
     made: dict[int, list[dict[str, Tensor]]] = {}
     for seed in {job.seed for job in jobs}:

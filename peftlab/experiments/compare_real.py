@@ -33,6 +33,7 @@ import torch
 
 from peftlab.bases import load
 from peftlab.bases.data import data_path
+from peftlab.bench.runs import plain_texts
 from peftlab.methods import (
     IA3,
     BitFit,
@@ -107,11 +108,6 @@ class Job:
     split: str
     steps: int
     device: str
-
-
-def plain_texts() -> list[str]:
-    """Paragraphs that have nothing to do with any task."""
-    return data_path("texts", "plain.txt").read_text(encoding="utf-8").splitlines()
 
 
 def task_of(setting: Setting) -> Task:
