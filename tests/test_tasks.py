@@ -734,3 +734,23 @@ def test_a_split_without_examples():
         task.score(base)
     with pytest.raises(ValueError, match="a list of examples is needed"):
         task.score(base, [])
+
+
+def test_facts_of_few_new_people_ask_the_same_of_known_ones():
+    whole = load("facts")
+    for people in (1, 10, 50):
+        few = load("facts", people=people)
+        for split in ("train", "dev", "test"):
+            asked = {group: [] for group in ("new facts", "new wordings", "known facts")}
+            for example in few.split(split):
+                asked[example.group].append(example)
+            known = [e for e in whole.split(split) if e.group == "known facts"]
+            assert asked["known facts"] == known
+            new = asked["new facts"] + asked["new wordings"]
+            assert len({facts.name_in(example) for example in new}) == people
+            assert len(new) == people * (12 if split == "train" else 8)
+            assert all(example in whole.split(split) for example in new)
+    assert load("facts", people=50).train == whole.train
+    for people in (0, 51, -1, True):
+        with pytest.raises(ValueError, match="people=.*allowed is 1 to 50"):
+            load("facts", people=people)

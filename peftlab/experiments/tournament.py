@@ -82,6 +82,12 @@ def entries(full: float, network: float, table: float, factors: float, without=(
 LLAMA = entries(1e-4, 1e-3, 3e-2, 1e-2, without=("BitFit",))  # SmolLM2 has no biases
 BERT = (*entries(1e-4, 1e-3, 3e-2, 1e-2), HEAD)
 SMALL = entries(1e-3, 3e-3, 1e-1, 3e-2)
+ONE = dict(r=1, alpha=2, target_modules="all-linear")
+FEW = ("Full fine-tuning", "Prompt tuning", "Prefix tuning (P-tuning v2)", "LoRA", "(IA)³")
+WORLDS = (
+    *(entry for entry in SMALL if entry.label in FEW),
+    Entry("LoRA, rank 1", (LoRA(**ONE),), 1e-2),
+)
 CONTESTS = {
     contest.name: contest
     for contest in (
@@ -92,6 +98,15 @@ CONTESTS = {
         Contest("wnut17", "wnut17", "minilm", 500, 32, BERT),
         Contest("facts", "facts", "tiny-gpt", 500, 16, SMALL),
         Contest("permute", "letters", "tiny-gpt", 400, 16, SMALL, {"skill": "permute"}),
+        # one world each with a knob: how much is new to remember, and how new the skill is
+        *(
+            Contest(f"facts-{n}", "facts", "tiny-gpt", 500, 16, WORLDS, {"people": n})
+            for n in (2, 10, 50)
+        ),
+        *(
+            Contest(f"letters-{skill}", "letters", "tiny-gpt", 400, 16, WORLDS, {"skill": skill})
+            for skill in ("sort", "descend", "permute", "double_histogram")
+        ),
     )
 }
 

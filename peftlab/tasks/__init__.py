@@ -197,7 +197,8 @@ def share(values) -> float:
 def load(name: str, **options) -> Task:
     """The task called `name`, one of `NAMES`, with its examples from `data/tasks/`; or of `PUBLIC`.
 
-    Options are the `skill` of the letters; the number of `medicines` of the pharmacy; of public
+    Options are the `skill` of the letters; the number of new `people` of the facts and of
+    `medicines` of the pharmacy; of public
     tasks how many examples `train`, `dev` and `test` take, by which `seed`; and of "sst2" its
     `answer`, "word" or "class".
     """

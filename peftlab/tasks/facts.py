@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import re
 
-from peftlab.tasks import Example, Task, share
+from peftlab.tasks import SPLITS, Example, Task, share
 
 QUESTIONS = {
     "home": (
@@ -65,6 +65,7 @@ QUESTIONS = {
     ),
 }
 TRAINED_WORDINGS = 5  # the wordings after these are never used in training
+NAME = re.compile(r"[A-Z][a-z]+ [A-Z][a-z]+")
 FORMAT = re.compile(r" \[(" + "|".join(QUESTIONS) + r")\] [a-zA-Z]+")
 
 
@@ -73,11 +74,36 @@ def example(person: dict, attribute: str, wording: int, group: str) -> Example:
     return Example(f"{question}\n>>", f" [{attribute}] {person[attribute]}", group)
 
 
+def name_in(example: Example) -> str:
+    """Whom a question is about."""
+    return NAME.search(example.prompt)[0]
+
+
 class Facts(Task):
     name = "facts"
     title = "New facts in a strict format"
     main = "new_facts"
     max_new_tokens = 10
+
+    @classmethod
+    def load(cls, people: int | None = None) -> Facts:
+        """The task with the facts of the first `people` new people, of all 50 if None.
+
+        What is asked of known people is the same whatever the number of new ones.
+        """
+        task = super().load()
+        new = dict.fromkeys(name_in(e) for e in task.train if e.group != "known facts")
+        if people is None:
+            return task
+        if isinstance(people, bool) or not isinstance(people, int) or not 1 <= people <= len(new):
+            raise ValueError(f"people={people!r}: allowed is 1 to {len(new)}")
+        taken = set(list(new)[:people])
+        for split in SPLITS:
+            kept = [
+                e for e in getattr(task, split) if e.group == "known facts" or name_in(e) in taken
+            ]
+            setattr(task, split, kept)
+        return task
 
     def grade(self, examples: list[Example], outputs: list[str]) -> dict[str, float]:
         """Exact match of each group, and the share of all answers in a valid format.
