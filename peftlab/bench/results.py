@@ -32,6 +32,25 @@ class Result:
         """The headline metric."""
         return self.facts["main"]
 
+    def peaks(self, length: int = 32) -> dict[str, int]:
+        """The peak memory in bytes of one training step of each entry, by `memory.predict`.
+
+        In float32 on a CPU, with as many rows as the contest's batch and so many tokens a row.
+        """
+        from peftlab import memory
+        from peftlab.bases.shapes import Shape
+        from peftlab.methods import Method
+
+        shape, size = Shape.named(self.facts["base"]), self.facts["batch size"]
+        made = {
+            label: [Method.from_dict(each) for each in entry["methods"]]
+            for label, entry in self.facts["entries"].items()
+        }
+        return {
+            label: memory.predict(methods, shape.name, batch=size, length=length).peak
+            for label, methods in made.items()
+        }
+
     @property
     def settled(self) -> pd.DataFrame:
         """For each entry its rates, and whether each is inside the rates that were tried."""

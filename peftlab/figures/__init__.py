@@ -64,6 +64,15 @@ from peftlab.figures.relatives import relatives, sum_of_factors
 from peftlab.figures.roads import adapter_places, bottleneck
 from peftlab.figures.scores import score_matrix
 from peftlab.figures.sheet import Sheet, alt_text
+from peftlab.figures.showdown import (
+    best_under,
+    contest_course,
+    domination,
+    paired_seeds,
+    pareto,
+    rate_search,
+    tenants,
+)
 from peftlab.figures.site_map import site_map
 from peftlab.figures.sites import SITES, five_sites
 from peftlab.figures.style import (

@@ -99,6 +99,7 @@ from peftlab.panels.rank_lab import (
     rank_lab,
     rank_lab_view,
 )
+from peftlab.panels.showdown import Showdown, ShowdownView, showdown
 from peftlab.panels.soft_lab import (
     SOFT_LAB,
     SOFT_METRICS,

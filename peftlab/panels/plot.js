@@ -61,6 +61,12 @@ function render({ model, el }) {
   el.append(trouble, place);
   let [stale, busy, gone, Plotly] = [true, false, false, undefined];
 
+  /* A point that names what it stands for tells the kernel so. */
+  const clicked = ({ points }) => {
+    const name = points[0]?.customdata;
+    if (name !== undefined) model.send({ clicked: name });
+  };
+
   async function draw() {
     stale = true;
     if (busy) return;
@@ -70,7 +76,9 @@ function render({ model, el }) {
       while (stale && !gone) {
         stale = false;
         const figure = JSON.parse(model.get("figure"));
+        const fresh = !place.on; // Plotly gives the element its events with the first figure
         await Plotly.react(place, figure.data, figure.layout, SETTINGS);
+        if (fresh) place.on("plotly_click", clicked);
         place.setAttribute("aria-label", words(figure.layout.title?.text ?? "figure"));
         trouble.textContent = "";
       }

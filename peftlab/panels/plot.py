@@ -2,7 +2,7 @@
 
 import functools
 import gzip
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -51,7 +51,7 @@ class Plot(anywidget.AnyWidget):
     script = traitlets.Instance(Script).tag(sync=True, **widget_serialization)
 
     def __init__(self, figure: go.Figure):
-        self.shown = figure
+        self.shown, self._listeners = figure, []
         super().__init__(figure=figure.to_json(), script=script())
         self.on_msg(self._answer)
 
@@ -79,9 +79,16 @@ class Plot(anywidget.AnyWidget):
         self.shown.layout.update(layout)
         self.draw(self.shown)
 
+    def on_click(self, listener: Callable[[str], None]) -> None:
+        """Call `listener` with the `customdata` of each point that is clicked and has some."""
+        self._listeners.append(listener)
+
     def _answer(self, _, content: dict, __) -> None:
         match content:
             case {"ask": "script"}:
                 self.send({"answer": "script"}, [_packed()])
             case {"ask": "figure", "have": have} if have != self.version:
                 self.send_state(["figure", "version"])
+            case {"clicked": name}:
+                for listener in self._listeners:
+                    listener(name)
