@@ -17,7 +17,7 @@ from peftlab.bench.contest import HEAD_RATE, SEEDS, TUNING_SEEDS, Contest, Entry
 from peftlab.bench.replay import started
 from peftlab.bench.runs import run_together
 from peftlab.bench.tournament import Progress, Rows, play
-from peftlab.bench.verdicts import comparisons, difference, level, verdicts
+from peftlab.bench.verdicts import comparisons, difference, level, pairs, verdicts
 from peftlab.methods import AdaLoRA
 
 # --- the search of a rate ----------------------------------------------------------------------
@@ -347,6 +347,19 @@ def test_the_verdicts_follow_from_the_runs(name):
     path = data_path("results", f"bench_{name}.json")
     facts = json.loads(path.read_text(encoding="utf-8"))
     assert comparisons(facts, facts["runs"]) == facts["comparisons"]
+    again = pairs(facts, facts["runs"])
+    assert [row["verdict"] for row in again] == [row["verdict"] for row in facts["pairs"]]
+    for mine, theirs in zip(again, facts["pairs"], strict=True):
+        assert mine == pytest.approx(theirs)
     assert all(facts[f"{split} examples"] for split in ("train", "dev", "test"))
     for field in ("command", "device", "date", "torch", "rule", "batch size", "steps"):
         assert facts[field]
+
+
+def test_a_difference_reads_the_same_from_either_side():
+    found = results.read("facts")
+    one, other = found.difference("LoRA", "(IA)³"), found.difference("(IA)³", "LoRA")
+    assert (one["mean"], one.low, one.high) == (-other["mean"], -other.high, -other.low)
+    assert (one.verdict, other.verdict) == ("better", "worse") and one.p == other.p
+    with pytest.raises(ValueError, match="no verdict on 'LoRA' and 'none'"):
+        found.difference("LoRA", "none")

@@ -16,14 +16,15 @@ class Result:
     """A contest as it was written.
 
     `facts` is what holds for all rows, with the chosen rates under "entries"; `tried` are the runs
-    of the search on dev, `runs` those of the seeds on the test, one row each; `comparisons` says of
-    each entry which others it is better or worse than, and `references` are scores that nobody was
-    trained for.
+    of the search on dev, `runs` those of the seeds on the test, one row each; `pairs` are the
+    verdicts, and `comparisons` says of each entry which others it is better or worse than;
+    `references` are scores that nobody was trained for.
     """
 
     facts: dict
     tried: pd.DataFrame
     runs: pd.DataFrame
+    pairs: pd.DataFrame
     comparisons: pd.DataFrame
     references: pd.DataFrame
 
@@ -51,6 +52,23 @@ class Result:
             for label, methods in made.items()
         }
 
+    def difference(self, a: str, b: str) -> pd.Series:
+        """The verdict on a beside b: mean, low and high of a − b, p, and the word.
+
+        The interval is that of this pair; p and the word are corrected for all pairs.
+        """
+        there = self.pairs[(self.pairs.a == a) & (self.pairs.b == b)]
+        if len(there):
+            return there.iloc[0]
+        other = self.pairs[(self.pairs.a == b) & (self.pairs.b == a)]
+        if not len(other):
+            raise ValueError(f"no verdict on {a!r} and {b!r}")
+        row = other.iloc[0].copy()
+        words = {"better": "worse", "worse": "better"}
+        row[["a", "b", "mean", "low", "high"]] = [a, b, -row["mean"], -row.high, -row.low]
+        row["verdict"] = words.get(row.verdict, row.verdict)
+        return row
+
     @property
     def settled(self) -> pd.DataFrame:
         """For each entry its rates, and whether each is inside the rates that were tried."""
@@ -67,5 +85,5 @@ def read(name: str, path: Path | None = None) -> Result:
     """A contest that was written. Raises FileNotFoundError if it was not."""
     path = path or data_path("results", f"bench_{name}.json")
     facts = json.loads(path.read_text(encoding="utf-8"))
-    parts = ("tried", "runs", "comparisons", "references")
+    parts = ("tried", "runs", "pairs", "comparisons", "references")
     return Result(facts, *(pd.DataFrame(facts.pop(part)) for part in parts))

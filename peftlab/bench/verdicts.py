@@ -108,6 +108,17 @@ def _word(mean: float, p: float) -> str:
     return WORDS[0] if mean > 0 else WORDS[1]
 
 
+def by_label(facts: dict, runs: list[dict]) -> dict[str, list[dict]]:
+    """The runs of each entry of a contest."""
+    return {label: [row for row in runs if row["label"] == label] for label in facts["entries"]}
+
+
+def pairs(facts: dict, runs: list[dict]) -> list[dict]:
+    """The verdict on every pair of a contest's entries, ready for JSON."""
+    table = verdicts(by_label(facts, runs), facts["main"])
+    return table.round({"mean": 4, "low": 4, "high": 4, "p": 6}).to_dict("records")
+
+
 def comparisons(facts: dict, runs: list[dict]) -> list[dict]:
     """What a contest says of each entry beside all others, ready for JSON.
 
@@ -115,7 +126,7 @@ def comparisons(facts: dict, runs: list[dict]) -> list[dict]:
     interval of the mean score, `n` its seeds.
     """
     main, labels = facts["main"], list(facts["entries"])
-    rows = {label: [row for row in runs if row["label"] == label] for label in labels}
+    rows = by_label(facts, runs)
     table = verdicts(rows, main)
     found = []
     for label in labels:

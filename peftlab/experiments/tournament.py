@@ -33,7 +33,7 @@ from peftlab.bases.data import data_path
 from peftlab.bench.contest import SEEDS, TUNING_SEEDS, Contest, Entry
 from peftlab.bench.runs import answers, blocks, plain_texts, run_together
 from peftlab.bench.tournament import Progress, Rows, play
-from peftlab.bench.verdicts import comparisons
+from peftlab.bench.verdicts import comparisons, pairs
 from peftlab.experiments.compare_real import take_a_gpu
 from peftlab.methods import (
     IA3,
@@ -203,8 +203,10 @@ def whole(facts: dict, progress: list[Progress]) -> dict:
 def write(path: Path, contest: dict) -> None:
     """The contest with what its runs say of each entry, a row a line."""
     rows = {name: contest.pop(name) for name in ("tried", "runs")}
-    rows = {"comparisons": comparisons(contest, rows["runs"]), **rows}
-    contest.pop("comparisons", None)
+    judged = {"pairs": pairs, "comparisons": comparisons}
+    for name in judged:
+        contest.pop(name, None)
+    rows = {name: judge(contest, rows["runs"]) for name, judge in judged.items()} | rows
     parts = [json.dumps(contest, indent=1, ensure_ascii=False)[:-2]]
     for name, several in rows.items():
         listed = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in several)

@@ -113,16 +113,14 @@ def paired_seeds(
 ) -> go.Figure:
     """For each pair (result, a, b), titled: both scores seed by seed, and a − b with its interval.
 
-    The interval and the word are those of `bench.verdicts`, for this pair alone.
+    The interval is that of this pair, as it was recorded.
     """
-    from peftlab.bench.verdicts import difference
-
     wide, top, high = (WIDTH - 2 * LEFT) / len(pairs), 40, 180
     s, words = Sheet(title, high + top + 62, "", dark), []
     for at, (name, (result, a, b)) in enumerate(pairs.items()):
         x0, main = LEFT + at * wide, result.main
         rows = {each: result.runs[result.runs.label == each].sort_values("seed") for each in (a, b)}
-        found = difference(*(rows[each].to_dict("records") for each in (a, b)), main)
+        found = result.difference(a, b)
         s.text(x0 + wide / 2 - 14, 12, f"<b>{name}</b>", NORMAL, align="center")
         left, right, own = x0 + 46, x0 + wide * 0.46, x0 + wide * 0.72
 
@@ -155,13 +153,13 @@ def paired_seeds(
         low, up = max(found.low, -1.1), min(found.high, 1.1)
         ink = s.theme.line(GREEN)
         s.line([(own + 16, apart(low)), (own + 16, apart(up))], ink, 4)
-        s.line([(own + 8, apart(found.mean)), (own + 24, apart(found.mean))], ink, 4)
+        s.line([(own + 8, apart(found["mean"])), (own + 24, apart(found["mean"]))], ink, 4)
         s.text(own + 5, top + high + 18, "difference", SMALL, align="center")
         over = "touches 0" if found.low <= 0 <= found.high else "leaves out 0"
         s.text(x0 + wide / 2 - 14, top + high + 42, f"95% interval {number(100 * found.low, 0)} to "
                f"{number(100 * found.high, 0)} points: {over}", NORMAL, align="center")  # fmt: skip
-        words.append(f"{name}: {a} minus {b} is {found.mean:.0%} on average of {found.seeds} seeds,"
-                     f" from {found.low:.0%} to {found.high:.0%}; the interval {over}")  # fmt: skip
+        words.append(f"{name}: {a} minus {b} is {found['mean']:.0%} on average of {found.seeds} "
+                     f"seeds, from {found.low:.0%} to {found.high:.0%}; the interval {over}")  # fmt: skip
     fig = s.done()
     fig.layout.meta["alt"] = f"{title}. {'. '.join(words)}."
     return fig
@@ -323,9 +321,8 @@ def pareto(
     One point a seed, a mean with its 95% interval for each entry, and the front of the means.
     `costs` gives the cost of each entry where no row has it.
     """
-    from peftlab.bench.verdicts import level
-
     score = score or result.main
+    intervals = result.comparisons.set_index("label").interval
     runs = result.runs
     if costs:
         runs = runs.assign(**{cost: runs.label.map(costs)})
@@ -347,9 +344,9 @@ def pareto(
         seeds = mine[score].to_numpy()
         error = None
         if score == result.main:
-            whole = level(mine.to_dict("records"), score)
-            error = dict(symmetric=False, array=[whole.high - whole.mean],
-                         arrayminus=[whole.mean - whole.low], thickness=1.2)  # fmt: skip
+            low, high = intervals[label]
+            error = dict(symmetric=False, array=[high - seeds.mean()],
+                         arrayminus=[seeds.mean() - low], thickness=1.2)  # fmt: skip
         price = table.cost[label]
         shared = dict(legendgroup=label, name=label, xaxis="x", yaxis="y")
         traces.append(go.Scatter(
