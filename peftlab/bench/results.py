@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,10 +34,11 @@ class Result:
         """The headline metric."""
         return self.facts["main"]
 
-    def peaks(self, length: int = 32) -> dict[str, int]:
+    def peaks(self, length: int = 32, labels: Collection[str] | None = None) -> dict[str, int]:
         """The peak memory in bytes of one training step of each entry, by `memory.predict`.
 
-        In float32 on a CPU, with as many rows as the contest's batch and so many tokens a row.
+        In float32 on a CPU, with as many rows as the contest's batch and so many tokens a row; of
+        all entries, or of those with `labels`.
         """
         from peftlab import memory
         from peftlab.bases.shapes import Shape
@@ -46,6 +48,7 @@ class Result:
         made = {
             label: [Method.from_dict(each) for each in entry["methods"]]
             for label, entry in self.facts["entries"].items()
+            if labels is None or label in labels
         }
         return {
             label: memory.predict(methods, shape.name, batch=size, length=length).peak

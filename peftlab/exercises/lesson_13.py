@@ -93,25 +93,25 @@ def three_of_three():
 
 
 @question(
-    "Each method of a comparison gets one and the same learning rate, 0.01, 'to be fair'. The "
-    "search of this contest tried 0.01 for six methods. Who looks best at 0.01 on the facts?",
+    "Each method of a comparison gets one and the same learning rate, 0.01, 'to be fair'. At their "
+    "own best rates LoRA and DoRA both learn all the facts. What does the comparison say of them?",
     {
-        "a": ("LoRA", "At 0.01 it has gone too far: read its row again."),
-        "b": ("DoRA, LoRA far behind", "Both are LoRA; only one of them stands 0.01."),
-        "c": ("LoRA and DoRA are level", "At their own rates they are. At 0.01?"),
-        "d": ("(IA)³", "Its factors need a rate thirty times larger."),
+        "a": ("LoRA is ahead by more than 50 points", "Which of the two stands a large rate?"),
+        "b": ("DoRA is ahead by more than 50 points", "It still learns at 0.01, LoRA does not."),
+        "c": ("they are level", "At rates of their own they are. At 0.01?"),
+        "d": ("both learn nothing", "One of them does."),
     },
-)
+)  # fmt: skip
 def one_rate_for_all():
     from peftlab.bench import results
 
     tried = results.read("facts").tried
     at = tried[tried.lr == 0.01].groupby("label").new_facts.mean()
     lead = at["DoRA"] - at["LoRA"]
-    letter = "b" if lead > 0.5 else "c"
+    letter = "b" if lead > 0.5 else "a" if lead < -0.5 else "c" if at["DoRA"] > 0.5 else "d"
     return letter, (
-        f"DoRA {at['DoRA']:.0%}, LoRA {at['LoRA']:.0%}. At rates of their own they are not told "
-        "apart: the gap was made by the rate."
+        f"On dev DoRA has {at['DoRA']:.0%} at 0.01, LoRA {at['LoRA']:.0%}. The gap was made by "
+        "the rate."
     )
 
 

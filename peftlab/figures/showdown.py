@@ -158,8 +158,9 @@ def paired_seeds(
         over = "touches 0" if found.low <= 0 <= found.high else "leaves out 0"
         s.text(x0 + wide / 2 - 14, top + high + 42, f"95% interval {number(100 * found.low, 0)} to "
                f"{number(100 * found.high, 0)} points: {over}", NORMAL, align="center")  # fmt: skip
+        told = f"from {found.low:.0%} to {found.high:.0%}; the interval {over}"
         words.append(f"{name}: {a} minus {b} is {found['mean']:.0%} on average of {found.seeds} "
-                     f"seeds, from {found.low:.0%} to {found.high:.0%}; the interval {over}")  # fmt: skip
+                     f"seeds, {told}")  # fmt: skip
     fig = s.done()
     fig.layout.meta["alt"] = f"{title}. {'. '.join(words)}."
     return fig
@@ -314,7 +315,7 @@ def tenants(
 
 
 def pareto(
-    result: Result, cost: str, score: str = "", costs: Mapping[str, float] | None = None
+    result: Result, cost: str, score: str = "", costs: Mapping[str, int] | None = None
 ) -> tuple[list[go.Scatter], list[str]]:
     """The traces of a plot of score against cost, and who is on the front.
 

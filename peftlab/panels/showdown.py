@@ -35,6 +35,11 @@ def scores(result: Result) -> tuple[str, ...]:
     return (result.main, *(each for each in others if each != result.main))
 
 
+def _offered(values) -> list[tuple[str, str]]:
+    """Values as a menu shows them."""
+    return [(value.replace("_", " "), value) for value in values]
+
+
 @dataclass(frozen=True)
 class ShowdownView:
     """What the panel shows for one choice; `peaks` are bytes by label, None where not computed."""
@@ -192,9 +197,9 @@ class Showdown(Panel):
         costs = [(WORDS[c], c) for c in (*COSTS, *(["peak"] if view.peaks else []))]
         offered = {
             "name": ("contest", results.names()),
-            "score": ("score", scores(view.result)),
+            "score": ("score", _offered(scores(view.result))),
             "cost": ("cost", costs),
-            "opened": ("open", list(view.result.facts["entries"])),
+            "opened": ("open", _offered(view.result.facts["entries"])),
         }
         wide = dict(style={"description_width": "60px"}, layout=widgets.Layout(width="340px"))
         self.choices = {
@@ -225,11 +230,10 @@ class Showdown(Panel):
         if given["name"] != self.view.name:  # another contest has scores and entries of its own
             self._busy = True
             other = _read(given["name"])
-            for key, options in (
-                ("score", scores(other)), ("opened", list(other.facts["entries"])),
-            ):  # fmt: skip
-                kept = given[key] if given[key] in options else options[0]
-                self.choices[key].options = options
+            known = {"score": scores(other), "opened": list(other.facts["entries"])}
+            for key, values in known.items():
+                kept = given[key] if given[key] in values else values[0]
+                self.choices[key].options = _offered(values)
                 self.choices[key].value = given[key] = kept
             self._busy = False
         self.view = ShowdownView(**given, peaks=self.peaks)

@@ -17,6 +17,7 @@ from playwright.sync_api import expect
 from peftlab.panels import (
     LAB_ALPHAS,
     LAB_RANKS,
+    ShowdownView,
     allowed_sizes,
     code_view,
     count_view,
@@ -202,3 +203,33 @@ def test_lesson_14_says_what_fits_at_the_rows_that_the_slider_says(open_lesson):
     expect(answer).to_contain_text(fits_view("llama-3-8b", "QLoRA", batch=2).text)
     lesson.page.locator(".peftlab-fits-kind select").first.select_option("LoRA")
     expect(answer).to_contain_text(fits_view("llama-3-8b", "LoRA", batch=2).text)
+
+
+# Where a point stands on the page: of the method that it names, its mean and no single seed.
+PLACE = """name => {
+    const plot = document.querySelector('.js-plotly-plot');
+    const trace = plot.data.find(t => t.name === name && t.marker?.size === 12);
+    const { xaxis, yaxis } = plot._fullLayout, box = plot.getBoundingClientRect();
+    return [box.x + xaxis._offset + xaxis.d2p(trace.x[0]),
+            box.y + yaxis._offset + yaxis.d2p(trace.y[0])];
+}"""
+
+
+def test_lesson_13_opens_the_point_that_is_clicked(open_lesson, tmp_path):
+    source = "from peftlab import panels\n\npanels.showdown()"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+    nbformat.write(notebook, tmp_path / "showdown.ipynb")
+    lesson = open_lesson(tmp_path / "showdown.ipynb")
+    lesson.run_all()
+    page = lesson.page
+    opened = page.locator(".peftlab-showdown-opened select")
+    expect(opened.locator("option:checked")).to_have_text("LoRA")
+    plot = page.locator(".js-plotly-plot")
+    expect(plot.locator(".annotation-text").last).to_contain_text("LoRA: its search")
+    plot.scroll_into_view_if_needed()
+    page.mouse.click(*page.evaluate(PLACE, "(IA)³"))
+    expect(opened.locator("option:checked")).to_have_text("(IA)³")
+    expect(plot.locator(".annotation-text").last).to_contain_text("(IA)³: its search")
+    page.locator(".peftlab-showdown-score select").select_option("known facts")
+    kept = ShowdownView("facts", "known_facts", "stored", "(IA)³")
+    expect(plot.locator(".gtitle")).to_have_text(f"Not beaten: {', '.join(kept.front)}")

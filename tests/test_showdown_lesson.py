@@ -1,0 +1,248 @@
+"""What lesson 13 says of the contests, its drawings, its bet, and its panel at every choice."""
+
+import math
+from itertools import product
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from peftlab import figures, panels
+from peftlab.bench import results
+from peftlab.exercises import lesson_13 as lesson
+from peftlab.figures.sheet import alt_text, overlaps, pale
+from peftlab.figures.showdown import front, means
+from peftlab.panels.showdown import COSTS, SHOWN, ShowdownView, scores
+
+SIX = ["LoRA", "DoRA", "(IA)³", "BitFit", "Half pruned + LoRA", "Prompt tuning"]
+NAMES = ("facts", "permute", "sort")
+
+
+@pytest.fixture(scope="module")
+def facts():
+    return results.read("facts")
+
+
+@pytest.fixture(scope="module")
+def cipher():
+    return results.read("permute")
+
+
+@pytest.fixture(scope="module")
+def sort():
+    return results.read("sort")
+
+
+# --- what the text says ------------------------------------------------------------------------
+
+
+def test_the_rates(facts):
+    rates = facts.settled.lr[SIX]
+    assert rates.max() / rates.min() == pytest.approx(100)
+    tried = facts.tried.groupby("label").lr.nunique()
+    assert len(tried) == 13 and (tried > 3).sum() == 3
+    at = facts.tried.groupby(["label", "lr"]).new_facts.mean()
+    assert round(at["DoRA", 0.01], 2) == 0.99 and round(at["LoRA", 0.01], 2) == 0.09
+    assert at["DoRA", 0.003] > 0.99 and at["LoRA", 0.003] > 0.99
+    assert len(facts.tried) > len(facts.runs)
+
+
+def test_the_two_differences(facts, cipher):
+    one = facts.difference("LoRA", "(IA)³")
+    other = cipher.difference("LayerNorm tuning", "Prefix tuning (P-tuning v2)")
+    assert other["mean"] > one["mean"] > 0
+    assert one.low > 0 and other.low < 0 < other.high
+    scored = cipher.runs.pivot(index="seed", columns="label", values="exact")
+    apart = scored["LayerNorm tuning"] - scored["Prefix tuning (P-tuning v2)"]
+    assert (apart > 0).sum() == 4 and apart.min() < -0.5
+
+
+def test_costs(facts):
+    stored, trained = (facts.runs.groupby("label")[c].first() for c in ("stored", "trained"))
+    assert round(trained["P-tuning"] / stored["P-tuning"]) == 136
+    assert 550 < stored["Full fine-tuning"] / stored["LayerNorm tuning"] < 650
+    assert stored["LoRA"] == stored["QLoRA"] == 165_888 and stored["Prompt tuning"] == 3_840
+    peaks = facts.peaks(labels=["Full fine-tuning", "LayerNorm tuning"])
+    assert round(peaks["Full fine-tuning"] / peaks["LayerNorm tuning"]) == 2
+
+
+def test_known_facts_turn_the_order_round(facts):
+    known = facts.comparisons.set_index("label").index
+    kept = facts.runs.groupby("label").known_facts.mean()[known]
+    assert round(kept["(IA)³"], 2) == 0.02 and round(kept["Half pruned + LoRA"], 2) == 0.03
+    assert kept["LoRA"] > 0.5 > kept["Full fine-tuning"] > 0.4
+
+
+def test_three_tasks_have_three_winners(facts, cipher, sort):
+    best = {}
+    for result, budget in product((facts, cipher, sort), (4_000, 7_000, 200_000)):
+        table = means(result)
+        table = table[table.cost <= budget]
+        best[result.facts["options"].get("skill", "facts"), budget] = table.score.max()
+    assert best["sort", 4_000] > 0.9 and best["permute", 4_000] < 0.05 > best["facts", 4_000]
+    assert best["permute", 7_000] > 0.98 and best["facts", 7_000] < 0.8
+    assert best["facts", 200_000] == 1
+
+
+def test_the_best_are_at_the_ceiling_on_all_three_tasks(facts, cipher, sort):
+    for result in (facts, cipher, sort):
+        rows = result.comparisons.set_index("label")
+        able = ["LoRA", "DoRA", "QLoRA", "Houlsby adapter", "Full fine-tuning"]
+        assert (rows["mean"][able] > 0.95).all()
+        assert all(set(able).isdisjoint(others) for others in rows.better_than[able])
+
+
+# --- drawings ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_drawings_can_be_read(facts, cipher, dark):
+    pairs = {
+        "One": (facts, "LoRA", "(IA)³"),
+        "Two": (cipher, "LayerNorm tuning", "Prefix tuning (P-tuning v2)"),
+    }
+    own = {"Full fine-tuning": 16 * 10**9, "LoRA": 42 * 10**6, "Prompt tuning": 160_000}
+    drawn = (
+        figures.contest_course(facts, dark),
+        figures.rate_search(facts, SIX, "title", dark),
+        figures.paired_seeds(pairs, "title", dark),
+        figures.domination(facts, "(IA)³", "title", dark=dark),
+        figures.tenants("a base", 16 * 10**9, own, (1, 10, 50), dark),
+    )
+    for figure in drawn:
+        assert not overlaps(figure) and not pale(figure)
+        assert len(alt_text(figure)) > 60
+
+
+def test_the_search_is_drawn_as_it_was(facts):
+    figure = figures.rate_search(facts, SIX, "title")
+    told = [note.text for note in figure.layout.annotations]
+    for label in SIX:
+        mine = facts.tried[facts.tried.label == label].groupby("lr").new_facts.mean()
+        for rate, score in mine.items():
+            best = rate == facts.settled.lr[label]
+            assert (f"<b>{score:.0%}</b>" if best else f"{score:.0%}") in told
+        assert f"{label} tried" in alt_text(figure)
+
+
+def test_areas_of_tenants_are_to_one_scale():
+    own = {"Full fine-tuning": 9 * 10**9, "LoRA": 10**9}
+    figure = figures.tenants("a base", 9 * 10**9, own, (1, 4))
+    boxes = [s for s in figure.layout.shapes if s.type == "rect"][:-1]  # the last is the key
+    sides = sorted(round((s.x1 - s.x0) ** 2) for s in boxes)
+    unit = sides[0]
+    wanted = sorted([9, 9, 1, 36, 9, 4])  # full once, base and LoRA, full four times, base, four
+    assert [round(side / unit) for side in sides] == wanted
+    assert "4 with LoRA: 13.0 GB" in alt_text(figure) and "4 with Full" in alt_text(figure)
+
+
+def test_the_front_is_what_nobody_beats():
+    points = {
+        "a": (5, 0.5), "b": (5, 0.4), "c": (7, 0.5), "d": (2, 0.1), "e": (9, 0.9), "f": (2, 0.1)
+    }  # fmt: skip
+    table = pd.DataFrame(points, index=["cost", "score"]).T
+    assert front(table) == ["d", "f", "a", "e"]
+    assert set(front(table)) == set(lesson.not_dominated_solution(points))
+
+
+# --- the bet -----------------------------------------------------------------------------------
+
+
+def test_a_bet_is_taken_or_refused():
+    assert lesson.bet().status == lesson.bet(...).status == "open"
+    assert lesson.bet(list(lesson.RUNNERS)).passed
+    for given, said in (
+        (["x"], "'x' does not run"),
+        ("LoRA", "a list of names"),
+        ([1], "a list of names"),
+        (["LoRA", "LoRA"], "LoRA stands twice"),
+        (["LoRA"], "no place for Prompt tuning"),
+    ):
+        verdict = lesson.bet(given)
+        assert verdict.status == "wrong" and said in verdict.message
+
+
+def test_a_bet_is_settled_by_what_is_told_apart(facts):
+    order = list(lesson.RUNNERS)[::-1]
+    told = 0
+    better = facts.comparisons.set_index("label").better_than
+    for first in order:
+        told += len(set(better[first]) & set(order))
+    good, bad = lesson.settle(order, facts), lesson.settle(order[::-1], facts)
+    assert good.passed and f"{told} of {told} pairs" in good.message
+    assert f"{15 - told} pairs nobody" in good.message
+    assert bad.status == "wrong" and f"0 of {told} pairs" in bad.message
+    swapped = order[:]
+    swapped[2], swapped[3] = swapped[3], swapped[2]  # LoRA and (IA)³
+    one = lesson.settle(swapped, facts)
+    assert f"{told - 1} of {told}" in one.message
+    assert f"You had {swapped[2]} before {swapped[3]}" in one.message
+    assert lesson.settle(..., facts).status == "open"
+    assert lesson.settle(["LoRA"], facts).status == "wrong"
+
+
+# --- the panel ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_choice_of_the_panel(name):
+    result = results.read(name)
+    peaks = dict.fromkeys(result.facts["entries"], 7)
+    choices = [(score, "stored") for score in scores(result)[1:]]
+    for score, cost in (*choices, *((result.main, cost) for cost in (*COSTS, "peak"))):
+        view = ShowdownView(name, score, cost, "LoRA", peaks)
+        figure = view.figure()
+        labels = [t.name for t in figure.data if t.customdata is not None and t.showlegend is None]
+        assert sorted(labels) == sorted(result.facts["entries"])
+        points = sum(len(t.y) for t in figure.data if t.showlegend is False and t.customdata)
+        assert points == len(result.runs)  # every seed
+        assert view.front and all(label in labels for label in view.front)
+    for opened in result.facts["entries"]:
+        view = ShowdownView(name, result.main, "stored", opened)
+        curves = [t for t in view.figure().data if t.xaxis == "x3"]
+        (search,) = [t for t in view.figure().data if t.xaxis == "x2"]
+        assert len(curves) == 5 and len(search.x) == (result.tried.label == opened).sum()
+        for curve in curves:
+            assert 0 < curve.x[0] < curve.x[-1] < result.facts["steps"]
+            assert np.isfinite(np.array(curve.y)).all()
+        first = result.runs[(result.runs.label == opened) & (result.runs.seed == 0)].iloc[0]
+        assert view.html().count("<tr>") == SHOWN + 1
+        assert first.outputs[0].strip() in view.html()
+
+
+def test_a_click_opens_a_point_and_another_contest_has_its_own_scores():
+    panel = panels.showdown("facts")
+    before = panel.plot.version
+    panel.plot._answer(None, {"clicked": "(IA)³"}, [])
+    assert panel.view.opened == "(IA)³" == panel.choices["opened"].value
+    assert panel.plot.version == before + 1 and "<b>(IA)³</b>" in panel.answers.value
+    panel.plot._answer(None, {"clicked": "nobody"}, [])
+    assert panel.view.opened == "(IA)³"
+    panel.choices["score"].value = "known_facts"
+    panel.choices["name"].value = "permute"
+    assert panel.view == ShowdownView("permute", "exact", "stored", "(IA)³")
+    assert dict(panel.choices["score"].options) == {"exact": "exact", "letters": "letters"}
+    assert "Showdown: permute" in panel.describe()
+    panel.close()
+
+
+def test_what_the_panel_does_not_have():
+    for given, said in (
+        (dict(name="chess"), "no contest 'chess' is recorded"),
+        (dict(cost="peak"), "cost='peak': allowed is stored, trained, file_bytes"),
+        (dict(opened="nobody"), "opened='nobody': allowed is"),
+        (dict(score="beauty"), "score='beauty': allowed is new_facts"),
+    ):
+        choice = dict(name="facts", score="new_facts", cost="stored", opened="LoRA") | given
+        with pytest.raises(ValueError, match=said):
+            ShowdownView(**choice)
+
+
+def test_a_budget_buys_no_less_when_it_grows(facts, cipher):
+    figure = figures.best_under({"facts": facts, "cipher": cipher}, "title")
+    for line, result in zip(figure.data, (facts, cipher), strict=True):
+        assert list(line.x) == sorted(line.x) and list(line.y) == sorted(line.y)
+        table = means(result)
+        for label, x, y in zip(line.customdata[:-1], line.x, line.y, strict=False):
+            assert x == table.cost[label] and math.isclose(y, table.score[label])
+            assert table.score[table.cost <= x].max() <= y + 0.005
