@@ -44,7 +44,8 @@ class Run:
     `history` has one row a step (step, loss in nats per target token, lr, seconds since the
     start), with the metrics at the steps that were evaluated. `seconds` is the training time until
     the last step. All seconds are without evaluation. `interrupted` says that the run ended early:
-    it was stopped, or `problem` is the sentence that says what was not finite and why.
+    it was stopped, or `problem` is the sentence that says what was not finite and why. `best_step`
+    is the step whose state the adapter has, where `patience` chose one.
     """
 
     method: str
@@ -59,6 +60,7 @@ class Run:
     seconds: float = 0.0
     interrupted: bool = False
     problem: str = ""
+    best_step: int | None = None
     before: dict[str, float] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     records: list[dict] = field(default_factory=list, repr=False)
@@ -101,8 +103,15 @@ def train(
     on_step: Callable[[dict], None] | None = None,
     stop: threading.Event | None = None,
     evaluate: bool = True,
+    epochs: int | float | None = None,
+    patience: int = 0,
 ) -> Run:
     """Train the adapter on `task.train`.
+
+    With `epochs` the examples are passed so often, in place of `steps`; a batch that would not be
+    full is left out. With `patience` the run ends early once the main score on dev has not risen in
+    so many evaluations, one every `eval_every` steps, and the adapter gets back the state of the
+    best one, the first of equals: `run.best_step`.
 
     `lr` defaults to the rate of the first method that trains; a head uses `head_lr`. The dev set
     is scored every `eval_every` steps (0: never); with `evaluate`, the test set is scored before
@@ -113,10 +122,17 @@ def train(
     Raises ValueError for a setting out of range, a split without examples, or a batch that does
     not fit the context.
     """
-    least = {"steps": 1, "batch_size": 1, "eval_every": 0, "warmup": 0}
-    for name, value in zip(least, (steps, batch_size, eval_every, warmup), strict=True):
+    least = {"steps": 1, "batch_size": 1, "eval_every": 0, "warmup": 0, "patience": 0}
+    for name, value in zip(least, (steps, batch_size, eval_every, warmup, patience), strict=True):
         if value < least[name]:
             raise ValueError(f"{name}={value}: allowed is at least {least[name]}")
+    if patience and not eval_every:
+        raise ValueError("patience counts evaluations: set eval_every, the steps between two")
+    if epochs is not None:
+        full = len(task.split("train")) // min(batch_size, len(task.train))  # batches in a pass
+        if not 1 / full <= epochs < math.inf:
+            raise ValueError(f"epochs={epochs}: allowed is at least {1 / full:.3g}, one batch")
+        steps = round(epochs * full)
     for split, needed in {"train": True, "dev": eval_every, "test": evaluate}.items():
         if needed:
             task.split(split)
@@ -141,7 +157,7 @@ def train(
     )
     bar = tqdm(total=steps, disable=not progress, desc=f"{tuned.label} on {task.name}")
     tuned.train(True)
-    start, skipped = time.perf_counter(), 0
+    start, skipped, best, waited = time.perf_counter(), 0, -math.inf, 0
     try:
         with drawing(seed, tuned.device, dropout=True):
             for step, batch in zip(range(1, steps + 1), batches, strict=False):
@@ -171,12 +187,19 @@ def train(
                 schedule.step()
                 if eval_every and (step % eval_every == 0 or step == steps):
                     record |= task.score(tuned, task.dev)
+                    waited += 1
+                    if patience and record[task.main] > best:
+                        best, waited, run.best_step = record[task.main], 0, step
+                        places = tuned.trainable | tuned.frozen
+                        kept = {name: t.detach().clone() for name, t in places.items()}
                     tuned.train(True)
                     start = time.perf_counter() - run.seconds  # the clock stood still meanwhile
                 bar.update()
                 bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
                 if on_step is not None:
                     on_step(record)
+                if patience and waited >= patience:
+                    break
     except KeyboardInterrupt:
         run.interrupted = True
     finally:
@@ -184,6 +207,8 @@ def train(
         tuned.train(False)
         for parameter in tuned.trainable.values():
             parameter.grad = None
+        if run.best_step is not None:
+            tuned.load_state(kept)
     if run.problem:
         warnings.warn(run.problem, RuntimeWarning, stacklevel=2)
     if evaluate:

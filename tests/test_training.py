@@ -531,3 +531,66 @@ def test_two_threads_train_as_one():
     for thread in threads:
         thread.join()
     assert all(same(wanted[seed], found[seed]) for seed in (0, 1))
+
+
+# --- how long ------------------------------------------------------------------------------------
+
+
+def test_epochs_pass_the_examples_and_leave_out_what_is_no_full_batch():
+    task = letters()  # its number of examples is no multiple of five
+    full = len(task.train) // 5
+    assert len(task.train) % 5
+    for epochs, steps in ((1, full), (2.5, round(2.5 * full)), (1 / full, 1)):
+        record = run(attach(tiny("gpt2"), PromptTuning(2)), task, 1, batch_size=5, epochs=epochs)
+        assert record.steps == steps
+    seen = []
+    tuned = attach(tiny("gpt2"), PromptTuning(2))
+    task.batch_for, whole = (
+        lambda model, rows: seen.append(rows) or whole(model, rows),
+        task.batch_for,
+    )
+    run(tuned, task, batch_size=5, epochs=1)
+    asked = [example.prompt for rows in seen[:full] for example in rows]
+    assert len(asked) == len(set(asked)) == 5 * full  # each at most once
+
+
+@pytest.mark.parametrize("epochs", [0, -1, 0.001, math.inf, math.nan])
+def test_epochs_out_of_range(epochs):
+    with pytest.raises(ValueError, match="epochs=.*allowed is at least"):
+        run(attach(tiny("gpt2"), PromptTuning(2)), epochs=epochs)
+
+
+SCORES = (0.2, 0.5, 0.4, 0.5, 0.3, 0.9)  # of dev, an evaluation after another
+
+
+@pytest.mark.parametrize(
+    "case", [case for family, case in PLAIN if family == "gpt2" and not CASES[case].head]
+)
+def test_patience_keeps_the_best_state(case, monkeypatch):
+    """As after as many steps without patience, whatever the method trains."""
+    told = iter(SCORES)
+    task, methods = letters(), CASES[case].methods
+    monkeypatch.setattr(task, "score", lambda tuned, examples: {task.main: next(told)})
+    tuned = attach(tiny("gpt2"), methods)
+    record = run(tuned, task, 12, eval_every=2, patience=3)
+    assert (record.best_step, record.steps, record.interrupted) == (4, 10, False)  # not the 0.9
+    other = attach(tiny("gpt2"), methods)
+
+    def stop_after(step):
+        if step["step"] == 4:
+            raise KeyboardInterrupt
+
+    run(other, letters(), 12, on_step=stop_after)
+    state, wanted = tuned.state(), other.state()
+    assert state.keys() == wanted.keys() and same(state, wanted)
+
+
+def test_patience_needs_evaluations_and_zero_of_it_ends_nothing(monkeypatch):
+    with pytest.raises(ValueError, match="set eval_every"):
+        run(attach(tiny("gpt2"), PromptTuning(2)), patience=2)
+    with pytest.raises(ValueError, match="patience=-1: allowed is at least 0"):
+        run(attach(tiny("gpt2"), PromptTuning(2)), patience=-1)
+    task = letters()
+    monkeypatch.setattr(task, "score", lambda tuned, examples: {task.main: 0.5})
+    record = run(attach(tiny("gpt2"), PromptTuning(2)), task, 6, eval_every=1)
+    assert record.steps == 6 and record.best_step is None
