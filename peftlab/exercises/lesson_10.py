@@ -63,13 +63,13 @@ def merged_zeros():
 
 
 @question(
-    "Each of tiny-gpt's six MLPs has 768 neurons. Take the 128 with the smallest weights out of one "
-    "MLP at a time. Where does it hurt?",
+    "Each of tiny-gpt's six MLPs has 768 neurons. Take the 128 with the smallest weights out of "
+    "one MLP at a time. Where does it hurt?",
     {
         "a": ("in all six, about the same",
-              "Then size would say something about a neuron. In most of these MLPs it does not."),
-        "b": ("in the first only", "Its smallest weights belong to its loudest neurons."),
-        "c": ("in the last only", "It comes right before the output, but it has others like these."),
+              "In five of them next to nothing happens."),
+        "b": ("in the first only", "Most of its loudest neurons have small weights."),
+        "c": ("in the last only", "It is nearest to the output, and it hardly loses by it."),
         "d": ("nowhere: small weights do little",
               "A small weight does little if what comes through it is small too."),
     },
