@@ -65,6 +65,7 @@ from peftlab.figures.pruned import (
     loss_by_sparsity,
     loud_inputs,
     neurons_out,
+    runs_in_rows,
     times_by_row,
 )
 from peftlab.figures.quantiser import coded_road, pages, quantile_steps

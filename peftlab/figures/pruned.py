@@ -72,7 +72,7 @@ def loud_inputs(
     (rows, columns), top = W.shape, 108
     sheet = Sheet("", 10, "", dark)
     t, scores = sheet.theme, W.abs() * norms
-    left, right = 70, 470
+    left, right = 40, 440
     heads = ("W, compared by |W|", "scores |W| ‖X‖, compared")
     for x, numbers, mask, head in zip(
         (left, right), (W, scores), (by_size, by_wanda), heads, strict=True
@@ -85,8 +85,8 @@ def loud_inputs(
         sheet.box(x + 8, floor - high, CELL - 16, high, t.fill(BLUE), t.line(BLUE))
         words = _say(norm)
         sheet.text(x + CELL / 2, floor - high - 9, words, SMALL, t.text(BLUE), "center")
-    sheet.text(right + columns * CELL + 12, floor - 8, "‖X_j‖: how loud", SMALL, t.text(BLUE))
-    sheet.text(right + columns * CELL + 12, floor + 6, "input j is", SMALL, t.text(BLUE))
+    sheet.text(right - 10, floor - 12, "‖X_j‖: how loud", SMALL, t.text(BLUE), "right")
+    sheet.text(right - 10, floor + 2, "input j is", SMALL, t.text(BLUE), "right")
     middle = top + rows * CELL / 2
     sheet.arrow([(left + columns * CELL + 20, middle), (right - 20, middle)], t.line(BLUE), 2)
     sheet.text((left + columns * CELL + right) / 2, middle - 14, "each column",
@@ -95,9 +95,13 @@ def loud_inputs(
                SMALL, t.quiet, "center")  # fmt: skip
     low = top + rows * CELL + 16
     turned = int((by_size != by_wanda).sum()) // 2
-    for x, mask in ((left, by_size), (right, by_wanda)):
-        gone = [_say(W[i, j].item()) for i, j in (~mask).nonzero().tolist()]
-        sheet.text(x, low, f"gone from W: {', '.join(gone)}", SMALL, t.quiet)
+    for x, mask, other, words in (
+        (left, by_size, by_wanda, "gone, and saved by its input"),
+        (right, by_wanda, by_size, "gone in its place"),
+    ):
+        gone = [_say(W[i, j].item()) for i, j in (other & ~mask).nonzero().tolist()]
+        some = ", ".join(gone[:3]) + (", …" if len(gone) > 3 else "")
+        sheet.text(x, low, f"{words}: {some or 'none'}", SMALL, t.quiet)
     alt = (
         f"W = {W.tolist()}; its inputs have the norms {[round(n, 3) for n in norms.tolist()]}. By "
         f"size stays {(W * by_size).tolist()}; by size times norm stays {(W * by_wanda).tolist()}."
@@ -164,11 +168,17 @@ def neurons_out(
     return sheet.resized(title, top + d_ff * unit + 30).done()
 
 
-LOOKS = {  # of scores
+LORA = COLOURS["lora"]
+LOOKS = {  # of scores, and of ways back
     "magnitude": (RED, "pentagon"),
     "magnitude, all matrices together": (RED, "pentagon-open"),
     "Wanda": (BLUE, "diamond"),
+    "gradient": (BLACK, "square"),
     "random": (GREY, "x"),
+    "LoRA, under the mask": (LORA, MARKERS["lora"]),
+    "LoRA, dense": (LORA, MARKERS["adalora"]),
+    "full, under the mask": (BLACK, "circle"),
+    "full, pruned gradually": (BLACK, "circle-open"),
 }
 
 
@@ -192,8 +202,47 @@ def loss_by_sparsity(rows: pd.DataFrame, marks: Mapping[str, float], title: str)
         fig.add_annotation(x=0.01, xref="paper", y=math.log10(loss), **note)
     fig.update_xaxes(tickformat=".0%")
     fig.update_yaxes(type="log", tickvals=[0.5, 1, 2, 4, 8, 16])
-    return fig.update_layout(legend=dict(x=0.99, xanchor="right", y=0.03, yanchor="bottom"),
-                             margin_t=70, height=420)  # fmt: skip
+    legend = dict(orientation="h", x=0, y=-0.26)
+    return fig.update_layout(legend=legend, margin=dict(t=70, b=100), height=440)
+
+
+def runs_in_rows(
+    runs: pd.DataFrame, marks: Mapping[str, float], title: str, axis: str
+) -> go.Figure:
+    """Losses in rows, one line of points for each label within a row; a bar where the mean is.
+
+    `runs` has "row", "label" and "loss"; `marks` are losses that get a dashed line with a name.
+    """
+    n = sorted(set(runs.groupby(["row", "label"]).size()))
+    title += f"<br><sup>every run's point, n = {' or '.join(map(str, n))}; | is the mean</sup>"
+    fig, rows = figure(title, axis, ""), list(dict.fromkeys(runs.row))
+    for label, mine in runs.groupby("label", sort=False):
+        colour, symbol = LOOKS.get(label, (BLACK, "circle"))
+        x, y, means = [], [], []
+        for row, some in mine.groupby("row", sort=False):
+            labels = list(dict.fromkeys(runs[runs.row == row].label))
+            at = rows.index(row) + (labels.index(label) - (len(labels) - 1) / 2) * 0.26
+            x, y = x + some.loss.tolist(), y + [at] * len(some)
+            means.append((some.loss.mean(), at))
+        look = dict(color=colour, line=dict(width=2, color=colour))
+        fig.add_scatter(
+            x=x, y=y, mode="markers", marker=dict(symbol=symbol, size=9, **look), name=label
+        )
+        bar = dict(symbol="line-ns", size=14, **look)
+        fig.add_scatter(
+            x=[mean for mean, _ in means], y=[at for _, at in means], mode="markers", marker=bar,
+            showlegend=False, name="mean",
+        )  # fmt: skip
+    for name, loss in marks.items():
+        fig.add_vline(x=loss, line=dict(color=GREY, dash="dash"))
+        note = dict(text=name, showarrow=False, xanchor="left", yanchor="bottom", font_size=12)
+        fig.add_annotation(x=math.log10(loss), xshift=4, yref="paper", y=0.0, **note)
+    ticks = [0.8, 1, 1.5, 2, 3, 4, 6, 8, 12]
+    fig.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
+    fig.update_yaxes(tickvals=list(range(len(rows))), ticktext=rows, ticks="", showgrid=False,
+                     range=[len(rows) - 0.4, -0.6])  # fmt: skip
+    legend = dict(orientation="h", x=0, y=-0.3)
+    return fig.update_layout(legend=legend, margin=dict(l=130, t=70, b=100), height=410)
 
 
 def damage_by_layer(table: pd.DataFrame, untouched: float, title: str) -> go.Figure:
@@ -203,10 +252,11 @@ def damage_by_layer(table: pd.DataFrame, untouched: float, title: str) -> go.Fig
     for n, (which, mine) in enumerate(table.groupby("which", sort=False)):
         colour, symbol = looks[n % len(looks)]
         marker = dict(color=colour, symbol=symbol, size=10, line=dict(width=2, color=colour))
-        fig.add_scatter(x=mine.layer, y=mine.loss, mode="markers", marker=marker, name=which)
+        beside = mine.layer + (n - 0.5) * 0.24
+        fig.add_scatter(x=beside, y=mine.loss, mode="markers", marker=marker, name=which)
     fig.add_hline(y=untouched, line=dict(color=GREY, dash="dash"))
-    note = dict(text="nothing taken out", showarrow=False, xanchor="right", yanchor="top")
-    fig.add_annotation(x=0.99, xref="paper", y=untouched, font_size=12, **note)
+    note = dict(text="nothing taken out", showarrow=False, xanchor="center", yanchor="bottom")
+    fig.add_annotation(x=0.5, xref="paper", y=untouched, font_size=12, **note)
     ticks = sorted(table.layer.unique())
     fig.update_xaxes(tickvals=ticks, ticktext=[f"layer {i}" for i in ticks])
     fig.update_yaxes(rangemode="tozero")
