@@ -198,8 +198,8 @@ def loss_by_sparsity(rows: pd.DataFrame, marks: Mapping[str, float], title: str)
         fig.add_scatter(x=mine.amount, y=mine.loss, mode="markers", marker=marker, name=label)
     for name, loss in marks.items():
         fig.add_hline(y=loss, line=dict(color=GREY, dash="dash"))
-        note = dict(text=name, showarrow=False, xanchor="left", yanchor="bottom", font_size=12)
-        fig.add_annotation(x=0.01, xref="paper", y=math.log10(loss), **note)
+        note = dict(text=name, showarrow=False, xanchor="right", yanchor="bottom", font_size=12)
+        fig.add_annotation(x=0.99, xref="paper", y=math.log10(loss), **note)
     fig.update_xaxes(tickformat=".0%")
     fig.update_yaxes(type="log", tickvals=[0.5, 1, 2, 4, 8, 16])
     legend = dict(orientation="h", x=0, y=-0.26)
@@ -238,7 +238,9 @@ def runs_in_rows(
         note = dict(text=name, showarrow=False, xanchor="left", yanchor="bottom", font_size=12)
         fig.add_annotation(x=math.log10(loss), xshift=4, yref="paper", y=0.0, **note)
     ticks = [0.8, 1, 1.5, 2, 3, 4, 6, 8, 12]
-    fig.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
+    ends = [min([*marks.values(), *runs.loss]) * 0.9, max([*marks.values(), *runs.loss]) * 1.1]
+    fig.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks],
+                     range=[math.log10(end) for end in ends])  # fmt: skip
     fig.update_yaxes(tickvals=list(range(len(rows))), ticktext=rows, ticks="", showgrid=False,
                      range=[len(rows) - 0.4, -0.6])  # fmt: skip
     legend = dict(orientation="h", x=0, y=-0.3)
@@ -256,7 +258,7 @@ def damage_by_layer(table: pd.DataFrame, untouched: float, title: str) -> go.Fig
         fig.add_scatter(x=beside, y=mine.loss, mode="markers", marker=marker, name=which)
     fig.add_hline(y=untouched, line=dict(color=GREY, dash="dash"))
     note = dict(text="nothing taken out", showarrow=False, xanchor="center", yanchor="bottom")
-    fig.add_annotation(x=0.5, xref="paper", y=untouched, font_size=12, **note)
+    fig.add_annotation(x=0.5, xref="paper", y=untouched, yshift=12, font_size=12, **note)
     ticks = sorted(table.layer.unique())
     fig.update_xaxes(tickvals=ticks, ticktext=[f"layer {i}" for i in ticks])
     fig.update_yaxes(rangemode="tozero")
