@@ -323,9 +323,9 @@ def by_recovery(base: str = "tiny-gpt") -> pd.DataFrame:
     ways = {
         "70%, LoRA, masked": ("70% of weights", "LoRA, under the mask"),
         "70%, LoRA, dense": ("70% of weights", "LoRA, dense"),
-        "70%, full, masked": ("70% of weights", "full, under the mask"),
-        "80%, full, one-shot": ("80% of weights", "full, under the mask"),
-        "80%, full, gradual": ("80% of weights", "full, pruned gradually"),
+        "70%, full, masked": ("70% of weights", "full fine-tuning, under the mask"),
+        "80%, full, one-shot": ("80% of weights", "full fine-tuning, under the mask"),
+        "80%, full, gradual": ("80% of weights", "full fine-tuning, gradual"),
         "a third of the neurons, LoRA": ("1/3 of neurons", "LoRA, dense"),
     }
     rows = read()[1]["recovery"].query("base == @base")
@@ -339,7 +339,7 @@ def by_form() -> pd.DataFrame:
     of all of them."""
     stored = read()[1]["bytes"].set_index("label")
     forms = ["dense", "zipped", "bits and values", "CSR"]
-    return stored[forms] / stored.loc["as it is", "dense"]
+    return (stored[forms] / stored.loc["as it is", "dense"]).rename_axis(None)
 
 
 def main() -> None:

@@ -177,8 +177,8 @@ LOOKS = {  # of scores, and of ways back
     "random": (GREY, "x"),
     "LoRA, under the mask": (LORA, MARKERS["lora"]),
     "LoRA, dense": (LORA, MARKERS["adalora"]),
-    "full, under the mask": (BLACK, "circle"),
-    "full, pruned gradually": (BLACK, "circle-open"),
+    "full fine-tuning, under the mask": (BLACK, "circle"),
+    "full fine-tuning, gradual": (BLACK, "circle-open"),
 }
 
 
@@ -198,8 +198,8 @@ def loss_by_sparsity(rows: pd.DataFrame, marks: Mapping[str, float], title: str)
         fig.add_scatter(x=mine.amount, y=mine.loss, mode="markers", marker=marker, name=label)
     for name, loss in marks.items():
         fig.add_hline(y=loss, line=dict(color=GREY, dash="dash"))
-        note = dict(text=name, showarrow=False, xanchor="right", yanchor="bottom", font_size=12)
-        fig.add_annotation(x=0.99, xref="paper", y=math.log10(loss), **note)
+        note = dict(text=name, showarrow=False, xanchor="left", yanchor="top", font_size=12)
+        fig.add_annotation(x=0.13, xref="paper", y=math.log10(loss), **note)
     fig.update_xaxes(tickformat=".0%")
     fig.update_yaxes(type="log", tickvals=[0.5, 1, 2, 4, 8, 16])
     legend = dict(orientation="h", x=0, y=-0.26)
