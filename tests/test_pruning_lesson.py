@@ -266,6 +266,39 @@ def test_csr_pays_from_two_thirds_on():
     assert 1 - 2 / (2 + 4) == pytest.approx(2 / 3)
 
 
+def test_the_figures_have_every_run():
+    runs, marks = sweep_pruning.by_sparsity(), {"nothing pruned": 0.79}
+    fig = figures.loss_by_sparsity(runs, marks, "t")
+    points = [trace for trace in fig.data if trace.mode == "markers"]
+    assert sum(len(trace.x) for trace in points) == len(runs) == 40
+    for rows, places in ((sweep_pruning.by_structure(), 3), (sweep_pruning.by_recovery(), 3)):
+        fig = figures.runs_in_rows(rows, marks, "t", "nats")
+        points = [trace for trace in fig.data if trace.name != "mean"]
+        assert sorted(x for trace in points for x in trace.x) == sorted(rows.loss)
+        assert len(fig.layout.yaxis.ticktext) == places
+        left, right = (10**end for end in fig.layout.xaxis.range)
+        assert left < min(0.79, rows.loss.min()) and right > rows.loss.max()
+        for trace in points:  # a line of points for each label within its row
+            assert {round(y) for y in trace.y} <= set(range(places))
+    fig = figures.times_by_row(TABLES["times"], "t")
+    median, expected = fig.data
+    assert list(median.x) == TABLES["times"].ms.tolist() and len(expected.x) == 8
+    part = TABLES["times"]["linear weights"] / TABLES["times"]["linear weights"][0]
+    assert list(expected.x) == pytest.approx((part * TABLES["times"].ms[0]).tolist())
+
+
+def test_named_tables_hold_the_recorded_runs():
+    rows = TABLES["recovery"].query("base == 'tiny-gpt'")
+    assert sorted(sweep_pruning.by_recovery().loss) == sorted(rows.loss)
+    whole = CURVES[CURVES.group.isin(["heads", "neurons", "layers"]) & (CURVES.amount < 0.2)]
+    assert sorted(sweep_pruning.by_structure().loss) == sorted(whole.loss)
+    assert sweep_pruning.by_structure(amount=0.5).loss.max() > 10
+    form = sweep_pruning.by_form()
+    assert form.loc["50% zeros", "dense"] == 1 and form.loc["as it is", "dense"] == 1
+    assert form.loc["50% zeros", "bits and values"] == pytest.approx(1 / 2 + 1 / 16)
+    assert sweep_pruning.untouched("tiny-bert") == FACTS["untouched"]["tiny-bert"]
+
+
 # --- movement ----------------------------------------------------------------------------------
 
 
@@ -282,6 +315,15 @@ def test_movement_is_the_growth_of_the_square():
     assert torch.allclose(S, growth, rtol=2e-3)
     built = run("gradient, rate = ", print=lambda *_: None)
     assert built["after"].abs().argmax() == 0 and (-built["w"] * built["gradient"]).argmax() == 1
+
+
+def test_after_a_short_training_movement_loses_the_form_and_magnitude_keeps_it(base):
+    said, before = [], base.fingerprint()
+    built = run("def mask_of", base=base, untouched="", print=lambda *_: None)
+    built |= {"linears": list(base.anatomy.linears.values()), "print": said.append}
+    exec(cell_with("scored, handles"), built)
+    assert [words.split(": ")[1].split("%")[0] for words in said] == ["100", "0"]
+    assert base.fingerprint() == before
 
 
 # --- PEFT --------------------------------------------------------------------------------------
