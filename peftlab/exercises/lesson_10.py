@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from peftlab.bases.data import data_path
+from peftlab.bases import load
 from peftlab.exercises import after, exercise, expect, question
 from peftlab.exercises.forms import a_tensor, same, several, unlike
+from peftlab.methods import PruneStructures
+from peftlab.methods.calibration import own_loss
 from peftlab.methods.scores import choose
+from peftlab.methods.structure_scores import importance
+from peftlab.tasks import load as load_task
+from peftlab.tuned import attach
 
 
 # --- predict first -----------------------------------------------------------------------------
@@ -59,24 +63,38 @@ def merged_zeros():
 
 
 @question(
-    "Take a sixth of the neurons out of every MLP of tiny-gpt. Which choice hurts most?",
+    "Each of tiny-gpt's six MLPs has 768 neurons. Take the 128 with the smallest weights out of "
+    "one MLP at a time. Where does it hurt?",
     {
-        "a": ("drawn at random", "At random you lose a fair sample. There is something worse."),
-        "b": ("those with the smallest weights", "Small weights can stand for large effects: the "
-              "activation between them is not small."),
-        "c": ("those that the loss feels least",
-              "That choice looks at the effect itself, to first order.")},
+        "a": ("in all six, about the same",
+              "In five of them next to nothing happens."),
+        "b": ("in the first only", "Most of its loudest neurons have small weights."),
+        "c": ("in the last only", "It is nearest to the output, and it hardly loses by it."),
+        "d": ("nowhere: small weights do little",
+              "A small weight does little if what comes through it is small too."),
+    },
 )  # fmt: skip
-def worst_neurons():
-    rows = json.loads(data_path("results", "pruning.json").read_text(encoding="utf-8"))["curves"]
-    loss = {}
-    for row in rows:
-        if (row["base"], row["group"]) == ("tiny-gpt", "neurons") and row["amount"] < 0.2:
-            loss.setdefault(row["label"], []).append(row["loss"])
-    mean = {label: sum(values) / len(values) for label, values in loss.items()}
-    letters = {"random": "a", "by magnitude": "b", "by gradient": "c"}
-    found = ", ".join(f"{label} {value:.2f}" for label, value in mean.items())
-    return letters[max(mean, key=mean.get)], f"Loss in nats: {found}."
+def where_it_hurts():
+    base, known = load("tiny-gpt"), load_task("facts").test
+    known = [example for example in known if example.group == "known facts"][:24]
+    asked = [(e.prompt.split("\n")[0], e.target.split()[-1]) for e in known]
+    texts = [f"Q: {question}\nA: {answer}" for question, answer in asked]  # as the base read them
+    losses = [_loss(base, texts)]
+    for i in range(base.anatomy.shape.layers):
+        size = importance(base.anatomy, "neurons", f"layers.{i}")
+        gone = size.argsort()[:128].tolist()
+        with attach(base, PruneStructures(neurons={f"layers.{i}": gone})) as smaller:
+            losses.append(_loss(smaller, texts))
+    before, *after = losses
+    hurt = [i for i, loss in enumerate(after) if loss > before + 0.5]
+    letter = {(): "d", (0,): "b", (len(after) - 1,): "c"}.get(tuple(hurt), "a")
+    found = ", ".join(f"{loss:.2f}" for loss in after)
+    return letter, f"Loss on facts it knows: {before:.2f} nats; without them, by layer: {found}."
+
+
+def _loss(model, texts):
+    with torch.no_grad():
+        return own_loss(model, texts).mean().item()
 
 
 # --- the mask ----------------------------------------------------------------------------------

@@ -62,6 +62,8 @@ def drawings(dark: bool) -> Iterator[tuple[str, go.Figure]]:
     batches = {"two short texts": 10**9, "two long texts": 5 * 10**9}
     yield "pages", figures.pages(stays, 6 * 10**9, batches, 48 * 10**9, dark)
     yield "masked_matrix", figures.masked_matrix(W, figures.usual_masks(W), dark=dark)
+    up, down = (base.anatomy.linears[f"layers.0.{target}"] for target in ("up", "down"))
+    yield "neurons_out", figures.neurons_out(up, down, [100, 230, 250, 420, 600, 700], dark)
     steps = {
         method.title: predict(method, "gpt2", 4, 128) for method in (pl.FullFineTuning(), pl.LoRA())
     }

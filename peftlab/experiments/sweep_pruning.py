@@ -289,6 +289,59 @@ def read(path: Path = PATH) -> tuple[dict, dict[str, pd.DataFrame]]:
     return result, tables
 
 
+def untouched(base: str = "tiny-gpt") -> float:
+    """The recorded loss of a base with nothing pruned, in nats per token."""
+    return read()[0]["untouched"][base]
+
+
+def by_sparsity(base: str = "tiny-gpt") -> pd.DataFrame:
+    """Masks of single weights: "label", "amount", "seed" and "loss" of each run, none trained."""
+    names = {
+        "magnitude, layer": "magnitude",
+        "magnitude, global": "magnitude, all matrices together",
+        "Wanda": "Wanda",
+        "random": "random",
+    }
+    rows = read()[1]["curves"].query("base == @base and group == 'mask'")
+    return rows.assign(label=rows.label.map(names))[["label", "amount", "seed", "loss"]]
+
+
+def by_structure(base: str = "tiny-gpt", amount: float = FRACTIONS[0]) -> pd.DataFrame:
+    """This share of the heads, neurons or layers ("row") gone by each score ("label"), with "seed"
+    and "loss" of each run, none trained."""
+    kinds = ["heads", "neurons", "layers"]
+    rows = read()[1]["curves"].query("base == @base and group in @kinds")
+    rows = rows[(rows.amount - amount).abs() < 0.01]
+    rows = rows.assign(row=rows.group, label=rows.label.str.removeprefix("by "))
+    order = rows.row.map(kinds.index)
+    return rows.loc[order.sort_values(kind="stable").index, ["row", "label", "seed", "loss"]]
+
+
+def by_recovery(base: str = "tiny-gpt") -> pd.DataFrame:
+    """What training brought back: "row" is what is gone, "label" how it was trained, with "seed",
+    "before" and "loss" of each run."""
+    ways = {
+        "70%, LoRA, masked": ("70% of weights", "LoRA, under the mask"),
+        "70%, LoRA, dense": ("70% of weights", "LoRA, dense"),
+        "70%, full, masked": ("70% of weights", "full fine-tuning, under the mask"),
+        "80%, full, one-shot": ("80% of weights", "full fine-tuning, under the mask"),
+        "80%, full, gradual": ("80% of weights", "full fine-tuning, gradual"),
+        "a third of the neurons, LoRA": ("1/3 of neurons", "LoRA, dense"),
+    }
+    rows = read()[1]["recovery"].query("base == @base")
+    rows = rows.set_index("label").loc[list(ways)].reset_index()
+    gone, how = zip(*rows.label.map(ways), strict=True)
+    return rows.assign(row=gone, label=how)[["row", "label", "seed", "before", "loss"]]
+
+
+def by_form() -> pd.DataFrame:
+    """The bytes of tiny-gpt's linear weights in 16 bits, in four forms, in parts of the plain file
+    of all of them."""
+    stored = read()[1]["bytes"].set_index("label")
+    forms = ["dense", "zipped", "bits and values", "CSR"]
+    return (stored[forms] / stored.loc["as it is", "dense"]).rename_axis(None)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=25, help="of recovery")

@@ -59,6 +59,15 @@ from peftlab.figures.prompt import (
     share_by_layer,
     share_strips,
 )
+from peftlab.figures.pruned import (
+    damage_by_layer,
+    hand_masks,
+    loss_by_sparsity,
+    loud_inputs,
+    neurons_out,
+    runs_in_rows,
+    times_by_row,
+)
 from peftlab.figures.quantiser import coded_road, pages, quantile_steps
 from peftlab.figures.relatives import relatives, sum_of_factors
 from peftlab.figures.roads import adapter_places, bottleneck
