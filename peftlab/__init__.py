@@ -38,6 +38,7 @@ from peftlab.methods import (
 )
 from peftlab.training import train
 from peftlab.tuned import Tuned, attach
+from peftlab.tuned.by_task import TaskAdapters
 from peftlab.tuned.examine import examine
 
 __version__ = "0.1.0"
@@ -81,6 +82,7 @@ __all__ = [
     "Prune",
     "PruneStructures",
     "QLoRA",
+    "TaskAdapters",
     "Tuned",
     "VeRA",
     "attach",
