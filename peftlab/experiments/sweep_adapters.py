@@ -14,11 +14,13 @@ on dev; the best is run on the seeds and scored on test.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import time
 from datetime import date
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 from peftlab.bases import load
@@ -59,6 +61,23 @@ def entries() -> list[Entry]:
         for label, (method, rates) in METHODS.items()
         if method is not None or not skill
     ]
+
+
+def read() -> tuple[dict, pd.DataFrame]:
+    """What was measured: the facts of the file, and a row for each run with its main "score"."""
+    made = json.loads(PATH.read_text(encoding="utf-8"))
+    runs = pd.DataFrame(made.pop("runs"))
+    runs["score"] = runs["exact"].fillna(runs["accuracy"])
+    return made, runs
+
+
+def at_one_budget(base: str) -> pd.DataFrame:
+    """The runs on one base; the "label" says how many parameters trained."""
+    _, runs = read()
+    mine = runs[runs["base"] == base].copy()
+    numbers = [f"{trained:,}" if trained else "" for trained in mine["trained"]]
+    mine["label"] = [f"{a}, {n}".strip(", ") for a, n in zip(mine["label"], numbers, strict=True)]
+    return mine
 
 
 def main() -> None:

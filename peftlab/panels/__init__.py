@@ -108,6 +108,7 @@ from peftlab.panels.soft_lab import (
     soft_prompt_lab,
 )
 from peftlab.panels.strength import StrengthExplorer, StrengthView, strength_explorer, strength_view
+from peftlab.panels.switch import MethodSwitch, SwitchView, method_switch, switch_views
 
 __all__ = [
     "AdviserPanel",
@@ -144,6 +145,7 @@ __all__ = [
     "LiveTrainer",
     "MemoryExplorer",
     "MemoryView",
+    "MethodSwitch",
     "PRUNINGS",
     "Panel",
     "PruningLab",
@@ -163,6 +165,7 @@ __all__ = [
     "SoftPromptLab",
     "StrengthExplorer",
     "StrengthView",
+    "SwitchView",
     "TARGETS",
     "TOKENS",
     "Turn",
@@ -189,6 +192,7 @@ __all__ = [
     "memory_lengths",
     "memory_models",
     "memory_view",
+    "method_switch",
     "pruned",
     "pruning_lab",
     "pruning_shares",
@@ -203,6 +207,7 @@ __all__ = [
     "starts",
     "strength_explorer",
     "strength_view",
+    "switch_views",
     "transcript",
     "which_method",
 ]
