@@ -71,13 +71,16 @@ def read() -> tuple[dict, pd.DataFrame]:
     return made, runs
 
 
+def with_sizes(runs: pd.DataFrame) -> pd.DataFrame:
+    """The same runs; each "label" says how many parameters "trained"."""
+    pairs = zip(runs["label"], runs["trained"], strict=True)
+    return runs.assign(label=[f"{label}, {n:,}" if n else label for label, n in pairs])
+
+
 def at_one_budget(base: str) -> pd.DataFrame:
-    """The runs on one base; the "label" says how many parameters trained."""
+    """The runs on one base, a "label" for each method and its size."""
     _, runs = read()
-    mine = runs[runs["base"] == base].copy()
-    numbers = [f"{trained:,}" if trained else "" for trained in mine["trained"]]
-    mine["label"] = [f"{a}, {n}".strip(", ") for a, n in zip(mine["label"], numbers, strict=True)]
-    return mine
+    return with_sizes(runs[runs["base"] == base])
 
 
 def main() -> None:

@@ -283,7 +283,9 @@ def factors_by_layer(table: pd.DataFrame, title: str) -> go.Figure:
         )  # fmt: skip
     for level, dash in ((1, "solid"), (0, "dash")):
         fig.add_hline(y=level, line=dict(color=GREY, dash=dash, width=1.5), layer="below")
-    fig.update_layout(boxmode="group", legend=dict(orientation="h", y=1.02, yanchor="bottom"))
+    fig.update_layout(
+        boxmode="group", legend=dict(orientation="h", y=1.0, x=1, xanchor="right", yanchor="bottom")
+    )
     return fig.update_xaxes(dtick=1)
 
 
@@ -296,17 +298,18 @@ def forward_costs(times: pd.DataFrame, title: str) -> go.Figure:
     labels = list(dict.fromkeys(times["label"]))
     looks = styles(labels)
     for n, (batch, rows) in enumerate(times.groupby("batch")):
-        colours = [looks[label]["colour"] or GREY for label in rows["label"]]
-        markers = [looks[label]["marker"] + ("-open" if n else "") for label in rows["label"]]
-        markers = [marker.replace("-open-open", "-open") for marker in markers]
-        place = [labels.index(label) + (0.16 if n else -0.16) for label in rows["label"]]
-        for x0, x1, y, colour in zip(rows["low"], rows["high"], place, colours, strict=True):
-            line = dict(color=colour, width=2, dash=DASHES[2 * n])
-            fig.add_scatter(x=[x0, x1], y=[y, y], mode="lines", line=line, showlegend=False)
-        marker = dict(color=colours, symbol=markers, size=10, line=dict(width=2))
-        fig.add_scatter(
-            x=rows["ratio"], y=place, mode="markers", marker=marker, name=f"batch {batch}"
-        )
+        shift, dash = (0.16, DASHES[2]) if n else (-0.16, DASHES[0])
+        for row in rows.itertuples():
+            look, y = looks[row.label], labels.index(row.label) + shift
+            colour = look["colour"] or GREY
+            marker = dict(symbol=look["marker"], size=10, color=colour)
+            line = dict(mode="lines", line=dict(color=colour, width=2, dash=dash))
+            fig.add_scatter(x=[row.low, row.high], y=[y, y], **line, showlegend=False)
+            name = f"{row.label}, batch {batch}"
+            point = dict(mode="markers", marker=marker, name=name, showlegend=False)
+            fig.add_scatter(x=[row.ratio], y=[y], **point)
+        line = dict(mode="lines", line=dict(color=GREY, width=2, dash=dash))
+        fig.add_scatter(x=[None], y=[None], **line, name=f"batch {batch}")
     fig.add_vline(x=1, line=dict(color=GREY, dash="dash"), layer="below")
     ticks = dict(tickvals=list(range(len(labels))), ticktext=labels, ticks="")
     fig.update_yaxes(range=[len(labels) - 0.5, -0.5], **ticks)
