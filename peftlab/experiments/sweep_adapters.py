@@ -80,6 +80,7 @@ def with_sizes(runs: pd.DataFrame) -> pd.DataFrame:
 def at_one_budget(base: str) -> pd.DataFrame:
     """The runs on one base, a "label" for each method and its size."""
     _, runs = read()
+    runs["label"] = runs["label"].replace("Head alone", "Head alone, base frozen")
     return with_sizes(runs[runs["base"] == base])
 
 

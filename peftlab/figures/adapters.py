@@ -311,6 +311,7 @@ def forward_costs(times: pd.DataFrame, title: str) -> go.Figure:
         line = dict(mode="lines", line=dict(color=GREY, width=2, dash=dash))
         fig.add_scatter(x=[None], y=[None], **line, name=f"batch {batch}")
     fig.add_vline(x=1, line=dict(color=GREY, dash="dash"), layer="below")
+    fig.update_xaxes(range=[times["low"].min() - 0.03, times["high"].max() + 0.03])
     ticks = dict(tickvals=list(range(len(labels))), ticktext=labels, ticks="")
     fig.update_yaxes(range=[len(labels) - 0.5, -0.5], **ticks)
     legend = dict(x=0.99, xanchor="right", y=0.99)
