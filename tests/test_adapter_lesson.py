@@ -233,6 +233,15 @@ def test_the_numbers_of_the_drawings_are_those_of_the_tensors():
     assert sorted(folded) == ["6", "8", "−2"]
 
 
+def test_the_factors_are_drawn_by_layer_and_place():
+    with attach(tiny("gpt2"), IA3()) as tuned:
+        factors = {name: module.l.detach() * 2 for name, module in tuned.modules.items()}
+    boxes = {trace.name: trace for trace in figures.factors_by_layer(factors, "it").data}
+    assert list(boxes) == ["keys", "values", "inside the MLP"]
+    for name, d in (("keys", 24), ("values", 24), ("inside the MLP", 96)):
+        assert list(boxes[name].x) == [0] * d + [1] * d and set(boxes[name].y) == {2.0}
+
+
 def test_the_switch_draws_what_is_attached_at_every_position():
     base = tiny("gpt2")
     before, seen = base.fingerprint(), set()

@@ -259,7 +259,7 @@ WARD = Ward({
     "both zero": ("A", "W_down and W_up both started at zero",
         "Its W_down gets no gradient, so only the bias of W_up can learn."),
     "base not frozen": ("C", "the base's weights were given to the optimizer too",
-        "Look at what the base moved by, and at how many numbers train."),
+        "Look at what the base moved by, and at how many parameters train."),
 })  # fmt: skip
 FAULTS = WARD.faults
 
@@ -313,7 +313,7 @@ def clinic(steps: int = 60) -> pd.DataFrame:
             "loss at the end": losses[-1],
             "gradient of W_down, step 2": gradient,
             "base moved by": (model.base.weight - before).norm().item() / before.norm().item(),
-            "trained numbers": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "trained parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         }
     return pd.DataFrame(rows).T.rename_axis("patient")
 

@@ -1,7 +1,7 @@
 """Adapters, scales and biases drawn: a bend by hand, what each method reads and where it adds, a
 bias that the softmax takes away, a norm inside the next weight; and what a forward pass costs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -13,6 +13,7 @@ from peftlab.figures.style import BLACK, BLUE, COLOURS, DASHES, GREY, figure, st
 
 PURPLE = COLOURS["houlsby"]
 CELL = 36
+WHERE = {"k": "keys", "v": "values", "down": "inside the MLP"}
 
 
 def _grid(
@@ -267,11 +268,18 @@ def norm_folded(
 
 
 # --- results -----------------------------------------------------------------------------------
-def factors_by_layer(table: pd.DataFrame, title: str) -> go.Figure:
-    """Boxes of learned factors: "factor" by "layer" for each "where"; lines at 1, the start, and 0.
+def factors_by_layer(factors: Mapping[str, Tensor], title: str) -> go.Figure:
+    """Boxes of learned factors by layer and place, "layers.3.k" and so on; lines at 1 and at 0.
 
     A box holds the middle half, its line is the median, its whiskers end at the furthest points.
     """
+    rows = [
+        {"layer": int(name.split(".")[-2]), "where": name.split(".")[-1], "factor": value}
+        for name, tensor in factors.items()
+        for value in tensor.tolist()
+    ]
+    table = pd.DataFrame(rows)
+    table["where"] = table["where"].replace(WHERE)
     fig = figure(title, "layer", "factor l")
     for place, (where, rows) in enumerate(table.groupby("where", sort=False)):
         look = dict(marker_color=PURPLE, line=dict(color=PURPLE, width=1.5), whiskerwidth=0.6)

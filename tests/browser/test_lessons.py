@@ -147,6 +147,15 @@ def test_lesson_09_counts_what_the_bottleneck_says(open_lesson):
     expect(switched).to_contain_text("BitFit: 12,864 parameters train")
     title = lesson.page.locator(".js-plotly-plot .gtitle").first
     expect(title).to_contain_text("BitFit on tiny-gpt: 12,864")
+    drawing = lesson.page.locator(".js-plotly-plot .main-svg").first
+    wide = drawing.bounding_box()["width"]
+    lesson.page.set_viewport_size(
+        {"width": 900, "height": 1000}
+    )  # a drawing has a width of its own
+    lesson.page.wait_for_timeout(1000)
+    room, now = switched.locator("xpath=..").bounding_box(), drawing.bounding_box()
+    assert now["width"] < wide and now["x"] + now["width"] <= room["x"] + room["width"] + 1
+    lesson.page.set_viewport_size({"width": 1300, "height": 1000})
     count = lesson.page.locator(".peftlab-count").first
     handle = lesson.page.locator(".peftlab-size [role=slider]").first
     readout = lesson.page.locator(".peftlab-size .widget-readout").first
