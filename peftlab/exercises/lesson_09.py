@@ -19,7 +19,7 @@ from peftlab.methods import IA3, BitFit, HoulsbyAdapter
 # --- predict first -----------------------------------------------------------------------------
 @question(
     "BERT-base has 12 blocks and d_model = 768. Houlsby's adapters have a bottleneck of 64 and "
-    "biases. How many numbers train in them?",
+    "biases. How many parameters train in them?",
     {
         "a": ("1,189,632", "That is one adapter a block. Houlsby has two, one a sublayer."),
         "b": ("2,379,264", "That is W_down, W_up and both biases, twice a block."),
@@ -41,7 +41,7 @@ def how_many():
 
 
 @question(
-    "BitFit trains every bias of a model and nothing else. How many numbers is that on Llama-3-8B?",
+    "BitFit trains every bias of a model and nothing else. How many parameters on Llama-3-8B?",
     {
         "a": ("0.08% of it", "That is its share on BERT, where every linear map has a bias."),
         "b": ("as many as (IA)³ has", "(IA)³ brings its own vectors. BitFit has what it finds."),
@@ -259,7 +259,7 @@ WARD = Ward({
     "both zero": ("A", "W_down and W_up both started at zero",
         "Its W_down gets no gradient, so only the bias of W_up can learn."),
     "base not frozen": ("C", "the base's weights were given to the optimizer too",
-        "Look at what the base moved by, and at how many numbers train."),
+        "Look at what the base moved by, and at how many parameters train."),
 })  # fmt: skip
 FAULTS = WARD.faults
 
@@ -313,7 +313,7 @@ def clinic(steps: int = 60) -> pd.DataFrame:
             "loss at the end": losses[-1],
             "gradient of W_down, step 2": gradient,
             "base moved by": (model.base.weight - before).norm().item() / before.norm().item(),
-            "trained numbers": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "trained parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         }
     return pd.DataFrame(rows).T.rename_axis("patient")
 

@@ -14,11 +14,13 @@ on dev; the best is run on the seeds and scored on test.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import time
 from datetime import date
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 from peftlab.bases import load
@@ -59,6 +61,27 @@ def entries() -> list[Entry]:
         for label, (method, rates) in METHODS.items()
         if method is not None or not skill
     ]
+
+
+def read() -> tuple[dict, pd.DataFrame]:
+    """What was measured: the facts of the file, and a row for each run with its main "score"."""
+    made = json.loads(PATH.read_text(encoding="utf-8"))
+    runs = pd.DataFrame(made.pop("runs"))
+    runs["score"] = runs["exact"].fillna(runs["accuracy"])
+    return made, runs
+
+
+def with_sizes(runs: pd.DataFrame) -> pd.DataFrame:
+    """The same runs; each "label" says how many parameters "trained"."""
+    pairs = zip(runs["label"], runs["trained"], strict=True)
+    return runs.assign(label=[f"{label}, {n:,}" if n else label for label, n in pairs])
+
+
+def at_one_budget(base: str) -> pd.DataFrame:
+    """The runs on one base, a "label" for each method and its size."""
+    _, runs = read()
+    runs["label"] = runs["label"].replace("Head alone", "Head alone, base frozen")
+    return with_sizes(runs[runs["base"] == base])
 
 
 def main() -> None:

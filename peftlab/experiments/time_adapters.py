@@ -19,6 +19,7 @@ from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
+import pandas as pd
 import torch
 from torch.nn.functional import cross_entropy
 
@@ -114,6 +115,18 @@ def measure(name: str, pairs: int, only: str | None = None) -> list[dict]:
                 note(f"{label}, merged", "forward", model, other, batch, forward)
         base.detach()
     return rows
+
+
+def read() -> tuple[dict, pd.DataFrame]:
+    """What was measured: the facts of the file, and a row for each ratio with its quartiles."""
+    made = json.loads(PATH.read_text(encoding="utf-8"))
+    return made, pd.DataFrame(made.pop("runs"))
+
+
+def forwards() -> pd.DataFrame:
+    """The forward passes: "label", "batch", and the quartiles "low", "ratio" and "high"."""
+    _, rows = read()
+    return rows[rows["what"] == "forward"]
 
 
 def main() -> None:

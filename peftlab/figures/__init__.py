@@ -5,6 +5,14 @@ and show real tensors; `draw` shows what is attached. Each has a text for those 
 `alt_text(figure)`.
 """
 
+from peftlab.figures.adapters import (
+    factors_by_layer,
+    forward_costs,
+    hand_bend,
+    idle_bias,
+    norm_folded,
+    reads_and_adds,
+)
 from peftlab.figures.adviser import decision_lanes
 from peftlab.figures.attention import attention_pair, attention_parts, token_bars
 from peftlab.figures.backward import kept_in_block, linear_backward, rounded_steps

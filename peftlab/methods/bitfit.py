@@ -18,7 +18,8 @@ class BitFit(Method):
     there; Qwen2 has biases of q, k and v.
 
     The bias of the keys does nothing: q·(k + b_k) adds the same number to every score of a query,
-    and the softmax ignores it. It acts only with virtual keys, because it does not shift them.
+    and the softmax ignores it. It acts with virtual keys, because it does not shift them, and under
+    rotary positions (Qwen2), because a key is turned by its position after the bias is added.
 
     Ben Zaken et al. 2022, arXiv:2106.10199, section 2. The original tensors are kept aside.
     """

@@ -109,6 +109,7 @@ from peftlab.panels.soft_lab import (
     soft_prompt_lab,
 )
 from peftlab.panels.strength import StrengthExplorer, StrengthView, strength_explorer, strength_view
+from peftlab.panels.switch import MethodSwitch, SwitchView, method_switch, switch_views
 
 __all__ = [
     "AdviserPanel",
@@ -145,6 +146,7 @@ __all__ = [
     "LiveTrainer",
     "MemoryExplorer",
     "MemoryView",
+    "MethodSwitch",
     "PRUNINGS",
     "Panel",
     "PruningLab",
@@ -166,6 +168,7 @@ __all__ = [
     "SoftPromptLab",
     "StrengthExplorer",
     "StrengthView",
+    "SwitchView",
     "TARGETS",
     "TOKENS",
     "Turn",
@@ -192,6 +195,7 @@ __all__ = [
     "memory_lengths",
     "memory_models",
     "memory_view",
+    "method_switch",
     "pruned",
     "pruning_lab",
     "pruning_shares",
@@ -207,6 +211,7 @@ __all__ = [
     "starts",
     "strength_explorer",
     "strength_view",
+    "switch_views",
     "transcript",
     "which_method",
 ]

@@ -55,11 +55,19 @@ function library(model) {
   return globalThis.peftlabPlotly;
 }
 
+/* A figure with a width of its own is made smaller where the page is narrower than it. */
+function fit(place, { width, height }, room) {
+  const share = width && room && room < width ? room / width : 1;
+  place.style.transform = share < 1 ? `scale(${share})` : "";
+  place.style.transformOrigin = "0 0";
+  place.style.marginBottom = share < 1 ? `${(share - 1) * height}px` : "";
+}
+
 function render({ model, el }) {
   const [place, trouble] = [document.createElement("div"), document.createElement("div")];
   place.setAttribute("role", "figure");
   el.append(trouble, place);
-  let [stale, busy, gone, Plotly] = [true, false, false, undefined];
+  let [stale, busy, gone, Plotly, layout] = [true, false, false, undefined, {}];
 
   /* A point that names what it stands for tells the kernel so. */
   const clicked = ({ points }) => {
@@ -79,6 +87,8 @@ function render({ model, el }) {
         const fresh = !place.on; // Plotly gives the element its events with the first figure
         await Plotly.react(place, figure.data, figure.layout, SETTINGS);
         if (fresh) place.on("plotly_click", clicked);
+        layout = { width: figure.layout.width, height: figure.layout.height ?? 0 };
+        fit(place, layout, el.clientWidth);
         place.setAttribute("aria-label", words(figure.layout.title?.text ?? "figure"));
         trouble.textContent = "";
       }
@@ -100,7 +110,9 @@ function render({ model, el }) {
     if (target.closest?.(".widget-vbox")?.contains(el)) compare();
   };
   const watch = new ResizeObserver(() => {
-    if (Plotly && place.clientWidth) Plotly.Plots.resize(place);
+    if (!Plotly || !place.clientWidth) return;
+    if (layout.width) fit(place, layout, el.clientWidth);
+    else Plotly.Plots.resize(place);
   });
 
   model.on("change:version", draw);

@@ -138,11 +138,25 @@ def test_lesson_08_quantises_at_the_block_size_that_the_slider_says(open_lesson)
 
 
 def test_lesson_09_counts_what_the_bottleneck_says(open_lesson):
-    """An arrow key changes the bottleneck, another the strength."""
-    detaches = "mine.load_state_dict"  # stands in the cell that detaches what one above attached
-    panels = ("count_explorer", "strength_explorer", detaches)
+    """An arrow key changes the bottleneck, another the strength, and a button the method drawn."""
+    panels = ("method_switch", "count_explorer", "strength_explorer")
     lesson = open_lesson(NOTEBOOKS / "09_adapters_and_scales.ipynb", *panels)
     lesson.run_all()
+    switched = lesson.page.locator(".peftlab-switch-text").first
+    expect(switched).to_contain_text("Houlsby: ")
+    lesson.page.locator(".peftlab-switch button", has_text="BitFit").first.press("Enter")
+    expect(switched).to_contain_text("BitFit: 12,864 parameters train")
+    title = lesson.page.locator(".js-plotly-plot .gtitle").first
+    expect(title).to_contain_text("BitFit on tiny-gpt: 12,864")
+    drawing = lesson.page.locator(".js-plotly-plot .main-svg").first
+    wide = drawing.bounding_box()["width"]
+    lesson.page.set_viewport_size(
+        {"width": 900, "height": 1000}
+    )  # a drawing has a width of its own
+    lesson.page.wait_for_timeout(1000)
+    room, now = switched.locator("xpath=..").bounding_box(), drawing.bounding_box()
+    assert now["width"] < wide and now["x"] + now["width"] <= room["x"] + room["width"] + 1
+    lesson.page.set_viewport_size({"width": 1300, "height": 1000})
     count = lesson.page.locator(".peftlab-count").first
     handle = lesson.page.locator(".peftlab-size [role=slider]").first
     readout = lesson.page.locator(".peftlab-size .widget-readout").first
