@@ -1,7 +1,6 @@
 """What lesson 13 says of the contests, its drawings, its bet, and its panel at every choice."""
 
 import math
-from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -74,14 +73,32 @@ def test_known_facts_turn_the_order_round(facts):
 
 
 def test_three_tasks_have_three_winners(facts, cipher, sort):
-    best = {}
-    for result, budget in product((facts, cipher, sort), (4_000, 7_000, 200_000)):
+    winners = {}
+    for result in (facts, cipher, sort):
         table = means(result)
-        table = table[table.cost <= budget]
-        best[result.facts["options"].get("skill", "facts"), budget] = table.score.max()
-    assert best["sort", 4_000] > 0.9 and best["permute", 4_000] < 0.05 > best["facts", 4_000]
-    assert best["permute", 7_000] > 0.98 and best["facts", 7_000] < 0.8
-    assert best["facts", 200_000] == 1
+        winners[result.facts["options"].get("skill", "facts")] = {
+            budget: table.score[table.cost <= budget].idxmax() for budget in (5_000, 7_000, 166_000)
+        }
+    assert {won[5_000] for won in winners.values()} == {"LayerNorm tuning"}
+    assert winners["permute"][7_000] == winners["facts"][7_000] == "(IA)³"
+    assert winners["facts"][166_000] in ("LoRA", "QLoRA")
+    score = {
+        r.facts["options"].get("skill", "facts"): means(r).score for r in (facts, cipher, sort)
+    }
+    assert score["sort"]["LayerNorm tuning"] == 1 == score["facts"]["LoRA"]
+    assert 0.5 < score["permute"]["LayerNorm tuning"] < 0.6
+    assert 0.2 < score["facts"]["LayerNorm tuning"] < 0.3 and score["permute"]["(IA)³"] > 0.98
+    steps = [result.facts["steps"] for result in (sort, cipher, facts)]
+    assert steps == [60, 400, 500]
+
+
+def test_prompts_jump_on_sort_and_nobody_else_does(sort):
+    runs = sort.runs.groupby("label").exact
+    spread = runs.max() - runs.min()
+    assert set(spread[spread > 0.1].index) == {"Prompt tuning", "P-tuning"}
+    prompt = sort.tried[sort.tried.label == "Prompt tuning"].set_index(["lr", "seed"]).exact
+    assert list(prompt[0.3]) == [0.89, 0.8] and list(prompt[0.1]) == [0.67, 0.94]
+    assert (sort.runs[sort.runs.label == "Prompt tuning"].exact == 0).sum() == 2
 
 
 def test_the_best_are_at_the_ceiling_on_all_three_tasks(facts, cipher, sort):

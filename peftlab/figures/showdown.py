@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 from peftlab.bench.results import Result
 from peftlab.figures.sheet import NORMAL, SMALL, WIDTH, Sheet, number
 from peftlab.figures.style import BLUE, COLOURS, DASHES, GREEN, GREY, figure, method_key, styles
+from peftlab.figures.theme import theme
 
 LEFT = 14
 WORDS = {
@@ -262,6 +263,7 @@ def best_under(results: Mapping[str, Result], title: str, cost: str = "stored") 
                 x=np.log10(price), y=score, text=label.split(" (P-")[0], showarrow=False,
                 xanchor="left" if high else "right", yanchor="bottom" if high else "top",
                 xshift=4 if high else -4, font=dict(size=12, color=(BLUE, GREEN, GREY)[at]),
+                bgcolor=theme().paper, borderpad=0,
             )  # fmt: skip
     fig.update_xaxes(type="log", range=[3.1, np.log10(end)])
     fig.update_yaxes(range=[-0.08, 1.15], tickformat=".0%")
