@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import peftlab
-from peftlab import accounting, memory, panels
+from peftlab import accounting, figures, memory, panels
 from peftlab.bases.shapes import Shape
+from peftlab.figures.sheet import alt_text, overlaps, pale
 from peftlab.memory import calculator
 from peftlab.memory.calculator import GPUS, KINDS, MODELS, calculate, room, traced
 
@@ -191,3 +192,17 @@ def test_the_models_are_known_and_in_order():
     assert max(sizes) > 70e9 and min(sizes) < 0.2e9
     assert len(set(MODELS)) == len(MODELS)
     assert peftlab.panels.row_lengths("t5-large", "Prompt tuning") == (128, 256)
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_parts_of_a_step_are_drawn_to_scale(dark):
+    rows = {"Full": {"weights": 8 * 10**9, "optimiser": 16 * 10**9}, "Coded": {"codes": 10**9}}
+    figure = figures.step_parts(rows, {"a GPU": 12 * 10**9}, "title", dark)
+    assert not overlaps(figure) and not pale(figure)
+    boxes = [s for s in figure.layout.shapes if s.type == "rect"]
+    wide = [s.x1 - s.x0 for s in boxes[:3]]
+    assert wide == pytest.approx([8 * wide[2], 16 * wide[2], wide[2]])
+    (line,) = [s for s in figure.layout.shapes if s.line.dash == "dot"]
+    assert float(line.path[1:].split(",")[0]) == pytest.approx(boxes[0].x0 + 12 * wide[2], abs=0.1)
+    said = alt_text(figure)
+    assert "Full 24.0 GB, weights 8.0, optimiser 16.0" in said and "a GPU has 12.0 GB" in said
