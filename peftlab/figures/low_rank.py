@@ -23,7 +23,7 @@ def narrow_road(tuned: Tuned, name: str, dark: bool | None = None) -> go.Figure:
 
     `name` is one of `tuned.sites`.
     """
-    road = _Road(tuned, name, dark)
+    road = Road(tuned, name, dark)
     sheet, t, r = road.sheet, road.sheet.theme, road.r
     ink = t.text(BLUE)
     sheet.arrow([(46, UPPER), (road.w_left - 4, UPPER)])
@@ -57,7 +57,7 @@ def gradient_road(tuned: Tuned, name: str, dark: bool | None = None) -> go.Figur
 
     `name` is one of `tuned.sites`.
     """
-    road = _Road(tuned, name, dark)
+    road = Road(tuned, name, dark)
     sheet, t, r = road.sheet, road.sheet.theme, road.r
     red, ink = t.line(VERMILLION), t.text(VERMILLION)
     sheet.arrow([(732, UPPER), (road.sum_x + 9, UPPER)], red)
@@ -80,7 +80,7 @@ def gradient_road(tuned: Tuned, name: str, dark: bool | None = None) -> go.Figur
     return road.done("Backward, the gradient meets B first; what A gets has to pass through B", alt)
 
 
-class _Road:
+class Road:
     """The sheet of both pictures: x, W above, A and B below, h, all to one scale."""
 
     def __init__(self, tuned: Tuned, name: str, dark: bool | None):

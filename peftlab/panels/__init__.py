@@ -49,6 +49,7 @@ from peftlab.panels.codes import (
     code_view,
 )
 from peftlab.panels.count import CountExplorer, CountView, count_explorer, count_view
+from peftlab.panels.film import Film, film
 from peftlab.panels.gate import (
     GATE_SPLITS,
     GATE_SUMS,
@@ -126,6 +127,7 @@ __all__ = [
     "CodeView",
     "CountExplorer",
     "CountView",
+    "Film",
     "FitsPanel",
     "FitsView",
     "GATE_SPLITS",
@@ -185,6 +187,7 @@ __all__ = [
     "count_explorer",
     "count_view",
     "curve",
+    "film",
     "fits",
     "flow_figure",
     "fits_view",
