@@ -254,7 +254,9 @@ def scores_by_size(
     compare with and its name."""
     panels = list(dict.fromkeys(table["panel"]))
     looks = styles(dict.fromkeys(table["label"]))
-    fig = figure(title, "", y_title, height=430, margin_t=104 if len(panels) > 1 else 90)
+    n = table.groupby(["panel", "label", x]).size().max()
+    title += f"<br><sup>every run's point, n = {n} a size; lines are means</sup>"
+    fig = figure(title, "", y_title, height=430, margin_t=104 if len(panels) > 1 else 84)
     sizes, width = sorted(table[x].unique()), 1 / len(panels)
     place = np.log10 if log else np.asarray
     ends = place(sizes[0]) - 0.15, place(sizes[-1]) + 0.15
@@ -282,4 +284,4 @@ def scores_by_size(
         if len(panels) > 1:
             fig.add_annotation(text=f"<b>{name}</b>", x=(i - 0.5) * width, y=1, xref="paper",
                                yref="paper", yanchor="bottom", showarrow=False)  # fmt: skip
-    return fig.update_layout(legend=dict(orientation="h", x=0, y=-0.24))
+    return fig.update_layout(legend=dict(orientation="h", x=0, y=-0.3))
