@@ -130,7 +130,7 @@ class InFront:
 
 
 @torch.no_grad()
-def in_front(tuned, ids: Int[Tensor, "2 seq"]) -> list[InFront]:
+def in_front(tuned, ids: Int[Tensor, "texts seq"]) -> list[InFront]:
     """Measure what stands in front of two different texts, in each layer and behind the last.
 
     A virtual state that is the same for both texts enters there; one that differs was computed.
