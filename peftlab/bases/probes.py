@@ -1,12 +1,12 @@
-"""Measurements inside a model: attention and its gate, the nearest tokens of a prompt, the
-spectrum of an update, forgetting."""
+"""Measurements inside a model: attention and its gate, what stands in front of a text, the nearest
+tokens of a prompt, the spectrum of an update, forgetting."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -109,6 +109,56 @@ def gate(record: Record) -> Gate:
 
     share = record.weights[..., :count].sum(dim=-1, keepdim=True)
     return Gate(share, record.output, alone(slice(count, None)), alone(slice(count)))
+
+
+@dataclass(frozen=True)
+class InFront:
+    """What stands in front of the text in one layer of an encoder.
+
+    Of its virtual states `enter` are vectors that trained and come in here, and `computed` are what
+    the layer below made; `keys` are virtual keys, and values, that belong to no state.
+    """
+
+    enter: int
+    computed: int
+    keys: int
+
+    @property
+    def states(self) -> int:
+        """Virtual states, which have queries as well as keys."""
+        return self.enter + self.computed
+
+
+@torch.no_grad()
+def in_front(tuned, ids: Int[Tensor, "texts seq"]) -> list[InFront]:
+    """Measure what stands in front of two different texts, in each layer and behind the last.
+
+    A virtual state that is the same for both texts enters there; one that differs was computed.
+    `tuned` is an adapted encoder without padding in `ids`. Raises ValueError if it is no encoder,
+    and unless there are two texts.
+    """
+    if tuned.kind != "encoder" or len(ids) != 2:
+        raise ValueError("two texts of one length, and an encoder: a decoder's states do not tell")
+    ((_, blocks),) = tuned.anatomy.layers.items()
+    states: list[Tensor] = []
+    hooks = [
+        block.register_forward_pre_hook(lambda m, args: states.append(args[0])) for block in blocks
+    ]
+    hooks.append(blocks[-1].register_forward_hook(lambda m, args, out: states.append(out)))
+    try:
+        with tuned._evaluating(), recorded(tuned.model, tuned.anatomy.attentions) as records:
+            tuned(ids, torch.ones_like(ids))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    keys = [record.key.shape[2] for record in records.values()]
+    keys.append(states[-1].shape[1])  # behind the last layer nobody asks
+    found = []
+    for state, count in zip(states, keys, strict=True):
+        virtual = state.shape[1] - ids.shape[1]
+        enter = int((state[0, :virtual] == state[1, :virtual]).all(dim=-1).sum())
+        found.append(InFront(enter, virtual - enter, count - state.shape[1]))
+    return found
 
 
 def nearest_tokens(

@@ -1,4 +1,5 @@
-"""Lesson 05, P-tuning v2: write its attention, count it, tell four definitions apart, debug it."""
+"""Lesson 05, P-tuning v2: write its attention, tell four definitions apart, count it, send a
+gradient through its head, debug it."""
 
 import pandas as pd
 import torch
@@ -92,7 +93,7 @@ def write_the_attention(answer, heads=2, T=4, P=3, head_dim=8):
     expect(
         given.ndim != 4 or given.shape[2] <= T,
         f"{given.shape[2] if given.ndim == 4 else 0} rows for {T} tokens: you have more output "
-        "rows than queries. A source puts a prefix on the queries as well; nobody reads those rows",
+        "rows than queries. A prefix of the queries would make outputs that nobody reads",
     )
     return a_tensor(given, (batch, heads, T, head_dim), "one row for each query: the shape")
 
@@ -192,7 +193,55 @@ name_the_definition = LETTERS.exercise(
 )  # fmt: skip
 
 
-# --- 4 · debug the broken adapter --------------------------------------------------------------
+# --- 4 · the gradient that a prefix gets through the head -----------------------------------------
+def gradient_at_state(W, b, h, tag):
+    p = (W @ h + b).softmax(dim=0)
+    p[tag] -= 1
+    return W.T @ p
+
+
+def _through(change):
+    """W transposed times what `change(scores, y)` makes of the scores and of the one-hot tag."""
+
+    def wrong(W, b, h, tag):
+        return W.T @ change(W @ h + b, F.one_hot(torch.tensor(tag), len(W)).to(h))
+
+    return wrong
+
+
+@exercise(
+    "Send the gradient through the head", solution=gradient_at_state,
+    difficulty=3, importance=4, minutes=8,
+    hints=(
+        "Begin with the probabilities: a softmax over the scores W h + b.",
+        "∂L/∂s is p − y. y is 1 at the right tag and 0 elsewhere, so take 1 away in one place.",
+        "s = W h + b, so a change of h reaches s through W, and the gradient comes back through W "
+        "transposed."),
+    mistakes=(
+        (_through(lambda s, y: s.softmax(0)), "you left the right tag out: p − y, not p"),
+        (_through(lambda s, y: y - s.softmax(0)), "the sign is turned round: that points to a "
+         "smaller loss, and the gradient points to a larger one"),
+        (_through(lambda s, y: s - y), "p is the softmax of the scores, and you took the scores "
+         "themselves"),
+        (lambda W, b, h, tag: gradient_at_state(W, torch.zeros_like(b), h, tag),
+         "you left the bias out of the scores"),
+        (lambda W, b, h, tag: (W @ h + b).softmax(0) - F.one_hot(torch.tensor(tag), len(W)),
+         "that is ∂L/∂s, a number for each tag: W transposed takes it to the numbers of the state",
+         lambda given, right: given.shape != right.shape and given.ndim == 1),
+        (lambda W, b, h, tag: torch.outer(
+            (W @ h + b).softmax(0) - F.one_hot(torch.tensor(tag), len(W)), h),
+         "that is ∂L/∂W, which the head learns from: asked is what goes on to the state",
+         lambda given, right: given.ndim == 2)),
+    otherwise=unlike, again=(7, 4),
+    praise="all that a prefix learns comes through W", atol=1e-6,
+)  # fmt: skip
+def through_the_head(answer, classes=5, d=3):
+    generator = torch.Generator().manual_seed(0)
+    W, b, h = (torch.randn(*n, generator=generator) for n in ((classes, d), (classes,), (d,)))
+    return a_tensor(answer(W.clone(), b.clone(), h.clone(), classes - 2))
+
+
+# --- 5 · debug the broken adapter --------------------------------------------------------------
 CLINIC = Ward({
     "head": ("C", "the head is frozen at its random start",
         "It has a prefix that moves and a head that does not move at all"),
@@ -267,9 +316,9 @@ def _small(layers: int = 3) -> Base:
     {
         "a": ("0, exactly", "They hold the same tensors, and put them in the same places."),
         "b": ("a little: P-tuning v2 puts tokens at the input as well",
-              "A source says so. The paper and its code leave the input alone."),
-        "c": ("a lot: the approach is completely different", "A source says so. Both put trained "
-              "keys and values into every attention.")},
+              "You will read that. The paper and its code leave the input alone."),
+        "c": ("a lot: the approach is completely different", "You will read that too. Both put "
+              "trained keys and values into every attention.")},
 )  # fmt: skip
 def predict_difference():
     base, ids, outputs = _small(), torch.arange(5, 15)[None], []
@@ -288,8 +337,7 @@ def predict_difference():
 
 @question(
     "BERT-base for classification in two classes, 20 virtual tokens in every layer, made by an MLP "
-    "with 512 numbers in the middle. A source prints 245,760 trainable parameters for it. "
-    "What does it print in truth?",
+    "with 512 numbers in the middle. You will read that 245,760 numbers train. How many do?",
     {
         "a": ("245,760", "That is 10 · 24 · 1,024: another model, and one vector for each token."),
         "b": ("370,178", "That is without the MLP. While it trains, the MLP trains."),
@@ -311,8 +359,8 @@ def predict_count():
 
 
 @question(
-    "A source's code puts P = 20 vectors in front of the output of each layer. BERT-base has 12 "
-    "layers and reads 40 tokens. How many vectors come out, and which of them is the first?",
+    "You will find code that puts P = 20 vectors in front of the output of each layer. BERT-base "
+    "has 12 layers and reads 40 tokens. How many vectors come out, and which is the first?",
     {
         "a": ("40: the first token's", "Nothing takes the vectors out again."),
         "b": ("60: a virtual token's", "Each layer adds 20 more to what the one before added."),

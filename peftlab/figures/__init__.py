@@ -108,6 +108,7 @@ from peftlab.figures.style import (
     method_key,
     use_template,
 )
+from peftlab.figures.tagging import definition_columns, moved_words, scores_by_size, tagger
 from peftlab.figures.timeline import step_timeline
 from peftlab.figures.to_scale import to_scale
 from peftlab.figures.weights import (
