@@ -1,4 +1,6 @@
-"""Lesson 03, P-tuning: write the encoder, place the prompt, count, throw away, find the fault."""
+"""Lesson 03, P-tuning: the encoder, a step through it, its end, chance, places, and a fault."""
+
+from itertools import combinations
 
 import pandas as pd
 import torch
@@ -9,7 +11,7 @@ from peftlab.accounting import count, stored
 from peftlab.bases.shapes import Shape
 from peftlab.exercises import after, exercise, expect, question
 from peftlab.exercises.clinic import Ward, course
-from peftlab.exercises.forms import a_count, a_tensor, same, unlike
+from peftlab.exercises.forms import a_number, a_tensor, same, unlike
 from peftlab.methods import PTuning
 from peftlab.methods.prompt_networks import PromptEncoder
 from peftlab.tuned import attach
@@ -61,86 +63,37 @@ def write_the_encoder(answer, P=5, d=6):
     return given, same(given, a_tensor(answer(table, other, first, second)))
 
 
-# --- 2 · place the prompt ------------------------------------------------------------------------
-def place(prompt, embedded, masks):
-    half = len(prompt) // 2
-    rows = [
-        torch.cat([prompt[:half], row[:at], prompt[half:], row[at:]])
-        for row, at in zip(embedded, masks.tolist(), strict=True)
-    ]
-    return torch.stack(rows)
+# --- 2 · a step on W moves P ---------------------------------------------------------------------
+def step_through(H, G, lr):
+    of_W = H.T @ G  # h d: the gradient of W
+    return -lr * H @ of_W  # P d
 
 
 @exercise(
-    "Place the prompt", solution=place, difficulty=3, importance=4, minutes=10,
+    "How far does P move?", solution=step_through, difficulty=2, importance=5, minutes=5,
     hints=(
-        "Names have different lengths, so the mask stands elsewhere in each row: do one row at a "
-        "time.",
-        "A row is four pieces in order: half of the prompt, the text up to the mask, the other "
-        "half, the mask and the rest."),
+        "First find the gradient of W from G. The formula is above, and its shape is that of W.",
+        "W moves by the learning rate times its gradient, against it. What does that do to H W?"),
     mistakes=(
-        (lambda prompt, x, masks: torch.cat([prompt.expand(len(x), -1, -1), x], dim=1),
-         "the virtual tokens are all in front: the second half belongs to the mask"),
-        (lambda prompt, x, masks: place(prompt, x, masks[:1].expand(len(masks))), "right for the "
-         "first row; in the others the block stands where the first row's mask is. Every row has a "
-         "place of its own"),
-        (lambda prompt, x, masks: place(prompt, x, masks + 1),
-         "your second block stands behind the mask. It belongs right before it"),
-        (lambda prompt, x, masks: place(prompt, x, masks - len(prompt) // 2), "the first half has "
-         "moved the mask along, and you counted its place from the start of the longer row"),
-        (lambda prompt, x, masks: place(prompt[: len(prompt) // 2].repeat(2, 1), x, masks),
-         "you put the same half twice: the first half belongs in front, the other later")),
-    otherwise=unlike,
-    praise="two rows, two places, each with all virtual tokens", again=(8, 9, (7, 3)),
+        (lambda H, G, lr: lr * H @ H.T @ G,
+         "P moves the wrong way: gradient descent goes against the gradient"),
+        (lambda H, G, lr: -lr * G, "that is a step on P itself: each row moves by its own gradient "
+         "and by no other's. Here W moves"),
+        (lambda H, G, lr: -lr * H.T @ G,
+         "that is how far W moves, (h, d). P = H W moves by H times that"),
+        (lambda H, G, lr: -H @ H.T @ G, "the learning rate is missing"),
+        (lambda H, G, lr: -lr * H @ H.T, "H Hᵀ is what mixes the rows. Now let it mix the "
+         "gradients: multiply it by G")),
+    otherwise=unlike, again=(7, 6, 3),
+    praise="each row of the step is a mixture of all rows of G, and H Hᵀ is the recipe",
 )  # fmt: skip
-def place_the_prompt(answer, P=4, T=6, masks=(2, 4)):
+def move_the_rows(answer, P=5, h=4, d=3, lr=0.5):
     generator = torch.Generator().manual_seed(0)
-    prompt, embedded = (torch.randn(*s, generator=generator) for s in ((P, 3), (2, T, 3)))
-    given = answer(prompt, embedded, torch.tensor(masks))
-    return a_tensor(given, (2, P + T, 3), f"each row of {T} gets {P} more vectors: the shape")
+    H, G = (torch.randn(P, n, generator=generator) for n in (h, d))
+    return a_tensor(answer(H, G, lr))
 
 
-# --- 3 · count -----------------------------------------------------------------------------------
-def trained(P, d):
-    h = d // 2
-    layer = 2 * (4 * h * (d + h) + 8 * h)  # two directions; the second layer reads 2 h = d as well
-    return P * d + 2 * layer + 2 * (d * d + d)
-
-
-PROMPTS = {f"{P} virtual tokens on {base}": (base, P) for base, P in (
-    ("bert-base", 9), ("gpt2", 20), ("bert-large", 3),
-)}  # fmt: skip
-
-
-@exercise(
-    "Count what trains", solution=trained, difficulty=4, importance=3, minutes=10,
-    hints=(
-        "One direction of one LSTM layer with input i and hidden h: four gates, each with a matrix "
-        "for the input (h · i), one for the state (h · h), and in PyTorch two biases (2 h).",
-        "Here h = d / 2. The second layer reads both directions of the first, so its input is "
-        "2 h = d.",
-        "Do not forget the table, nor the MLP: d → d → d, with biases."),
-    mistakes=(
-        (lambda P, d: P * d,
-         "{case}: yours is {given:,}. That is what is stored. More than that trains"),
-        (lambda P, d: trained(P, d) - P * d, "{case}: yours is {given:,}. You forgot the table E"),
-        (lambda P, d: P * d + 8 * d * d + 10 * d,
-         "{case}: yours is {given:,}. The LSTM of one direction has so many"),
-        (lambda P, d: P * d + 14 * d * d + 10 * d,
-         "{case}: yours is {given:,}. PyTorch's LSTM has two biases for every gate"),
-        (lambda P, d: P * d + 43 * d * d + 34 * d, "{case}: yours is {given:,}. That is far too "
-         "many: is your hidden size d / 2 in each direction?",
-         lambda given, right: any(given[case] >= 2 * right[case] for case in right))),
-    otherwise="{case}: yours is {given:,}, {right:,} train",
-    praise="P · d + 14 d² + 18 d, and so says the package",
-    right=lambda: {case: count(PTuning(P), base) for case, (base, P) in PROMPTS.items()},
-)  # fmt: skip
-def count_what_trains(answer):
-    sizes = {case: (P, Shape.named(base).d_model) for case, (base, P) in PROMPTS.items()}
-    return {case: a_count(answer(*size)) for case, size in sizes.items()}
-
-
-# --- 4 · throw it away ---------------------------------------------------------------------------
+# --- 3 · throw it away ---------------------------------------------------------------------------
 def fold(encoder):
     encoder.eval()
     with torch.no_grad():
@@ -185,7 +138,99 @@ def throw_it_away(answer, P=5, d=8):
     return prompt.detach(), prompt.requires_grad
 
 
-# --- 5 · debug the broken adapter ----------------------------------------------------------------
+# --- 4 · told apart, or chance? ------------------------------------------------------------------
+def p_value(a, b):
+    scores = [*a, *b]
+    n, total = len(a), sum(scores)
+
+    def gap(group):  # between the mean of a group and the mean of the others
+        return abs(sum(group) / n - (total - sum(group)) / (len(scores) - n))
+
+    gaps = [gap(group) for group in combinations(scores, n)]
+    return sum(g >= gap(a) - 1e-9 for g in gaps) / len(gaps)
+
+
+def _splits(a, b, counts, most=None):
+    """The share of splits for which counts(gap of the split, gap of a and b), gaps with a sign."""
+    scores, n = [*a, *b], len(a)
+
+    def gap(group):
+        return sum(group) / n - (sum(scores) - sum(group)) / (len(scores) - n)
+
+    found = [counts(gap(group), gap(a)) for group in combinations(scores, n)]
+    return sum(found) / (most or len(found))
+
+
+@exercise(
+    "Could it be chance?", solution=p_value, difficulty=3, importance=5, minutes=10,
+    hints=(
+        "`itertools.combinations(scores, n)` gives every way to take n of the scores. What is left "
+        "is the other group.",
+        "For each split: the mean of one group minus the mean of the other, without its sign.",
+        "Count the splits whose difference is at least that of a and b, and divide by all splits. "
+        "The split into a and b is one of them, so the share is never zero."),
+    mistakes=(
+        (lambda a, b: _splits(a, b, lambda g, seen: g >= seen - 1e-9),
+         "you counted the splits in one direction. Without knowing which is better, a difference "
+         "the other way round would have surprised you as much: compare without the sign"),
+        (lambda a, b: _splits(a, b, lambda g, seen: abs(g) > abs(seen) + 1e-9),
+         "you left out the splits that are exactly as far apart as a and b. Ours is one of them"),
+        (lambda a, b: _splits(a, b, lambda g, seen: abs(g) >= abs(seen) - 1e-9, most=1),
+         "that is how many splits there are; divide by the number of all splits"),
+        (lambda a, b: 1 - p_value(a, b), "that is the share of the splits that lie closer"),
+        (lambda a, b: p_value(a, b) + 1e-3,
+         "near, but not it. Did you draw splits at random? Here there are few enough to take all",
+         lambda given, right: abs(given - right) < 0.06)),
+    otherwise=lambda given, right: f"the share should be {right:.3f}; yours is {given:.3f}",
+    again=(2, 6), praise="the share of all splits that are at least as far apart",
+)  # fmt: skip
+def chance(answer, n=4, m=4):
+    generator = torch.Generator().manual_seed(35)
+    scores = torch.randint(40, 73, (n + m,), generator=generator) / 64
+    scores[:n] += 0.25  # 64ths: their sums are exact, and so are the means
+    return a_number(answer(scores[:n].tolist(), scores[n:].tolist()))
+
+
+# --- 5 · place the prompt ------------------------------------------------------------------------
+def place(prompt, embedded, masks):
+    half = len(prompt) // 2
+    rows = [
+        torch.cat([prompt[:half], row[:at], prompt[half:], row[at:]])
+        for row, at in zip(embedded, masks.tolist(), strict=True)
+    ]
+    return torch.stack(rows)
+
+
+@exercise(
+    "Place the prompt", solution=place, difficulty=3, importance=4, minutes=10,
+    hints=(
+        "Names have different lengths, so the mask stands elsewhere in each row: do one row at a "
+        "time.",
+        "A row is four pieces in order: half of the prompt, the text up to the mask, the other "
+        "half, the mask and the rest."),
+    mistakes=(
+        (lambda prompt, x, masks: torch.cat([prompt.expand(len(x), -1, -1), x], dim=1),
+         "the virtual tokens are all in front: the second half belongs to the mask"),
+        (lambda prompt, x, masks: place(prompt, x, masks[:1].expand(len(masks))), "right for the "
+         "first row; in the others the block stands where the first row's mask is. Every row has a "
+         "place of its own"),
+        (lambda prompt, x, masks: place(prompt, x, masks + 1),
+         "your second block stands behind the mask. It belongs right before it"),
+        (lambda prompt, x, masks: place(prompt, x, masks - len(prompt) // 2), "the first half has "
+         "moved the mask along, and you counted its place from the start of the longer row"),
+        (lambda prompt, x, masks: place(prompt[: len(prompt) // 2].repeat(2, 1), x, masks),
+         "you put the same half twice: the first half belongs in front, the other later")),
+    otherwise=unlike,
+    praise="two rows, two places, each with all virtual tokens", again=(8, 9, (7, 3)),
+)  # fmt: skip
+def place_the_prompt(answer, P=4, T=6, masks=(2, 4)):
+    generator = torch.Generator().manual_seed(0)
+    prompt, embedded = (torch.randn(*s, generator=generator) for s in ((P, 3), (2, T, 3)))
+    given = answer(prompt, embedded, torch.tensor(masks))
+    return a_tensor(given, (2, P + T, 3), f"each row of {T} gets {P} more vectors: the shape")
+
+
+# --- 6 · debug the broken adapter ----------------------------------------------------------------
 CLINIC = Ward({
     "outside": ("B", "the encoder was run once, before the loop, and its output kept",
         "It has no gradient anywhere, in the table or the network: the path from the loss ends at "

@@ -27,6 +27,13 @@ from peftlab.figures.curves import (
 from peftlab.figures.definitions import soft_definitions
 from peftlab.figures.described import Box, Drawing, describe
 from peftlab.figures.draw import draw
+from peftlab.figures.encoder import (
+    hand_step,
+    kept_of_encoder,
+    prompt_maker,
+    row_kernels,
+    template_places,
+)
 from peftlab.figures.forgetting import forgetting_by_rate, leaks, learned_and_lost
 from peftlab.figures.gate import gate_road
 from peftlab.figures.lora_runs import (
