@@ -345,27 +345,3 @@ def predict_count():
         (False, False): "a", (True, True): "b", (True, False): "c", (False, True): "d",
     }[number["trained"] > flat, number["stored"] > flat]  # fmt: skip
     return right, f"{number['trained']:,} train and {number['stored']:,} are stored."
-
-
-@question(
-    "You generate 50 tokens for one text, right after training, with the encoder still attached. "
-    "How often must the encoder run?",
-    {
-        "a": ("50 times, once a token", "Its input is a table that no longer changes. What it "
-              "makes is the same for every token, so once is enough."),
-        "b": ("once", "What it makes is the same for every token and every text."),
-        "c": ("once for every layer and token", "The prompt enters at the input. No layer above "
-              "asks for it again.")},
-)  # fmt: skip
-def predict_runs():
-    from peftlab.bases import load
-    from peftlab.sites import Source
-
-    encoder, runs = _encoder("lstm"), []
-    encoder.register_forward_hook(lambda *_: runs.append(1))
-    source = Source("prompt", load("tiny-gpt").anatomy, encoder)
-    with torch.no_grad(), source.once():
-        made = [source()["prompt"] for _ in range(50)]
-    same = all(torch.equal(made[0], other) for other in made)
-    right = "b" if same and len(runs) == 1 else "a"
-    return right, f"Counted: {len(runs)} run for {len(made)} tokens, and one prompt for all."

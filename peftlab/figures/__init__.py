@@ -30,8 +30,10 @@ from peftlab.figures.draw import draw
 from peftlab.figures.encoder import (
     hand_step,
     kept_of_encoder,
+    moved_by_step,
     prompt_maker,
     row_kernels,
+    seeds_in_rows,
     template_places,
 )
 from peftlab.figures.forgetting import forgetting_by_rate, leaks, learned_and_lost

@@ -1,15 +1,16 @@
 """P-tuning drawn: how a network makes the prompt, what it does to a step, what is kept of it, and
-where a template puts the vectors."""
+where a template puts the vectors; and two figures of results."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 
 from peftlab.figures.sheet import LARGE, NORMAL, SMALL, Number, Sheet, number
-from peftlab.figures.style import COLOURS
-from peftlab.figures.theme import mixed
+from peftlab.figures.style import COLOURS, DASHES, MARKERS, figure
+from peftlab.figures.theme import mixed, theme
 from peftlab.tuned import Tuned
 
 PROMPT = COLOURS["p_tuning"]
@@ -327,3 +328,39 @@ def template_places(rows: Mapping[str, Sequence[str]], dark: bool | None = None)
     foot = 14 + len(rows) * 46 + 4
     sheet.key(left, foot, [(PROMPT, "virtual tokens: trained"), ("", "the text: frozen")])
     return sheet.done()
+
+
+def seeds_in_rows(table: pd.DataFrame, value: str, row: str, title: str, x_title: str) -> go.Figure:
+    """Every run as a point, a row for each value of `row` from the top; runs that are equal stand
+    one on another, and a bar marks the mean."""
+    rows = list(dict.fromkeys(table[row]))
+    fig = figure(title, x_title, "", height=130 + 62 * len(rows), showlegend=False, margin_l=160)
+    colour, step = theme().line(PROMPT), 0.09
+    for at, name in enumerate(rows):
+        runs = table.loc[table[row] == name, value].sort_values()
+        level = runs.groupby(runs).cumcount()  # how many equal ones lie below
+        look = dict(color=colour, symbol=MARKERS["p_tuning"], size=10, line_width=1.5)
+        fig.add_scatter(x=runs, y=at + 0.25 - step * level, mode="markers", marker=look, name=name)
+        mean = dict(type="line", x0=runs.mean(), x1=runs.mean(), y0=at + 0.4, y1=at - 0.1)
+        fig.add_shape(**mean, line=dict(color=theme().ink, width=2.5))
+    fig.update_layout(title=dict(x=0, xref="container", pad_l=12))
+    high = table.groupby(row)[value].agg(lambda runs: runs.value_counts().max()).max()
+    ends = [len(rows) - 0.4, min(-0.5, 0.25 - step * high - 0.1)]
+    return fig.update_yaxes(tickvals=list(range(len(rows))), ticktext=rows, range=ends)
+
+
+def moved_by_step(curves: Mapping[str, pd.DataFrame], title: str) -> go.Figure:
+    """How far each step moved the prompt, in learning rates: columns `step` and `far` for each way
+    to make it, which is named at the end of its line."""
+    fig = figure(title, "step", "movement of P, in learning rates", height=400, showlegend=False)
+    colour = theme().line(PROMPT)
+    for (name, rows), dash in zip(curves.items(), DASHES, strict=False):
+        look = dict(color=colour, symbol=MARKERS["p_tuning"], size=8)
+        fig.add_scatter(
+            x=rows["step"], y=rows["far"], mode="lines+markers", marker=look, name=name,
+            line=dict(color=colour, dash=dash, width=2),
+        )  # fmt: skip
+        end = dict(x=rows["step"].iloc[-1], y=float(np.log10(rows["far"].iloc[-1])))
+        fig.add_annotation(text=name, xanchor="left", xshift=10, showarrow=False, **end)
+    fig.update_layout(margin_r=110).update_xaxes(dtick=5)
+    return fig.update_yaxes(type="log", dtick=1)
