@@ -128,8 +128,8 @@ def hand_step(H: Any, G: Any, W: Any, dark: bool | None = None) -> go.Figure:
         ("a step on P", np.eye(len(H)), "<b>I</b>"),
         ("a step on W₂", mix, "<b>H Hᵀ</b>"),
     )
-    moved = np.nonzero(np.abs(mix @ G).sum(axis=1))[0] + 1
-    wanted = np.nonzero(np.abs(G).sum(axis=1))[0] + 1
+    moved = (np.nonzero(np.abs(mix @ G).sum(axis=1))[0] + 1).tolist()
+    wanted = (np.nonzero(np.abs(G).sum(axis=1))[0] + 1).tolist()
     title = (
         f"The loss asks row {_listed(wanted)} to move; through W₂ rows {_listed(moved)} move"
         if len(moved) > len(wanted)
@@ -340,12 +340,12 @@ def seeds_in_rows(table: pd.DataFrame, value: str, row: str, title: str, x_title
         runs = table.loc[table[row] == name, value].sort_values()
         level = runs.groupby(runs).cumcount()  # how many equal ones lie below
         look = dict(color=colour, symbol=MARKERS["p_tuning"], size=10, line_width=1.5)
-        fig.add_scatter(x=runs, y=at + 0.25 - step * level, mode="markers", marker=look, name=name)
-        mean = dict(type="line", x0=runs.mean(), x1=runs.mean(), y0=at + 0.4, y1=at - 0.1)
+        fig.add_scatter(x=runs, y=at - step * level, mode="markers", marker=look, name=name)
+        mean = dict(type="line", x0=runs.mean(), x1=runs.mean(), y0=at + 0.2, y1=at - 0.35)
         fig.add_shape(**mean, line=dict(color=theme().ink, width=2.5))
     fig.update_layout(title=dict(x=0, xref="container", pad_l=12))
     high = table.groupby(row)[value].agg(lambda runs: runs.value_counts().max()).max()
-    ends = [len(rows) - 0.4, min(-0.5, 0.25 - step * high - 0.1)]
+    ends = [len(rows) - 0.6, -max(0.5, step * high + 0.1)]
     return fig.update_yaxes(tickvals=list(range(len(rows))), ticktext=rows, range=ends)
 
 
