@@ -340,7 +340,8 @@ def test_the_drawn_places_are_those_that_the_model_reads():
                 tuned.prompt.data.mul_(turn)
                 tuned(ids, torch.ones_like(ids))
         hook.remove()
-        changed = (read[-1] - read[-2]).abs().amax(dim=-1)[0] > 1e-3
+        longer = [states for states in read if states.shape[1] == len(row)]
+        changed = (longer[0] - longer[1]).abs().amax(dim=-1)[0] > 1e-3
         assert changed.tolist() == [token == "◆" for token in row]
 
 
