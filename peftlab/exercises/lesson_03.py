@@ -1,4 +1,4 @@
-"""Lesson 03, P-tuning: the encoder, a step through it, its end, chance, places, and a fault."""
+"""Lesson 03, P-tuning: the encoder, a step through it, chance, places, and a fault."""
 
 from itertools import combinations
 
@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from peftlab.accounting import count, stored
 from peftlab.bases.shapes import Shape
-from peftlab.exercises import after, exercise, expect, question
+from peftlab.exercises import after, exercise, question
 from peftlab.exercises.clinic import Ward, course
 from peftlab.exercises.forms import a_number, a_tensor, same, unlike
 from peftlab.methods import PTuning
@@ -93,52 +93,7 @@ def move_the_rows(answer, P=5, h=4, d=3, lr=0.5):
     return a_tensor(answer(H, G, lr))
 
 
-# --- 3 · throw it away ---------------------------------------------------------------------------
-def fold(encoder):
-    encoder.eval()
-    with torch.no_grad():
-        return {"prompt": encoder()["prompt"].clone()}
-
-
-@exercise(
-    "Throw it away", solution=fold, difficulty=2, importance=5, minutes=5,
-    hints=(
-        "`encoder()` returns a dictionary with the prompt that it makes now.",
-        "This encoder has dropout. In which mode should it make its last prompt?",
-        "What is stored needs no gradient, and no network."),
-    mistakes=(
-        (lambda encoder: {"prompt": encoder.table.detach().clone()}, "you stored the table E. It "
-         "is what goes into the network; the model reads what comes out"),
-        (lambda encoder: {"prompt": encoder.train()()["prompt"].detach()}, "these are not the "
-         "numbers that the finished encoder makes: was it run with dropout on?",
-         lambda given, right: not same(given[0], right[0])),
-        (lambda encoder: {"prompt": encoder.eval()()["prompt"]},
-         "the right numbers, but the tensor still hangs on the graph"),
-        (lambda encoder: fold(encoder) | encoder.state_dict(), "the network is in it"),
-        (lambda encoder: encoder()["prompt"], "return a dictionary")),
-    praise="the prompt's numbers, no network, no gradient",
-    otherwise=lambda given, right: unlike(given[0], right[0]), again=(7, 9),
-)  # fmt: skip
-def throw_it_away(answer, P=5, d=8):
-    """The prompt that is stored, and whether it hangs on the graph."""
-    encoder = PromptEncoder(torch.randn(P, d), "mlp", "lama", d, 1)
-    encoder.mlp.insert(2, nn.Dropout(0.5))
-    encoder.train()
-    given = answer(encoder)
-    expect(
-        isinstance(given, dict) and "prompt" in given,
-        'return a dictionary with the tensor under "prompt"',
-    )
-    numbers = sum(a_tensor(tensor).numel() for tensor in given.values())
-    expect(
-        numbers == P * d,
-        f"you store {numbers:,} numbers and {P} · {d} = {P * d} are needed: the network is in it",
-    )
-    prompt = a_tensor(given["prompt"])
-    return prompt.detach(), prompt.requires_grad
-
-
-# --- 4 · told apart, or chance? ------------------------------------------------------------------
+# --- 3 · told apart, or chance? ------------------------------------------------------------------
 def p_value(a, b):
     scores = [*a, *b]
     n, total = len(a), sum(scores)
@@ -191,7 +146,7 @@ def chance(answer, n=4, m=4):
     return a_number(answer(scores[:n].tolist(), scores[n:].tolist()))
 
 
-# --- 5 · place the prompt ------------------------------------------------------------------------
+# --- 4 · place the prompt ------------------------------------------------------------------------
 def place(prompt, embedded, masks):
     half = len(prompt) // 2
     rows = [
@@ -230,7 +185,7 @@ def place_the_prompt(answer, P=4, T=6, masks=(2, 4)):
     return a_tensor(given, (2, P + T, 3), f"each row of {T} gets {P} more vectors: the shape")
 
 
-# --- 6 · debug the broken adapter ----------------------------------------------------------------
+# --- 5 · debug the broken adapter ----------------------------------------------------------------
 CLINIC = Ward({
     "outside": ("B", "the encoder was run once, before the loop, and its output kept",
         "It has no gradient anywhere, in the table or the network: the path from the loss ends at "
