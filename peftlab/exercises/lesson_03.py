@@ -1,4 +1,6 @@
-"""Lesson 03, P-tuning: write the encoder, place the prompt, count, throw away, find the fault."""
+"""Lesson 03, P-tuning: the encoder, a step through it, chance, places, and a fault."""
+
+from itertools import combinations
 
 import pandas as pd
 import torch
@@ -7,9 +9,9 @@ from torch.nn import functional as F
 
 from peftlab.accounting import count, stored
 from peftlab.bases.shapes import Shape
-from peftlab.exercises import after, exercise, expect, question
+from peftlab.exercises import after, exercise, question
 from peftlab.exercises.clinic import Ward, course
-from peftlab.exercises.forms import a_count, a_tensor, same, unlike
+from peftlab.exercises.forms import a_number, a_tensor, same, unlike
 from peftlab.methods import PTuning
 from peftlab.methods.prompt_networks import PromptEncoder
 from peftlab.tuned import attach
@@ -61,7 +63,90 @@ def write_the_encoder(answer, P=5, d=6):
     return given, same(given, a_tensor(answer(table, other, first, second)))
 
 
-# --- 2 · place the prompt ------------------------------------------------------------------------
+# --- 2 · a step on W moves P ---------------------------------------------------------------------
+def step_through(H, G, lr):
+    of_W = H.T @ G  # h d: the gradient of W
+    return -lr * H @ of_W  # P d
+
+
+@exercise(
+    "How far does P move?", solution=step_through, difficulty=2, importance=5, minutes=5,
+    hints=(
+        "First find the gradient of W from G. The formula is above, and its shape is that of W.",
+        "W moves by the learning rate times its gradient, against it. What does that do to H W?"),
+    mistakes=(
+        (lambda H, G, lr: lr * H @ H.T @ G,
+         "P moves the wrong way: gradient descent goes against the gradient"),
+        (lambda H, G, lr: -lr * G, "that is a step on P itself: each row moves by its own gradient "
+         "and by no other's. Here W moves"),
+        (lambda H, G, lr: -lr * H.T @ G,
+         "that is how far W moves, (h, d). P = H W moves by H times that"),
+        (lambda H, G, lr: -H @ H.T @ G, "the learning rate is missing"),
+        (lambda H, G, lr: -lr * H @ H.T, "H Hᵀ is what mixes the rows. Now let it mix the "
+         "gradients: multiply it by G")),
+    otherwise=unlike, again=(7, 6, 3),
+    praise="each row of the step is a mixture of all rows of G, and H Hᵀ is the recipe",
+)  # fmt: skip
+def move_the_rows(answer, P=5, h=4, d=3, lr=0.5):
+    generator = torch.Generator().manual_seed(0)
+    H, G = (torch.randn(P, n, generator=generator) for n in (h, d))
+    return a_tensor(answer(H, G, lr))
+
+
+# --- 3 · told apart, or chance? ------------------------------------------------------------------
+def p_value(a, b):
+    scores = [*a, *b]
+    n, total = len(a), sum(scores)
+
+    def gap(group):  # between the mean of a group and the mean of the others
+        return abs(sum(group) / n - (total - sum(group)) / (len(scores) - n))
+
+    gaps = [gap(group) for group in combinations(scores, n)]
+    return sum(g >= gap(a) - 1e-9 for g in gaps) / len(gaps)
+
+
+def _splits(a, b, counts, most=None):
+    """The share of splits for which counts(gap of the split, gap of a and b), gaps with a sign."""
+    scores, n = [*a, *b], len(a)
+
+    def gap(group):
+        return sum(group) / n - (sum(scores) - sum(group)) / (len(scores) - n)
+
+    found = [counts(gap(group), gap(a)) for group in combinations(scores, n)]
+    return sum(found) / (most or len(found))
+
+
+@exercise(
+    "Could it be chance?", solution=p_value, difficulty=3, importance=5, minutes=10,
+    hints=(
+        "`itertools.combinations(scores, n)` gives every way to take n of the scores. What is left "
+        "is the other group.",
+        "For each split: the mean of one group minus the mean of the other, without its sign.",
+        "Count the splits whose difference is at least that of a and b, and divide by all splits. "
+        "The split into a and b is one of them, so the share is never zero."),
+    mistakes=(
+        (lambda a, b: _splits(a, b, lambda g, seen: g >= seen - 1e-9),
+         "you counted the splits in one direction. Without knowing which is better, a difference "
+         "the other way round would have surprised you as much: compare without the sign"),
+        (lambda a, b: _splits(a, b, lambda g, seen: abs(g) > abs(seen) + 1e-9),
+         "you left out the splits that are exactly as far apart as a and b. Ours is one of them"),
+        (lambda a, b: _splits(a, b, lambda g, seen: abs(g) >= abs(seen) - 1e-9, most=1),
+         "that is how many splits there are; divide by the number of all splits"),
+        (lambda a, b: 1 - p_value(a, b), "that is the share of the splits that lie closer"),
+        (lambda a, b: p_value(a, b) + 1e-3,
+         "near, but not it. Did you draw splits at random? Here there are few enough to take all",
+         lambda given, right: abs(given - right) < 0.06)),
+    otherwise=lambda given, right: f"the share should be {right:.3f}; yours is {given:.3f}",
+    again=(2, 6), praise="the share of all splits that are at least as far apart",
+)  # fmt: skip
+def chance(answer, n=4, m=4):
+    generator = torch.Generator().manual_seed(35)
+    scores = torch.randint(40, 73, (n + m,), generator=generator) / 64
+    scores[:n] += 0.25  # 64ths: their sums are exact, and so are the means
+    return a_number(answer(scores[:n].tolist(), scores[n:].tolist()))
+
+
+# --- 4 · place the prompt ------------------------------------------------------------------------
 def place(prompt, embedded, masks):
     half = len(prompt) // 2
     rows = [
@@ -98,91 +183,6 @@ def place_the_prompt(answer, P=4, T=6, masks=(2, 4)):
     prompt, embedded = (torch.randn(*s, generator=generator) for s in ((P, 3), (2, T, 3)))
     given = answer(prompt, embedded, torch.tensor(masks))
     return a_tensor(given, (2, P + T, 3), f"each row of {T} gets {P} more vectors: the shape")
-
-
-# --- 3 · count -----------------------------------------------------------------------------------
-def trained(P, d):
-    h = d // 2
-    layer = 2 * (4 * h * (d + h) + 8 * h)  # two directions; the second layer reads 2 h = d as well
-    return P * d + 2 * layer + 2 * (d * d + d)
-
-
-PROMPTS = {f"{P} virtual tokens on {base}": (base, P) for base, P in (
-    ("bert-base", 9), ("gpt2", 20), ("bert-large", 3),
-)}  # fmt: skip
-
-
-@exercise(
-    "Count what trains", solution=trained, difficulty=4, importance=3, minutes=10,
-    hints=(
-        "One direction of one LSTM layer with input i and hidden h: four gates, each with a matrix "
-        "for the input (h · i), one for the state (h · h), and in PyTorch two biases (2 h).",
-        "Here h = d / 2. The second layer reads both directions of the first, so its input is "
-        "2 h = d.",
-        "Do not forget the table, nor the MLP: d → d → d, with biases."),
-    mistakes=(
-        (lambda P, d: P * d,
-         "{case}: yours is {given:,}. That is what is stored. More than that trains"),
-        (lambda P, d: trained(P, d) - P * d, "{case}: yours is {given:,}. You forgot the table E"),
-        (lambda P, d: P * d + 8 * d * d + 10 * d,
-         "{case}: yours is {given:,}. The LSTM of one direction has so many"),
-        (lambda P, d: P * d + 14 * d * d + 10 * d,
-         "{case}: yours is {given:,}. PyTorch's LSTM has two biases for every gate"),
-        (lambda P, d: P * d + 43 * d * d + 34 * d, "{case}: yours is {given:,}. That is far too "
-         "many: is your hidden size d / 2 in each direction?",
-         lambda given, right: any(given[case] >= 2 * right[case] for case in right))),
-    otherwise="{case}: yours is {given:,}, {right:,} train",
-    praise="P · d + 14 d² + 18 d, and so says the package",
-    right=lambda: {case: count(PTuning(P), base) for case, (base, P) in PROMPTS.items()},
-)  # fmt: skip
-def count_what_trains(answer):
-    sizes = {case: (P, Shape.named(base).d_model) for case, (base, P) in PROMPTS.items()}
-    return {case: a_count(answer(*size)) for case, size in sizes.items()}
-
-
-# --- 4 · throw it away ---------------------------------------------------------------------------
-def fold(encoder):
-    encoder.eval()
-    with torch.no_grad():
-        return {"prompt": encoder()["prompt"].clone()}
-
-
-@exercise(
-    "Throw it away", solution=fold, difficulty=2, importance=5, minutes=5,
-    hints=(
-        "`encoder()` returns a dictionary with the prompt that it makes now.",
-        "This encoder has dropout. In which mode should it make its last prompt?",
-        "What is stored needs no gradient, and no network."),
-    mistakes=(
-        (lambda encoder: {"prompt": encoder.table.detach().clone()}, "you stored the table E. It "
-         "is what goes into the network; the model reads what comes out"),
-        (lambda encoder: {"prompt": encoder.train()()["prompt"].detach()}, "these are not the "
-         "numbers that the finished encoder makes: was it run with dropout on?",
-         lambda given, right: not same(given[0], right[0])),
-        (lambda encoder: {"prompt": encoder.eval()()["prompt"]},
-         "the right numbers, but the tensor still hangs on the graph"),
-        (lambda encoder: fold(encoder) | encoder.state_dict(), "the network is in it"),
-        (lambda encoder: encoder()["prompt"], "return a dictionary")),
-    praise="the prompt's numbers, no network, no gradient",
-    otherwise=lambda given, right: unlike(given[0], right[0]), again=(7, 9),
-)  # fmt: skip
-def throw_it_away(answer, P=5, d=8):
-    """The prompt that is stored, and whether it hangs on the graph."""
-    encoder = PromptEncoder(torch.randn(P, d), "mlp", "lama", d, 1)
-    encoder.mlp.insert(2, nn.Dropout(0.5))
-    encoder.train()
-    given = answer(encoder)
-    expect(
-        isinstance(given, dict) and "prompt" in given,
-        'return a dictionary with the tensor under "prompt"',
-    )
-    numbers = sum(a_tensor(tensor).numel() for tensor in given.values())
-    expect(
-        numbers == P * d,
-        f"you store {numbers:,} numbers and {P} · {d} = {P * d} are needed: the network is in it",
-    )
-    prompt = a_tensor(given["prompt"])
-    return prompt.detach(), prompt.requires_grad
 
 
 # --- 5 · debug the broken adapter ----------------------------------------------------------------
@@ -233,7 +233,8 @@ def _examine(fault, base, task, steps, lr, seed):
             rows = [*course(parts, optimiser, loss_of, task, steps, 16, seed)]
             tuned.train(False)
             with torch.no_grad():
-                rows[-1]["twice"] = (source()["prompt"] - source()["prompt"]).abs().max().item()
+                made = [source.now()["prompt"] for _ in range(2)]
+                rows[-1]["twice"] = (made[0] - made[1]).abs().max().item()
     return rows
 
 
@@ -299,27 +300,3 @@ def predict_count():
         (False, False): "a", (True, True): "b", (True, False): "c", (False, True): "d",
     }[number["trained"] > flat, number["stored"] > flat]  # fmt: skip
     return right, f"{number['trained']:,} train and {number['stored']:,} are stored."
-
-
-@question(
-    "You generate 50 tokens for one text, right after training, with the encoder still attached. "
-    "How often must the encoder run?",
-    {
-        "a": ("50 times, once a token", "Its input is a table that no longer changes. What it "
-              "makes is the same for every token, so once is enough."),
-        "b": ("once", "What it makes is the same for every token and every text."),
-        "c": ("once for every layer and token", "The prompt enters at the input. No layer above "
-              "asks for it again.")},
-)  # fmt: skip
-def predict_runs():
-    from peftlab.bases import load
-    from peftlab.sites import Source
-
-    encoder, runs = _encoder("lstm"), []
-    encoder.register_forward_hook(lambda *_: runs.append(1))
-    source = Source("prompt", load("tiny-gpt").anatomy, encoder)
-    with torch.no_grad(), source.once():
-        made = [source()["prompt"] for _ in range(50)]
-    same = all(torch.equal(made[0], other) for other in made)
-    right = "b" if same and len(runs) == 1 else "a"
-    return right, f"Counted: {len(runs)} run for {len(made)} tokens, and one prompt for all."

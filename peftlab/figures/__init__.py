@@ -35,6 +35,15 @@ from peftlab.figures.curves import (
 from peftlab.figures.definitions import soft_definitions
 from peftlab.figures.described import Box, Drawing, describe
 from peftlab.figures.draw import draw
+from peftlab.figures.encoder import (
+    hand_step,
+    kept_of_encoder,
+    moved_by_step,
+    prompt_maker,
+    row_kernels,
+    seeds_in_rows,
+    template_places,
+)
 from peftlab.figures.films import frozen_backward, lora_step, weight_to_code
 from peftlab.figures.forgetting import forgetting_by_rate, leaks, learned_and_lost
 from peftlab.figures.gate import gate_road
