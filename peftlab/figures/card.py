@@ -211,7 +211,7 @@ def names_and_form(runs: pd.DataFrame, columns: Mapping[str, str], title: str) -
     fig.update_xaxes(tickformat=".0%", range=[-0.03, 1.05])
     return fig.update_layout(
         height=190 + 30 * len(labels), margin=dict(l=170, t=76, b=110),
-        legend=dict(orientation="h", x=0, y=-0.16, yanchor="top"),
+        legend=dict(orientation="h", x=0, y=-0.19, yanchor="top"),
     )  # fmt: skip
 
 
