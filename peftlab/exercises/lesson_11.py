@@ -83,7 +83,7 @@ def never_trained():
     names = max(run["drug_name_new_medicines"] for run in runs)
     letter = "a" if form < 0.5 else "b" if names > 0.5 else "c"
     return letter, (
-        f"In {len(runs)} recorded runs of LoRA at least {form:.0%} of such answers were cards, and "
+        f"In {len(runs)} recorded runs of LoRA at least {form:.1%} of such answers were cards, and "
         f"at most {names:.0%} of the names were right."
     )
 
