@@ -88,7 +88,7 @@ def test_what_was_trained(recorded):
     assert set(frozen) == {shape.parameters() - embeddings}
 
 
-def test_what_the_lesson_says(recorded):
+def test_what_was_found(recorded):
     means = recorded[1].groupby(["change", "label", "lr"])[["dev", "test"]].mean()
     test = means["test"]
     more = ("ten epochs", "rank 64", "five epochs, warm-up of 500 steps")

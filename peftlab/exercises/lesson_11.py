@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from functools import cache
 
@@ -10,6 +11,7 @@ import torch
 
 from peftlab.accounting import count
 from peftlab.bases import load
+from peftlab.bases.data import data_path
 from peftlab.bases.shapes import as_shape
 from peftlab.exercises import exercise, expect, question
 from peftlab.exercises.clinic import Ward
@@ -60,6 +62,30 @@ def how_large_fused():
     theirs = shape.layers * (2 * r * wide + 3 * wide * 2 * r)
     letter = {1: "a", 2: "b", 3: "c"}[round(theirs / ours)]
     return letter, f"{ours:,} numbers become {theirs:,}: {theirs / ours:g} times."
+
+
+@question(
+    "You train LoRA on the cards of 180 medicines. Then you ask for a medicine that no training "
+    "question has named, by its class and its use. What does the model say?",
+    {
+        "a": ("that it does not know", "No training example says so. Where would it have learned "
+              "these words?"),
+        "b": ("the right name, which it has read before", "It has read some of these names. But "
+              "count how many it gives."),
+        "c": ("a neat card about another medicine", "It learned a form and a list of names, and it "
+              "uses both.")},
+)  # fmt: skip
+def never_trained():
+    path = data_path("results", "real_pharmacy.json")
+    runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
+    runs = [run for run in runs if run["label"] == "LoRA"]
+    form = min(run["valid_format_new_medicines"] for run in runs)
+    names = max(run["drug_name_new_medicines"] for run in runs)
+    letter = "a" if form < 0.5 else "b" if names > 0.5 else "c"
+    return letter, (
+        f"In {len(runs)} recorded runs of LoRA at least {form:.1%} of such answers were cards, and "
+        f"at most {names:.0%} of the names were right."
+    )
 
 
 # --- the metric --------------------------------------------------------------------------------

@@ -20,6 +20,14 @@ from peftlab.figures.before_after import before_after
 from peftlab.figures.bell import bell
 from peftlab.figures.block import block_of_weights
 from peftlab.figures.calculator import STEP_PARTS, fits_bars, step_parts
+from peftlab.figures.card import (
+    fused_adapter,
+    names_and_form,
+    paid_tokens,
+    sure_of_names,
+    told_and_asked,
+    ways_out,
+)
 from peftlab.figures.clinic import counted_labels, decision_order, gradient_reach, stations
 from peftlab.figures.coded_runs import code_shares, lost_by_way, what_arrives
 from peftlab.figures.contest import score_intervals
