@@ -90,12 +90,12 @@ def camera() -> Iterator[Camera]:
 
 
 def small(png: str) -> str:
-    """A base64 PNG with at most 256 colours, which is a third of the bytes and looks the same."""
+    """A base64 PNG with at most 64 colours: a quarter of the bytes, and words stay sharp."""
     from PIL.Image import Dither, Quantize
     from PIL.Image import open as picture_in
 
     image = picture_in(io.BytesIO(base64.b64decode(png))).convert("RGB")
-    few = image.quantize(256, Quantize.MEDIANCUT, dither=Dither.NONE)
+    few = image.quantize(64, Quantize.MEDIANCUT, dither=Dither.NONE)
     few.save(out := io.BytesIO(), "PNG", optimize=True)
     return base64.b64encode(out.getvalue()).decode()
 
