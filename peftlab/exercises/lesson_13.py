@@ -99,7 +99,7 @@ def three_of_three():
         "a": ("LoRA is ahead by more than 50 points", "Which of the two stands a large rate?"),
         "b": ("DoRA is ahead by more than 50 points", "It still learns at 0.01, LoRA does not."),
         "c": ("they are level", "At rates of their own they are. At 0.01?"),
-        "d": ("both learn nothing", "One of them does."),
+        "d": ("both learn nothing", "One of the two still learns all the facts."),
     },
 )  # fmt: skip
 def one_rate_for_all():
@@ -322,4 +322,4 @@ def held_solution(base, own, customers, shared):
 )  # fmt: skip
 def held(answer, base=16_000_007, own=42_013, counts: Sequence[int] = (1, 7, 50)):
     cases = [(shared, n) for shared in (True, False) for n in counts]
-    return {str(case): float(a_number(answer(base, own, case[1], case[0]))) for case in cases}
+    return {str(case): a_number(answer(base, own, case[1], case[0])) for case in cases}
