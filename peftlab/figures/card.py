@@ -15,6 +15,8 @@ from peftlab.tuned import Tuned
 BLUE = COLOURS["lora"]
 LEFT = 14
 
+SMALL_FILE = 100_000  # bytes
+
 
 def told_and_asked(
     fields: Mapping[str, str],
@@ -149,7 +151,10 @@ def fused_adapter(tuned: Tuned, layer: str = "layers.0", dark: bool | None = Non
 def ways_out(
     adapter: Mapping[str, int], merged: Mapping[str, int], dark: bool | None = None
 ) -> go.Figure:
-    """What `save` and `merge_and_export` write, with the bytes of each file, and who reads it."""
+    """What `save` and `merge_and_export` write, with the bytes of each file, and who reads it.
+
+    A small file holds settings, whose length differs with the library that writes them.
+    """
     s, top, wide, line = Sheet("", 10, "", dark), 40, 300, 19
     t, ink = s.theme, s.theme.text(BLUE)
     sides = (
@@ -171,8 +176,8 @@ def ways_out(
         s.text(x + 10, y + 15, f"<b>{readable_bytes(total)}</b>, {words}", NORMAL, t.on(fill))
         for n, (name, size) in enumerate(files.items()):
             s.text(x + 10, y + 36 + line * n, name, SMALL, t.on(fill))
-            s.text(x + wide + 50, y + 36 + line * n, readable_bytes(size), SMALL, t.on(fill),
-                   "right")  # fmt: skip
+            said = readable_bytes(size) if size >= SMALL_FILE else "small"
+            s.text(x + wide + 50, y + 36 + line * n, said, SMALL, t.on(fill), "right")
         below = top + 34 + line * max(len(adapter), len(merged)) + 20
         s.arrow([(x + 24, y + high), (x + 24, below + 4)], t.line(BLUE))
         for n, reader in enumerate(readers):
