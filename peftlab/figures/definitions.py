@@ -1,6 +1,6 @@
 """Soft prompts side by side: where in tokens × layers each of them puts numbers that train."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import plotly.graph_objects as go
 
@@ -9,6 +9,13 @@ from peftlab.figures.described import Box, Drawing
 from peftlab.figures.sheet import NORMAL, SMALL, Number, Sheet, width_of
 
 TEXT = 3  # tokens of text in each grid
+LEGEND = (
+    ("vector", "a vector that trains enters here"),
+    ("bars", "a key and a value that train"),
+    ("state", "a hidden state, computed"),
+    ("text", "text, frozen"),
+    ("", "rows are layers, the last on top"),
+)
 
 
 def soft_definitions(drawings: Mapping[str, Drawing], dark: bool | None = None) -> go.Figure:
@@ -27,7 +34,8 @@ def soft_definitions(drawings: Mapping[str, Drawing], dark: bool | None = None) 
     sheet = Sheet(title, 112 + row * depth, f"{title}. {reading}.", dark)
     for i, (label, drawing) in enumerate(drawings.items()):
         _grid(sheet, 12 + i * width, width - 14, label, drawing, depth, row)
-    _legend(sheet, 92 + row * depth, list(drawings.values())[-1])
+    tokens, keys = _soft(list(drawings.values())[-1])
+    legend(sheet, 92 + row * depth, colour_of((tokens or keys)[0]), LEGEND, 38)
     return sheet.done()
 
 
@@ -91,17 +99,13 @@ def _virtual(sheet, x, y, w, h, box: Box, layer: int, entering, bars, tokens) ->
             sheet.box(x + side * w, y + h * 0.15, w * 0.3, h * 0.7, bar, edge)
 
 
-def _legend(sheet: Sheet, y: Number, drawing: Drawing) -> None:
+def legend(
+    sheet: Sheet, y: Number, colour: str, entries: Sequence[tuple[str, str]], gap: Number
+) -> None:
+    """What stands in a cell, as it is drawn, and in words: a vector, bars, a state, or text."""
     t, x = sheet.theme, 14.0
-    colour = colour_of((_soft(drawing)[0] or _soft(drawing)[1])[0])
     fill, edge = t.fill(colour), t.line(colour)
-    for kind, words in (
-        ("vector", "a vector that trains enters here"),
-        ("bars", "a key and a value that train"),
-        ("state", "a hidden state, computed"),
-        ("text", "text, frozen"),
-        ("", "rows are layers, the last on top"),
-    ):
+    for kind, words in entries:
         if kind == "bars":
             sheet.box(x, y - 6, 5, 12, fill, edge)
             sheet.box(x + 8, y - 6, 5, 12, fill, edge)
@@ -109,7 +113,7 @@ def _legend(sheet: Sheet, y: Number, drawing: Drawing) -> None:
             looks = {"vector": (fill, edge), "state": (t.paper, t.edge), "text": (t.frozen, t.edge)}
             sheet.box(x, y - 6, 14, 12, *looks[kind], "dot" if kind == "state" else "solid")
         sheet.text(x + (19 if kind else 0), y, words, SMALL, t.quiet)
-        x += width_of(words, SMALL) + 38
+        x += width_of(words, SMALL) + gap
 
 
 def _in_words(label: str, drawing: Drawing) -> str:

@@ -9,12 +9,20 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from peftlab.bases.probes import InFront
+from peftlab.figures.definitions import legend
 from peftlab.figures.sheet import NORMAL, SMALL, Number, Sheet, width_of
 from peftlab.figures.style import AXIS, COLOURS, GREY, figure, styles
 from peftlab.tuned import Tuned
 
 PREFIX = COLOURS["prefix_tuning"]
 TEXT = 3  # tokens of text in each grid
+LEGEND = (
+    ("vector", "a vector that trains enters"),
+    ("bars", "a key and a value that train"),
+    ("state", "a state, computed"),
+    ("text", "text, frozen"),
+    ("", "rows are layers; “out” comes out"),
+)
 
 
 def tagger(
@@ -190,7 +198,7 @@ def definition_columns(
             _row(sheet, start, y, cell, row, here)
         sheet.text(start, foot + 10, "text", SMALL, t.quiet)
         x += widths[label] + free
-    _legend(sheet, foot + 40)
+    legend(sheet, foot + 40, PREFIX, LEGEND, 42)
     return sheet.done()
 
 
@@ -214,26 +222,6 @@ def _row(sheet: Sheet, text: Number, y: Number, cell: Number, high: Number, here
             bar = t.paper if kind == "enters" else fill
             for side in (2, 8):
                 sheet.box(x + side, y + 5, 4, h - 6, bar, edge)
-
-
-def _legend(sheet: Sheet, y: Number) -> None:
-    t, x = sheet.theme, 14.0
-    fill, edge = t.fill(PREFIX), t.line(PREFIX)
-    for kind, words in (
-        ("vector", "a vector that trains enters"),
-        ("bars", "a key and a value that train"),
-        ("state", "a state, computed"),
-        ("text", "text, frozen"),
-        ("", "rows are layers; “out” comes out"),
-    ):
-        if kind == "bars":
-            sheet.box(x, y - 6, 5, 12, fill, edge)
-            sheet.box(x + 8, y - 6, 5, 12, fill, edge)
-        elif kind:
-            looks = {"vector": (fill, edge), "state": (t.paper, t.edge), "text": (t.frozen, t.edge)}
-            sheet.box(x, y - 6, 14, 12, *looks[kind], "dot" if kind == "state" else "solid")
-        sheet.text(x + (19 if kind else 0), y, words, SMALL, t.quiet)
-        x += width_of(words, SMALL) + 42
 
 
 def _in_words(label: str, rows: Sequence[InFront], numbers: int) -> str:
