@@ -247,3 +247,25 @@ def test_lesson_13_opens_the_point_that_is_clicked(open_lesson, tmp_path):
     page.locator(".peftlab-showdown-score select").select_option("known facts")
     kept = ShowdownView("facts", "known_facts", "stored", "(IA)³")
     expect(plot.locator(".gtitle")).to_have_text(f"Not beaten: {', '.join(kept.front)}")
+
+
+def test_a_film_moves_by_its_slider_and_plays(open_lesson, tmp_path):
+    source = "import torch\nfrom peftlab import figures, panels\n\n"
+    source += "panels.film(figures.weight_to_code(torch.linspace(-0.31, 0.17, 16), 3))"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+    nbformat.write(notebook, tmp_path / "film.ipynb")
+    lesson = open_lesson(tmp_path / "film.ipynb")
+    lesson.run_all()
+    page = lesson.page
+    caption, title = page.locator(".peftlab-film-caption"), page.locator(".js-plotly-plot .gtitle")
+    expect(caption).to_contain_text("1 of 6.")
+    expect(title).to_have_text("A block of weights")
+    handle = page.locator(".peftlab-film-picture [role=slider]")
+    handle.focus()
+    handle.press("ArrowRight")
+    expect(caption).to_contain_text("2 of 6.")
+    expect(title).to_have_text("Its scale")
+    page.locator(".jupyter-widgets.widget-play button").first.click()
+    expect(caption).to_contain_text("3 of 6.", timeout=10_000)
+    if path := os.environ.get("PEFTLAB_SCREENSHOT"):
+        page.screenshot(path=path)
