@@ -12,6 +12,7 @@ import nbformat
 import peft
 import pytest
 import torch
+from drawn import readable
 from scipy import stats
 from torch import nn
 
@@ -22,7 +23,6 @@ from peftlab.bases.data import data_path
 from peftlab.exercises import lesson_03 as lesson
 from peftlab.experiments import sweep_cloze, sweep_soft
 from peftlab.experiments.claims import evidence
-from peftlab.figures.sheet import overlaps, pale
 
 BOUND = 100 * 768 * 2**-24
 MADE_BY = {"no encoder": "embedding", "MLP": "mlp", "LSTM": "lstm", "attention": "attention"}
@@ -80,10 +80,7 @@ def drawings(base, dark):
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_the_drawings_can_be_read(base, dark):
-    for name, figure in drawings(base, dark).items():
-        assert overlaps(figure) == [] and pale(figure) == [], name
-        assert figure.layout.width <= 900 and len(figures.alt_text(figure)) > 100
-        assert min(note.font.size for note in figure.layout.annotations if note.text) >= 11
+    readable(drawings(base, dark))
 
 
 def test_the_drawings_of_the_encoder_count_what_is_attached(base):

@@ -12,6 +12,7 @@ import pandas as pd
 import peft
 import pytest
 import torch
+from drawn import readable
 
 import peftlab
 from peftlab import figures, panels
@@ -20,7 +21,6 @@ from peftlab.bases.shapes import Shape
 from peftlab.exercises import lesson_04 as lesson
 from peftlab.experiments import limits, sweep_soft
 from peftlab.experiments.forget_rates import old_texts
-from peftlab.figures.sheet import overlaps, pale
 from peftlab.figures.style import COLOURS
 from peftlab.panels.gate import PREFIX_VALUE, TEXT_SUM, TEXT_VALUES
 
@@ -58,10 +58,7 @@ def drawings(base, dark):
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_the_drawings_can_be_read(base, dark):
-    for name, figure in drawings(base, dark).items():
-        assert overlaps(figure) == [] and pale(figure) == [], name
-        assert figure.layout.width <= 900 and len(figures.alt_text(figure)) > 100
-        assert min(note.font.size for note in figure.layout.annotations if note.text) >= 11
+    readable(drawings(base, dark))
 
 
 def test_the_score_matrix_shows_the_shares_that_the_model_computed(seen):

@@ -9,6 +9,7 @@ import copy
 import peft
 import pytest
 import torch
+from drawn import readable
 from torch.nn import functional as F
 from transformers import TrainingArguments
 
@@ -17,7 +18,6 @@ from peftlab import figures
 from peftlab.bases import probes
 from peftlab.exercises import lesson_02 as lesson
 from peftlab.experiments import sweep_prompt, sweep_soft
-from peftlab.figures.sheet import overlaps, pale
 from peftlab.figures.style import COLOURS
 
 BOUND = 100 * 64 * 2**-24
@@ -52,10 +52,7 @@ def drawings(base, dark):
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_the_drawings_can_be_read(base, dark):
-    for name, figure in drawings(base, dark).items():
-        assert overlaps(figure) == [] and pale(figure) == [], name
-        assert figure.layout.width <= 900 and len(figures.alt_text(figure)) > 100
-        assert min(note.font.size for note in figure.layout.annotations if note.text) >= 11
+    readable(drawings(base, dark))
 
 
 def test_the_drawing_of_the_layers_has_what_is_attached(base):

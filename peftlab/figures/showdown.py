@@ -282,23 +282,22 @@ def tenants(
     `kinds` are the bytes of one customer's own part; a whole model of their own has `base_bytes`,
     and then no base is shared.
     """
-    own = {kind: size for kind, size in kinds.items()}
     totals = {
         (kind, n): n * size + (0 if size >= base_bytes else base_bytes)
-        for kind, size in own.items() for n in counts
+        for kind, size in kinds.items() for n in counts
     }  # fmt: skip
     largest, row = max(totals.values()), 46
     scale = 150 / largest**0.5
     top = 34
-    heights = [max(row, scale * max(totals[kind, n] for kind in own) ** 0.5 + 30) for n in counts]
+    heights = [max(row, scale * max(totals[kind, n] for kind in kinds) ** 0.5 + 30) for n in counts]
     title = f"What a server of {base} holds: areas to one scale"
     s, words = Sheet(title, top + sum(heights) + 8, "", dark), []
-    wide, y = (WIDTH - 130) / len(own), top
-    for at, kind in enumerate(own):
+    wide, y = (WIDTH - 130) / len(kinds), top
+    for at, kind in enumerate(kinds):
         s.text(130 + at * wide, 14, f"<b>{kind}</b>", NORMAL)
     for n, high in zip(counts, heights, strict=True):
         s.text(LEFT, y + 14, f"{n} customer{'s' * (n > 1)}", NORMAL)
-        for at, (kind, size) in enumerate(own.items()):
+        for at, (kind, size) in enumerate(kinds.items()):
             x, colour = 130 + at * wide, colour_of(kind)
             shared = 0 if size >= base_bytes else scale * base_bytes**0.5
             if shared:
