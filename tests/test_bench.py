@@ -117,15 +117,20 @@ def test_runs_side_by_side_are_those_of_train(name, methods, lr):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 @pytest.mark.parametrize("graphs", [True, False])
-def test_recorded_steps_are_those_of_train_on_a_gpu(graphs):
-    """Batches of two lengths: the second is recorded while steps of the first are under way."""
+def test_recorded_steps_are_those_of_train_on_a_gpu(graphs, monkeypatch):
+    """Batches of two lengths: the second is recorded while steps of the first are under way.
+
+    In float32, where a step that is another one shows: in bfloat16 on an H200, two of these 60
+    losses were more than 2% apart.
+    """
+    monkeypatch.setattr("peftlab.bench.replay.precision_for", lambda device: "fp32")
     task, base, losses = small("facts"), pl.load("tiny-gpt", device="cuda"), []
     task.train = [*task.train, tasks.Example(40 * " a", " b")]
     method = pl.LoRA(r=2, alpha=4)
     for seed in (1, 2):
         with pl.attach(base, method, seed=seed) as tuned:
             given = dict(steps=30, batch_size=4, seed=seed, progress=False, evaluate=False)
-            run = pl.train(tuned, task, lr=1e-3, **given)
+            run = pl.train(tuned, task, lr=1e-3, precision="fp32", **given)
             losses.append([record["loss"] for record in run.records])
     jobs = [Try("", "", 1e-3, None, seed, "dev", 30, 4) for seed in (1, 2)]
     with started(base, [method], None, task, jobs) as replay:
@@ -135,7 +140,7 @@ def test_recorded_steps_are_those_of_train_on_a_gpu(graphs):
             replay.step()
         replay.finish()
     assert len(lengths) > 1
-    torch.testing.assert_close(replay.losses, torch.tensor(losses), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(replay.losses, torch.tensor(losses), rtol=1e-4, atol=1e-4)
 
 
 def test_a_run_that_breaks_off_keeps_its_weights_and_harms_no_other():

@@ -28,6 +28,17 @@ def test_the_methods_at_the_ceiling_are_not_told_apart():
         assert all(CEILING.isdisjoint(others) for others in rows.better_than)
 
 
+def test_a_task_with_room_above():
+    count, rows = results.read("letters-double_histogram"), told("letters-double_histogram")
+    means = rows["mean"]
+    assert round(means["Full fine-tuning"], 2) == 0.70 and round(means["LoRA"], 3) == 0.675
+    assert round(means["(IA)³"], 2) == 0.19
+    assert count.difference("Full fine-tuning", "LoRA").verdict == "not told apart"
+    assert set(rows.worse_than["(IA)³"]) == {"Full fine-tuning", "LoRA", "LoRA, rank 1"}
+    few = results.read("facts-2").difference("Prefix tuning (P-tuning v2)", "LoRA")
+    assert few.verdict == "not told apart"
+
+
 def test_prefix_and_layer_norm_tuning_depend_on_the_seed():
     runs = results.read("permute").runs.groupby("label").exact
     spread = runs.max() - runs.min()

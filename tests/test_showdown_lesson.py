@@ -92,6 +92,52 @@ def test_three_tasks_have_three_winners(facts, cipher, sort):
     assert steps == [60, 400, 500]
 
 
+KNOBS = {
+    "facts": {str(4 * n): f"facts-{n}" for n in (2, 10, 50)},
+    "skills": {name: f"letters-{name}" for name in ("descend", "permute", "double_histogram")},
+}
+
+
+def test_one_knob_alone():
+    few, many = (results.read(f"facts-{n}") for n in (2, 50))
+    prefix, one = "Prefix tuning (P-tuning v2)", "LoRA, rank 1"
+    assert few.difference(prefix, "LoRA").verdict == "not told apart"
+    assert many.difference(prefix, "LoRA").verdict == "worse"
+    scored, stored = means(many).score, many.runs.groupby("label").stored.first()
+    assert round(8 * scored[prefix]) == 1 and round(scored[one], 2) == 0.96
+    assert stored[one] < stored[prefix] / 2
+    cipher, count = (results.read(f"letters-{name}") for name in ("permute", "double_histogram"))
+    learned = (cipher.runs.pivot(index="seed", columns="label", values="exact") > 0.8).sum()
+    assert learned["(IA)³"] == 5 and learned[prefix] == 1
+    scored = means(count).score
+    assert [round(scored[each], 2) for each in (prefix, "(IA)³")] == [0.36, 0.19]
+    apart = count.difference(prefix, "(IA)³")
+    assert [round(apart.low, 2), round(apart.high, 2)] == [-0.08, 0.42]
+    above = ["Full fine-tuning", "LoRA", one]
+    assert [round(scored[each], 2) for each in above] == [0.70, 0.68, 0.59]
+    words = {count.difference(a, b).verdict for a in above for b in above if a != b}
+    assert words == {"not told apart"}
+    for names in KNOBS.values():  # nothing else is turned
+        told = [results.read(name).facts for name in names.values()]
+        for field in ("steps", "batch size", "base", "device", "precision", "seeds"):
+            assert all(facts[field] == told[0][field] for facts in told)
+
+
+def test_a_knob_is_drawn_with_every_run():
+    knobs = {
+        knob: {place: results.read(name) for place, name in names.items()}
+        for knob, names in KNOBS.items()
+    }
+    fig = figures.turned(knobs, "title")
+    lines, seeds = fig.data[::2], fig.data[1::2]
+    assert len(lines) == 2 * 6
+    there = [result for contests in knobs.values() for result in contests.values()]
+    assert sum(len(trace.y) for trace in seeds) == sum(len(result.runs) for result in there)
+    line = next(trace for trace in lines if trace.name == "LoRA, rank 1")
+    wanted = [means(result).score["LoRA, rank 1"] for result in knobs["facts"].values()]
+    assert list(line.y) == pytest.approx(wanted)
+
+
 def test_prompts_jump_on_sort_and_nobody_else_does(sort):
     runs = sort.runs.groupby("label").exact
     spread = runs.max() - runs.min()

@@ -107,6 +107,7 @@ from peftlab.figures.showdown import (
     pareto,
     rate_search,
     tenants,
+    turned,
 )
 from peftlab.figures.site_map import site_map
 from peftlab.figures.sites import SITES, five_sites

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
 from peftlab.bench.results import Result
 from peftlab.figures.sheet import NORMAL, SMALL, WIDTH, Sheet, number
@@ -268,6 +269,53 @@ def best_under(results: Mapping[str, Result], title: str, cost: str = "stored") 
     fig.update_xaxes(type="log", range=[3.1, np.log10(end)])
     fig.update_yaxes(range=[-0.08, 1.15], tickformat=".0%")
     return fig.update_layout(legend=dict(x=0.99, y=0.05, xanchor="right", yanchor="bottom"))
+
+
+def turned(knobs: Mapping[str, Mapping[str, Result]], title: str) -> go.Figure:
+    """Every method's test score while one knob is turned; a panel for each knob.
+
+    `knobs` has the settings of each knob in order, with the contest that was held there. A line
+    joins the means, and a small point is one seed. Methods that are missing at a setting are left
+    out there.
+    """
+    fig = make_subplots(1, len(knobs), shared_yaxes=True, horizontal_spacing=0.05)
+    labels = dict.fromkeys(
+        label for each in knobs.values() for r in each.values() for label in r.facts["entries"]
+    )
+    drawn = styles(labels)
+    for column, (knob, contests) in enumerate(knobs.items(), 1):
+        for at, label in enumerate(labels):
+            style, aside = drawn[label], 0.03 * (at - (len(labels) - 1) / 2)
+            scores = {
+                place: r.runs[r.runs.label == label].sort_values("seed")[r.main].tolist()
+                for place, r in enumerate(contests.values())
+                if label in r.facts["entries"]
+            }
+            x = [place + aside for place in scores]
+            fig.add_scatter(
+                x=x, y=[np.mean(several) for several in scores.values()], name=label,
+                legendgroup=label, showlegend=column == 1, mode="lines+markers",
+                line=dict(color=style["colour"], dash=style["dash"]),
+                marker=dict(symbol=style["marker"], size=9), row=1, col=column,
+                hovertemplate="mean %{y:.0%}",
+            )  # fmt: skip
+            seeds = [score for several in scores.values() for score in several]
+            fig.add_scatter(
+                x=[place for place, s in zip(x, scores.values(), strict=True) for _ in s], y=seeds,
+                legendgroup=label, showlegend=False, mode="markers", name=f"{label}, one seed",
+                marker=dict(color=style["colour"], size=5, opacity=0.45), row=1, col=column,
+                hovertemplate="%{y:.0%}",
+            )  # fmt: skip
+        fig.update_xaxes(
+            title_text=knob, tickvals=list(range(len(contests))), ticktext=list(contests),
+            range=[-0.25, len(contests) - 0.75], row=1, col=column,
+        )  # fmt: skip
+    fig.update_yaxes(range=[-0.04, 1.04], tickformat=".0%")
+    fig.update_yaxes(title_text="test score", col=1)
+    return fig.update_layout(
+        template=theme().template, title_text=title, height=470, margin_b=130,
+        legend=dict(orientation="h", y=-0.22, yanchor="top", x=0),
+    )  # fmt: skip
 
 
 # --- many tenants ------------------------------------------------------------------------------

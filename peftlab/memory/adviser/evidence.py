@@ -18,7 +18,7 @@ FIELDS = {"task", "base", "label", "better_than", "worse_than", "n", "interval"}
 KIND_OF_TASK = {  # a recorded task stands for its kind
     "classification": ("sst2", "sentiment", "sort"),
     "tagging": ("wnut17", "entities"),
-    "generation": ("pharmacy", "e2e", "facts", "permute"),
+    "generation": ("pharmacy", "e2e", "facts", "permute", "descend", "double_histogram"),
 }
 ENOUGH = 5  # seeds: with fewer there is no verdict
 FAR = (
@@ -40,11 +40,11 @@ def comparisons(folder: Path | None = None) -> list[dict]:
 
 def about(rows: Iterable[dict], task: str, labels: Iterable[str]) -> list[dict]:
     """Those of a kind of task that are about these methods."""
-    labels = set(labels)
+    labels, names = set(labels), set(KIND_OF_TASK[task])
     return [
         row
         for row in rows
-        if row["label"] in labels and row["task"].split("_")[0] in KIND_OF_TASK[task]
+        if row["label"] in labels and names & {row["task"], row["task"].split("_")[0]}
     ]
 
 
