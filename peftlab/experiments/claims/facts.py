@@ -373,6 +373,21 @@ def prompt_leaves_the_vocabulary() -> Answer:
     )
 
 
+def prompt_starts_with_words(text: str = "home") -> Answer:
+    """Each vector of the prompt is a token's embedding at the start: of tokens that are drawn, and
+    of those of a text, in its order."""
+    with attached(PromptTuning(P, init="vocabulary")) as tuned:
+        table = tuned.model.get_input_embeddings().weight.detach()
+        drawn = (tuned.prompt.detach()[:, None] == table).all(dim=-1).any(dim=-1).all().item()
+    wanted = table[base_named("tiny-gpt").tokenizer(text)["input_ids"]]
+    with attached(PromptTuning(len(wanted), init="text", init_text=text)) as tuned:
+        written = torch.equal(tuned.prompt.detach(), wanted)
+    return drawn and written, (
+        f"Of {P} drawn vectors each is a row of the table: {drawn}; those of {text!r} are its "
+        f"{len(wanted)} tokens' rows: {written}."
+    )
+
+
 def rows_mix(method: str, **options) -> Answer:
     """Adapters of different tasks serve the rows of one batch: each row as if alone."""
     with attached(method, **options) as tuned:
