@@ -334,7 +334,8 @@ def rate(contest: str, label: str) -> Number:
     return read(f"bench_{contest}")["entries"][_blank(label)]["lr"]
 
 
-TASKS = ("pharmacy", "sst2-minilm", "sst2-smollm2", "wnut17", "e2e", "facts", "permute", "sort")
+REAL = ("pharmacy", "sst2_minilm", "sst2_smollm2", "wnut17", "e2e")  # older comparisons
+TASKS = (*(name.replace("_", "-") for name in REAL), "facts", "permute", "sort")
 LABELS = {"Prefix tuning": "Prefix tuning, MLP", "P-tuning v2": "Prefix tuning (P-tuning v2)"}
 COMPARATORS = {
     "played": played,
