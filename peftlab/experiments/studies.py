@@ -377,7 +377,7 @@ def smoke(contest: Contest) -> Contest:
     """The contest in two steps a run on few examples, to see that everything works."""
     entries = tuple(replace(e, steps=e.steps and 2) for e in contest.entries)
     size = min(contest.batch_size, 8)
-    return replace(contest, steps=2, batch_size=size, dev=8, test=40, entries=entries)
+    return replace(contest, steps=2, batch_size=size, dev=4, test=10, entries=entries)
 
 
 def main() -> None:
