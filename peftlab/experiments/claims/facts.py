@@ -660,7 +660,7 @@ def loop_piles_up_gradients(mended: bool = False) -> Answer:
 
 
 def hooked_prompts_outgrow_the_mask(mended: bool = False) -> Answer:
-    """Prompts that a hook puts before a layer's output meet a mask that is as long as the text: with
+    """Prompts that a hook puts before a layer's output meet a mask as long as the text: with
     padding in the batch the next layer stops. `mended`: the mask has a place for each."""
     base = base_named("tiny-bert")
     tokens, grown = ids(base), torch.zeros(2, P, base.anatomy.shape.d_model)
