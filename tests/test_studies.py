@@ -322,7 +322,7 @@ def test_bits_are_none_for_a_guess_and_all_for_a_certain_label():
 
 
 def test_capacity_counts_bits_for_each_trained_number():
-    facts = contest_of({"LoRA, r = 1": HIGH}, options={"number": 10})
+    facts = contest_of({"LoRA, r = 1": HIGH}, options={"number": 10, "classes": 16})
     for row in facts["runs"]:
         row["last_loss"] = 0.0
     (row,) = trends.capacity({"capacity-10": facts}).to_dict("records")

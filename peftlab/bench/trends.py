@@ -202,13 +202,11 @@ def bits(loss: float, number: int, classes: int) -> float:
 
 def capacity(contests: dict[str, dict]) -> pd.DataFrame:
     """Stored bits and bits for each trained number, by how many labels there were to learn."""
-    from peftlab.experiments.memorising import CLASSES
-
     rows = []
     for name, facts in contests.items():
-        number = facts["options"]["number"]
+        number, classes = (facts["options"][name] for name in ("number", "classes"))
         for label, runs in by_label(facts, facts["runs"]).items():
-            found = spread([bits(row["last_loss"], number, CLASSES) for row in runs])
+            found = spread([bits(row["last_loss"], number, classes) for row in runs])
             trained = runs[0]["trained"]
             rows.append(
                 {"contest": name, "labels": number, "label": label, "trained": trained}

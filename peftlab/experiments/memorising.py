@@ -28,14 +28,14 @@ class Labels(Task):
     max_new_tokens = 2
 
     @classmethod
-    def load(cls, number: int = 1024, seed: int = 0) -> Labels:
+    def load(cls, number: int = 1024, classes: int = CLASSES, seed: int = 0) -> Labels:
         """So many examples, no two with one prompt. Raises ValueError for more than there are."""
         if not 1 <= number <= len(ALPHABET) ** LONG:
             raise ValueError(f"number={number}: allowed is 1 to {len(ALPHABET) ** LONG}")
         rng, made = Random(f"labels {seed}"), {}
         while len(made) < number:
             prompt = f"in: {' '.join(rng.choices(ALPHABET, k=LONG))}\nout:"
-            made.setdefault(prompt, f" {rng.choice(ALPHABET[:CLASSES])}")
+            made.setdefault(prompt, f" {rng.choice(ALPHABET[:classes])}")
         examples = [Example(prompt, target) for prompt, target in made.items()]
         return cls(examples, examples[:SCORED], examples[:SCORED])
 

@@ -36,7 +36,7 @@ from peftlab.bench import search, trends
 from peftlab.bench.contest import SEEDS, Contest, Entry
 from peftlab.bench.tournament import LADDER_SEEDS, RUNGS, Ladder, Progress
 from peftlab.experiments import tournament
-from peftlab.experiments.memorising import Memorising
+from peftlab.experiments.memorising import CLASSES, Memorising
 from peftlab.methods import (
     IA3,
     FullFineTuning,
@@ -225,7 +225,8 @@ def times(device: str, out: Path, steps: int = 30) -> Iterator[Contest]:
             name = device if device == "cpu" else torch.cuda.get_device_name()
             kept = {"device": name, "torch": torch.__version__, "batch size": contest.batch_size}
             out.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({**kept, "seconds": seconds}, indent=1) + "\n")
+            text = json.dumps({**kept, "seconds": seconds}, indent=1)
+            path.write_text(text + "\n", encoding="utf-8")
         budget = contest.steps * seconds[FULL]
         entries = tuple(
             replace(entry, steps=max(2, round(budget / seconds[entry.label])))
@@ -310,9 +311,8 @@ def capacities() -> Iterator[Contest]:
         Entry("LayerNorm tuning", (LayerNormTuning(),), 3e-2),
     )
     for number in NUMBERS:
-        yield Memorising(
-            f"capacity-{number}", "labels", "tiny-gpt", 3000, 64, entries, {"number": number}
-        )
+        options = {"number": number, "classes": CLASSES}
+        yield Memorising(f"capacity-{number}", "labels", "tiny-gpt", 3000, 64, entries, options)
 
 
 # -- the command ------------------------------------------------------------------------------
