@@ -318,3 +318,19 @@ def test_the_curve_grows_while_it_trains(monkeypatch):
     old, new = shown[-1].data
     assert old.name == "LoRA" and new.name == "Prefix tuning" and len(new.x) == 12
     assert np.allclose(new.y, 1 / np.arange(1, 13)) and set(live.histories) == {old.name, new.name}
+
+
+def test_an_encoder_along_the_prefix_has_keys_that_are_too_short(base):
+    """Of P numbers it makes one output for all places, so a key is P times too short."""
+    shape = base.anatomy.shape
+    out = 2 * shape.layers * shape.d_kv
+    for P, fits in ((8, True), (9, False)):
+        made = torch.nn.Linear(P, out)(torch.rand(P))
+        assert made.numel() / (2 * shape.layers * P) == shape.d_kv / P < shape.d_kv
+        if fits:
+            assert made.view(shape.layers, 2, P, -1).shape[-1] == 24
+        else:
+            with pytest.raises(RuntimeError, match="invalid for input of size"):
+                made.view(shape.layers, 2, P, -1)
+    rows = torch.nn.Linear(shape.d_model, out)(torch.rand(9, shape.d_model))
+    assert rows.view(9, shape.layers, 2, -1).shape[-1] == shape.d_kv == 192

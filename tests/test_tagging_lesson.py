@@ -85,6 +85,20 @@ def test_each_word_goes_its_share_of_the_way():
 # --- drawings ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("P", [1, 3])
+def test_a_prefix_of_queries_adds_rows_and_moves_none(P):
+    """Shares over keys belong to one query each; shares over the queries would not."""
+    generator = torch.Generator().manual_seed(0)
+    x, keys = torch.randn(4, 7, generator=generator), torch.randn(6, 7, generator=generator)
+    P_q = torch.randn(P, 7, generator=generator, requires_grad=True)
+    for dim, moves in ((1, False), (0, True)):
+        plain, longer = ((q @ keys.T).softmax(dim=dim) @ keys for q in (x, torch.cat([P_q, x])))
+        assert len(longer) == P + len(x)
+        assert ((longer[P:] - plain).abs().max() > BOUND).item() is moves
+        (slope,) = torch.autograd.grad(longer[P:].sum(), P_q)
+        assert slope.any().item() is moves
+
+
 def words_of(figure):
     return [note.text for note in figure.layout.annotations if note.text]
 

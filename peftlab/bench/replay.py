@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from peftlab.bases import Base
-from peftlab.bench.contest import Try
+from peftlab.bench.contest import Try, drawn
 from peftlab.methods import FullFineTuning, Method, Prune
 from peftlab.methods.heads import Head
 from peftlab.tasks import IGNORED, Task
@@ -70,15 +70,19 @@ def padded(batch: dict[str, Tensor], length: int, fill: int, decoder: bool) -> d
     return made
 
 
-def stacked(tuned: Tuned, task: Task, jobs: list[Try]) -> list[dict[str, Tensor]]:
-    """For each step a batch of every run, (runs, batch, …), padded to a few lengths."""
-    size = min(jobs[0].batch_size, len(task.train))
+def stacked(
+    tuned: Tuned, task: Task, jobs: list[Try], examples: int | None = None
+) -> list[dict[str, Tensor]]:
+    """For each step a batch of every run, (runs, batch, …), padded to a few lengths; out of so many
+    examples as the seed draws."""
+    number = len(task.train) if examples is None else examples
+    size = min(jobs[0].batch_size, number)
     decoder = tuned.kind == "decoder" and tuned.head is None
     given = {"context": tuned.context, "kind": tuned.kind}
     made: dict[int, list[dict[str, Tensor]]] = {}
     for seed in {job.seed for job in jobs}:
-        chosen = order(len(task.train), size, jobs[0].steps, seed)
-        parts = ([task.train[i] for i in each] for each in chosen)
+        chosen, train = order(number, size, jobs[0].steps, seed), drawn(task.train, examples, seed)
+        parts = ([train[i] for i in each] for each in chosen)
         made[seed] = [task.batch(part, tuned.tokenizer, **given) for part in parts]
     steps = []
     for at in range(jobs[0].steps):
@@ -218,13 +222,20 @@ class Replay:
     Raises ValueError for methods that need to hear of every step: their runs have to be alone.
     """
 
-    def __init__(self, tuned: Tuned, task: Task, jobs: list[Try], starts: list[dict[str, Tensor]]):
+    def __init__(
+        self,
+        tuned: Tuned,
+        task: Task,
+        jobs: list[Try],
+        starts: list[dict[str, Tensor]],
+        examples: int | None = None,
+    ):
         _check(tuned.methods)
         self.tuned, self.jobs, self.device, self.at = tuned, jobs, tuned.device, 0
         self.problems = [""] * len(jobs)
         self.graphed = self.device.type == "cuda"
         self.bf16 = precision_for(self.device) == "bf16"
-        self.batches = stacked(tuned, task, jobs)
+        self.batches = stacked(tuned, task, jobs, examples)
         self.loss, self.unread = Loss(tuned), Unread(tuned)
         self._lay_out(starts)
         steps, place = jobs[0].steps, {"device": self.device}
@@ -369,8 +380,16 @@ def _check(methods: list[Method]) -> None:
 
 
 @contextlib.contextmanager
-def started(base: Base, methods: list[Method], head: Head | None, task: Task, jobs: list[Try]):
-    """The runs of these jobs, attached to one base and ready for their first step."""
+def started(
+    base: Base,
+    methods: list[Method],
+    head: Head | None,
+    task: Task,
+    jobs: list[Try],
+    examples: int | None = None,
+):
+    """The runs of these jobs, attached to one base and ready for their first step; each has so many
+    training examples as its seed draws, or all."""
     starts, frozen = {}, {}
     for seed in sorted({job.seed for job in jobs}):
         base.detach()
@@ -382,4 +401,4 @@ def started(base: Base, methods: list[Method], head: Head | None, task: Task, jo
         for other in frozen.values():
             if not all(torch.equal(other[name], tensor) for name, tensor in first.items()):
                 raise ValueError("what does not train depends on the seed: one seed at a time")
-        yield Replay(tuned, task, jobs, [starts[job.seed] for job in jobs])
+        yield Replay(tuned, task, jobs, [starts[job.seed] for job in jobs], examples)

@@ -82,7 +82,7 @@ def run_together(contest: Contest, entry: Entry, jobs: list[Try], device: str) -
     task, begun = task_of(contest), time.perf_counter()
     base, head = base_of(contest, device), getattr(task, "head", None)
     torch.manual_seed(jobs[0].seed)  # dropout draws from it, for all of them
-    with started(base, list(entry.methods), head, task, jobs) as replay:
+    with started(base, list(entry.methods), head, task, jobs, contest.examples) as replay:
         while not replay.done:
             replay.step()
         replay.finish()

@@ -41,14 +41,16 @@ class Progress:
     main: str
     headed: bool
     seeds: tuple[int, ...] = SEEDS
+    tuning: tuple[int, ...] = TUNING_SEEDS
     lr: float | None = None  # as found
     head_lr: float | None = None
     inside: dict[str, bool] = field(default_factory=dict)
 
     def job(self, lr: float, head_lr: float | None, seed: int, split: str) -> Try:
-        contest = self.contest
-        given = (contest.name, self.entry.label, lr, head_lr, seed, split)
-        return Try(*given, contest.steps, contest.batch_size)
+        contest, entry = self.contest, self.entry
+        given = (contest.name, entry.label, lr, head_lr, seed, split)
+        steps, size = entry.steps or contest.steps, entry.batch_size or contest.batch_size
+        return Try(*given, steps, size)
 
     def _missing(self, jobs: list[Try]) -> list[Try]:
         return [job for job in jobs if job.key not in self.rows.found]
@@ -80,7 +82,7 @@ class Progress:
         if self.entry.methods:
             lr, missing = self._searched(
                 self.entry.lr,
-                lambda rate: [self.job(rate, head, seed, "dev") for seed in TUNING_SEEDS],
+                lambda rate: [self.job(rate, head, seed, "dev") for seed in self.tuning],
                 "lr",
             )
             if missing:
@@ -88,7 +90,7 @@ class Progress:
         if self.headed:
             head, missing = self._searched(
                 HEAD_RATE,
-                lambda rate: [self.job(lr, rate, seed, "dev") for seed in TUNING_SEEDS],
+                lambda rate: [self.job(lr, rate, seed, "dev") for seed in self.tuning],
                 "head_lr",
             )
             if missing:
@@ -107,6 +109,31 @@ class Progress:
         mine = (self.contest.name, self.entry.label)
         rows = self.rows.found.values()
         return [r for r in rows if (r["contest"], r["label"]) == mine and r["split"] == "dev"]
+
+
+LADDER_SEEDS = (100, 101, 102, 103, 104)
+
+
+@dataclass
+class Ladder(Progress):
+    """As `Progress`, but every rate of a stretch of the ladder is tried, on five tuning seeds: so
+    the best rate of each seed is known, and how much it varies. For tasks without a head."""
+
+    tuning: tuple[int, ...] = LADDER_SEEDS
+
+    def needed(self) -> list[Try]:
+        """The runs that can be made now; none if the entry is done."""
+        at = search.LADDER.index(search.around(self.entry.lr)[1])
+        rates = search.LADDER[max(at - RUNGS, 0) : at + RUNGS + 1]
+        jobs = {r: [self.job(r, None, seed, "dev") for seed in self.tuning] for r in rates}
+        if missing := [job for several in jobs.values() for job in self._missing(several)]:
+            return missing
+        merits = {rate: self._merit(several) for rate, several in jobs.items()}
+        self.lr, self.inside["lr"] = search.best(merits), search.inside(merits)
+        return self._missing(self.final)
+
+
+RUNGS = 3  # of the ladder to either side of the guess
 
 
 def play(

@@ -96,13 +96,14 @@ def verdicts(runs: dict[str, list[dict]], metric: str, against: str | None = Non
     found = [difference(runs[a], runs[b], metric) for a, b in pairs]
     corrected = multipletests([each.p for each in found], method="holm")[1] if found else []
     rows = [
-        {"a": a, "b": b, **vars(each), "p": float(p), "verdict": _word(each.mean, p)}
+        {"a": a, "b": b, **vars(each), "p": float(p), "verdict": word(each.mean, p)}
         for (a, b), each, p in zip(pairs, found, corrected, strict=True)
     ]
     return pd.DataFrame(rows)
 
 
-def _word(mean: float, p: float) -> str:
+def word(mean: float, p: float) -> str:
+    """What a difference says, by its sign and its corrected p-value."""
     if p >= LEVEL:
         return WORDS[2]
     return WORDS[0] if mean > 0 else WORDS[1]

@@ -18,6 +18,7 @@ import json
 import os
 import time
 from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from datetime import date
@@ -30,7 +31,7 @@ import transformers
 
 from peftlab.bases import load
 from peftlab.bases.data import data_path
-from peftlab.bench.contest import SEEDS, TUNING_SEEDS, Contest, Entry
+from peftlab.bench.contest import SEEDS, Contest, Entry
 from peftlab.bench.runs import answers, blocks, plain_texts, run_together
 from peftlab.bench.tournament import Progress, Rows, play
 from peftlab.bench.verdicts import comparisons, pairs
@@ -53,6 +54,7 @@ from peftlab.methods import (
 from peftlab.tasks import Task
 from peftlab.training import precision_for
 
+COMMAND = "python -m peftlab.experiments.tournament"
 ADAPTER = dict(r=8, alpha=16, target_modules="all-linear")
 SHOTS = 4  # examples in a few-shot prompt
 HEAD = Entry("Head alone", (), 0.0)
@@ -163,20 +165,21 @@ def references(contest: Contest, device: str) -> dict:
 # -- the command ------------------------------------------------------------------------------
 
 
-def facts_of(contest: Contest, options) -> dict:
+def facts_of(progress: Progress, options, command: str = COMMAND) -> dict:
     """What is said of a contest beside its rows."""
+    contest = progress.contest
     cpu = f"CPU, {options.workers} processes on {os.cpu_count()} cores"
     shape = load(contest.base).anatomy.shape
     return {
-        "command": "python -m peftlab.experiments.tournament"
-        f" --contests {contest.name} --device {options.device} --workers {options.workers}",
+        "command": f"{command} --contests {contest.name} --device {options.device} "
+        f"--workers {options.workers}",
         "precision": precision_for(options.device),
         "device": cpu if options.device == "cpu" else torch.cuda.get_device_name(),
         "date": date.today().isoformat(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "seeds": SEEDS,
-        "tuning seeds": TUNING_SEEDS,
+        "tuning seeds": progress.tuning,
         "rule": "the rate, then the head's rate, with the best mean score on dev over the tuning "
         "seeds; on a tie the lower loss",
         "base parameters": shape.parameters(),
@@ -214,9 +217,10 @@ def write(path: Path, contest: dict) -> None:
     path.write_text(",\n".join(parts) + "\n}\n", encoding="utf-8")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--contests", nargs="*", choices=CONTESTS, default=list(CONTESTS))
+def parser_of(about: str, contests: Iterable[str]) -> argparse.ArgumentParser:
+    """The options of whatever plays contests."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--contests", nargs="*", choices=list(contests), default=list(contests))
     parser.add_argument(
         "--methods", nargs="*", help="these entries alone; nothing is written whole"
     )
@@ -226,22 +230,38 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="two steps a run, few examples")
     parser.add_argument("--judge", action="store_true", help="the verdicts again, from the rows")
     parser.add_argument("--out", type=Path, default=data_path("results"))
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = parser_of(__doc__.split("\n")[0], CONTESTS).parse_args()
     if options.judge:
         for path in sorted(options.out.glob("bench_*.json")):
             write(path, json.loads(path.read_text(encoding="utf-8")))
             print(f"{path}: judged")
         return
+    contests = [CONTESTS[name] for name in options.contests]
+    if options.smoke:
+        contests = [replace(contest, steps=2, dev=8) for contest in contests]
+    play_all(contests, options)
+
+
+def play_all(
+    contests: list[Contest], options, kind: str = "bench", command: str = COMMAND, as_=Progress
+) -> dict[str, list[Progress]]:
+    """Play contests on a pool; write those that are whole. Returns how far each of them is.
+
+    `options` are those of `parser_of`; files are called `<kind>_<contest>`; `as_` makes of a
+    contest, an entry, its rows, the metric and whether there is a head what says which runs are
+    needed.
+    """
     until = time.monotonic() + options.seconds
     options.out.mkdir(parents=True, exist_ok=True)
     progress: dict[str, list[Progress]] = {}
-    for name in options.contests:
-        contest = CONTESTS[name]
-        if options.smoke:
-            contest = replace(contest, steps=2, dev=8)
-        task, rows = contest.load_task(), Rows(options.out / f"bench_{name}.jsonl")
-        progress[name] = [
-            Progress(contest, entry, rows, task.main, bool(task.head))
+    for contest in contests:
+        task, rows = contest.load_task(), Rows(options.out / f"{kind}_{contest.name}.jsonl")
+        progress[contest.name] = [
+            as_(contest, entry, rows, task.main, bool(task.head))
             for entry in contest.entries
             if not options.methods or entry.label in options.methods
         ]
@@ -264,10 +284,10 @@ def main() -> None:
                 and time.monotonic() < until
                 and not any(e.needed() for e in several)
             ):
-                facts = facts_of(several[0].contest, options) | references(
+                facts = facts_of(several[0], options, command) | references(
                     several[0].contest, options.device
                 )
-                write(options.out / f"bench_{name}.json", whole(facts, several))
+                write(options.out / f"{kind}_{name}.json", whole(facts, several))
                 print(f"{name}: whole", flush=True)
     finally:
         processes = list((pool._processes or {}).values())
@@ -275,6 +295,7 @@ def main() -> None:
         for process in processes:  # what runs now after `--seconds` is not waited for
             process.terminate()
     print(f"{len(problems)} problems", *problems, sep="\n")
+    return progress
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ own words. Each has a verdict, the right statement, a reference, and under `chec
 
 A proposition is one comparison (`propositions`) of numbers that are computed (`quantities`), one
 fact about a model that is looked at (`facts`), or a comparison of recorded runs (`evidence`).
-Runs that cannot tell make the verdict "disputed". `also` holds the right statement to the same
-comparisons: it must hold, whatever the claim does.
+Runs that cannot tell, because they are too few or lean without deciding, make the verdict
+"disputed". `also` holds the right statement to the same comparisons: it must hold, whatever the
+claim does.
 """
 
 from __future__ import annotations
@@ -42,8 +43,9 @@ VERDICTS = {
     "disputed": "measured, and the runs do not tell",
     "not tested": "no run and no computation here can tell",
 }
+FIRM = {Outcome.YES, Outcome.NO}
 CHECKS = ("parts", "cases", "read", "open")
-DECIDED = ("computation", "experiment", "leaning runs", "reading", "nothing")
+DECIDED = ("computation", "experiment", "reading", "nothing")
 
 
 @dataclass(frozen=True)
@@ -77,20 +79,14 @@ class Claim:
 
     @property
     def decided_by(self) -> str:
-        """What the verdict rests on: one of `DECIDED`.
-
-        "leaning runs" is a "depends" that only too few seeds or unsearched rates speak for; nothing
-        decides what is disputed or not tested.
-        """
+        """What the verdict rests on: one of `DECIDED`. Nothing decides what is disputed or not
+        tested; recorded runs count as the ground if a firm one is among the propositions."""
         if self.how == "read":
             return "reading"
         if self.verdict in ("not tested", "disputed"):
             return "nothing"
-        runs = [each for each in self.propositions if kind_of(each) in RESULTS]
-        if runs and len(runs) == len(self.propositions):
-            firm = {Outcome.YES, Outcome.NO} & {evaluate(each)[0] for each in runs}
-            return "experiment" if firm else "leaning runs"
-        recorded = runs or any("result " in str(each) for each in self.propositions)
+        firm = [each for each in self.propositions if evaluate(each)[0] in FIRM]
+        recorded = any(kind_of(each) in RESULTS or "result " in str(each) for each in firm)
         return "experiment" if recorded else "computation"
 
 
@@ -149,23 +145,21 @@ def verdict(how: str, outcomes: Iterable[Outcome]) -> str:
 
     >>> verdict("parts", [Outcome.YES, Outcome.NO])
     'imprecise'
-    >>> verdict("cases", [Outcome.LEANS_YES, Outcome.LEANS_NO])
+    >>> verdict("cases", [Outcome.YES, Outcome.NO, Outcome.LEANS_NO])
     'depends'
+    >>> verdict("cases", [Outcome.LEANS_YES, Outcome.LEANS_NO])
+    'disputed'
     """
     found = set(outcomes)
     if found == {Outcome.YES}:
         return "true"
     if how == "parts":
-        if {Outcome.YES, Outcome.NO} <= found:
+        if FIRM <= found:
             return "imprecise"
         return "wrong" if found == {Outcome.NO} else "disputed"  # a part is open, so the whole is
-    some_yes = found & {Outcome.YES, Outcome.LEANS_YES}
-    some_no = found & {Outcome.NO, Outcome.LEANS_NO}
-    if some_yes and some_no:
+    if FIRM <= found:
         return "depends"
-    return (
-        "wrong" if Outcome.NO in found else "disputed"
-    )  # one firm case refutes what is said of all
+    return "wrong" if Outcome.NO in found else "disputed"  # one firm case refutes what is for all
 
 
 def kind_of(proposition: dict) -> str:

@@ -2,7 +2,7 @@
 
 --lesson 05     of one lesson            --verdict wrong    of one verdict
 --decides       that change a decision   --source S4        of one source
---id S4-46      one claim, in full
+--id S4-46      one claim, in full       --changed          whose verdict follows no more
 """
 
 import argparse
@@ -21,6 +21,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--id", help="one claim, in full")
     parser.add_argument("--decides", action="store_true", help="those that change a decision")
     parser.add_argument("--check", action="store_true", help="derive every verdict anew")
+    parser.add_argument("--changed", action="store_true", help="whose verdict follows no more")
     asked = parser.parse_args(words)
     chosen = [
         claim
@@ -31,10 +32,12 @@ def main(words: Sequence[str] | None = None) -> int:
         )
         and (claim.decides or not asked.decides)
     ]
+    if asked.changed:
+        chosen = [claim for claim in chosen if check(claim).verdict != claim.verdict]
     changed = 0
     for claim in chosen:
         print(row(claim))
-        if asked.check or asked.id:
+        if asked.check or asked.id or asked.changed:
             found = check(claim)
             changed += found.verdict != claim.verdict
             print(f"       → {found.verdict}: {found.sentence}")

@@ -3,6 +3,10 @@
 The words are narrow. A ranking is firm only with five seeds at least on each side, learning rates
 that were searched and lie inside their grids, and a 95% interval that leaves out zero. With less,
 if every seed of one side is above every seed of the other, it "leans"; else it is not told apart.
+What leans is told and decides nothing.
+
+Contests of `peftlab.bench` are ranked by `played`, pair by pair over seeds and test examples, and
+corrected for all pairs of the contest; an older comparison is asked only where no contest is.
 
 That something works at all is no ranking: one setting in which it works is enough, so three runs
 that all clear a level decide it, whatever the rate.
@@ -227,15 +231,115 @@ def _named(where: dict) -> str:
     return ", ".join(str(value) for value in where.values())
 
 
+def played(contest: str, this: str, that: str, times: Number = 1.0) -> tuple[Outcome, str]:
+    """In a contest of the bench `this` scores above `times` the score of `that`, by the runs.
+
+    As they stand the pair has the verdict of all pairs of the contest (`bench.verdicts`, Holm).
+    With a factor the p-value is multiplied by the number of those pairs. Needs the extra "sweep".
+    """
+    from peftlab.bench import verdicts
+
+    facts = read(f"bench_{contest}")
+    metric, runs = facts["main"], verdicts.by_label(facts, facts["runs"])
+    scaled = [_times(row, metric, times) for row in runs[that]]
+    found = verdicts.difference(runs[this], scaled, metric)
+    inside = all(all(facts["entries"][label]["inside"].values()) for label in (this, that))
+    if times == 1:
+        kept = {key: facts[key] for key in ("main", "entries", "runs")}
+        word = _verdicts(json.dumps(kept))[this, that]
+        holds = {"better": Outcome.YES, "worse": Outcome.NO}.get(word, Outcome.NOT_TOLD_APART)
+    elif found.p * math.comb(len(runs), 2) < verdicts.LEVEL:
+        holds = Outcome.of(found.mean > 0)
+    else:
+        holds = Outcome.NOT_TOLD_APART
+    outcome = holds if inside else Outcome.NOT_TOLD_APART
+    share = "" if times == 1 else f"{times:g} × "
+    rates = "rates inside their grids" if inside else "a rate at the end of its grid"
+    ours, theirs = (statistics.fmean(row[metric] for row in side) for side in (runs[this], scaled))
+    return outcome, (
+        f"{contest}, {metric}: {this} {ours:.3g} against {share}{that} {theirs:.3g}, difference "
+        f"{found.low:+.3g} to {found.high:+.3g} (95%, {found.seeds} seeds, {rates}, corrected for "
+        f"{math.comb(len(runs), 2)} pairs): {outcome.value}."
+    )
+
+
+@functools.cache
+def _verdicts(text: str) -> dict[tuple[str, str], str]:
+    """The verdict on each ordered pair of a contest given as JSON, derived from its runs."""
+    from peftlab.bench import verdicts
+
+    turned = {"better": "worse", "worse": "better"}
+    facts = json.loads(text)
+    found = {(row["a"], row["b"]): row["verdict"] for row in verdicts.pairs(facts, facts["runs"])}
+    return found | {(b, a): turned.get(word, word) for (a, b), word in found.items()}
+
+
+def _times(row: dict, metric: str, factor: Number) -> dict:
+    """A row with its score and the scores of its blocks multiplied."""
+    return {**row, metric: factor * row[metric], "blocks": [factor * b for b in row["blocks"]]}
+
+
+def learns_sooner(contest: str, this: str, that: str, level: Number) -> tuple[Outcome, str]:
+    """In a contest of the bench the training loss of `this` falls below a level in fewer steps.
+
+    The recorded curves have a mean loss for each of 25 parts of a run; the part in which a seed is
+    first below is compared seed by seed. A run that never is counts as the part behind the last.
+    """
+    from peftlab.bench import verdicts
+
+    facts = read(f"bench_{contest}")
+    runs, parts = verdicts.by_label(facts, facts["runs"]), []
+    for label in (this, that):
+        firsts = [
+            next((i for i, loss in enumerate(row["curve"]) if loss < level), len(row["curve"]))
+            for row in runs[label]
+        ]
+        long = facts["steps"] / len(runs[label][0]["curve"])
+        parts.append(
+            [
+                {"seed": row["seed"], "steps": long * (1 + at), "blocks": [long * (1 + at)] * 2}
+                for row, at in zip(runs[label], firsts, strict=True)
+            ]
+        )
+    found = verdicts.difference(parts[1], parts[0], "steps")
+    inside = all(all(facts["entries"][label]["inside"].values()) for label in (this, that))
+    firm = inside and (found.low > 0 or found.high < 0)
+    outcome = Outcome.of(found.low > 0) if firm else Outcome.NOT_TOLD_APART
+    ours, theirs = (statistics.fmean(row["steps"] for row in side) for side in parts)
+    rates = "rates inside their grids" if inside else "a rate at the end of its grid"
+    return outcome, (
+        f"{contest}: the training loss of {this} is below {level:g} after {ours:.0f} steps, of "
+        f"{that} after {theirs:.0f}, {found.low:+.0f} to {found.high:+.0f} steps between them "
+        f"(95%, {found.seeds} seeds, {rates}): {outcome.value}."
+    )
+
+
 def everywhere(this: str, that: str, times: Number = 1.0, only: list[str] | None = None) -> list:
-    """`higher` of two methods on the main metric of every comparison on real data, or of some."""
-    files = [f"real_{name}" for name in only or REAL]
-    sides = {"this": {"label": this}, "that": {"label": that}, "times": times}
-    return [{"higher": {"file": file, "metric": read(file)["main"], **sides}} for file in files]
+    """One comparison of two methods for each recorded task, or for some of them: `played` where
+    there is a contest, else `higher` of an older comparison on real data."""
+    found = []
+    for name in only or TASKS:
+        older = f"real_{name.replace('-', '_')}"
+        if data_path("results", f"bench_{name}.json").exists():
+            sides = {"this": LABELS.get(this, this), "that": LABELS.get(that, that)}
+            found.append({"played": {"contest": name, **sides, "times": times}})
+        elif data_path("results", f"{older}.json").exists():
+            sides = {"this": {"label": this}, "that": {"label": that}, "times": times}
+            found.append({"higher": {"file": older, "metric": read(older)["main"], **sides}})
+    return found
 
 
-REAL = ("pharmacy", "sst2_minilm", "sst2_smollm2", "wnut17", "e2e")
+def rate(contest: str, label: str) -> Number:
+    """The learning rate that the search of a contest ended with; a blank is an underscore."""
+    return read(f"bench_{contest}")["entries"][_blank(label)]["lr"]
+
+
+REAL = ("pharmacy", "sst2_minilm", "sst2_smollm2", "wnut17", "e2e")  # older comparisons
+TASKS = (*(name.replace("_", "-") for name in REAL), "facts", "permute", "sort")
+LABELS = {"Prefix tuning": "Prefix tuning, MLP", "P-tuning v2": "Prefix tuning (P-tuning v2)"}
 COMPARATORS = {
+    "played": played,
+    "learns_sooner": learns_sooner,
     "higher": higher,
     "reaches": reaches,
     "never_reaches": never_reaches,

@@ -373,6 +373,21 @@ def prompt_leaves_the_vocabulary() -> Answer:
     )
 
 
+def prompt_starts_with_words(text: str = "home") -> Answer:
+    """Each vector of the prompt is a token's embedding at the start: of tokens that are drawn, and
+    of those of a text, in its order."""
+    with attached(PromptTuning(P, init="vocabulary")) as tuned:
+        table = tuned.model.get_input_embeddings().weight.detach()
+        drawn = (tuned.prompt.detach()[:, None] == table).all(dim=-1).any(dim=-1).all().item()
+    wanted = table[base_named("tiny-gpt").tokenizer(text)["input_ids"]]
+    with attached(PromptTuning(len(wanted), init="text", init_text=text)) as tuned:
+        written = torch.equal(tuned.prompt.detach(), wanted)
+    return drawn and written, (
+        f"Of {P} drawn vectors each is a row of the table: {drawn}; those of {text!r} are its "
+        f"{len(wanted)} tokens' rows: {written}."
+    )
+
+
 def rows_mix(method: str, **options) -> Answer:
     """Adapters of different tasks serve the rows of one batch: each row as if alone."""
     with attached(method, **options) as tuned:
@@ -615,6 +630,74 @@ class Wrapper(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model, self.prompt = model.requires_grad_(False), nn.Parameter(torch.zeros(P, 8))
+
+
+def loop_piles_up_gradients(mended: bool = False) -> Answer:
+    """A loop that trains a prompt beside a model as it was loaded: every weight of the model gets a
+    gradient that nobody uses, and without `zero_grad` that of the second step has the first one's
+    in it. `mended`: the model is frozen, and gradients are set to nothing after each step."""
+    base = base_named("tiny-gpt")
+    model, tokens = copy.deepcopy(base.model).requires_grad_(not mended), ids(base)
+    generator = torch.Generator().manual_seed(0)
+    prompt = nn.Parameter(torch.randn(P, base.anatomy.shape.d_model, generator=generator))
+    optimiser = torch.optim.SGD([prompt], lr=0.0)  # the prompt stays, so both gradients are one
+    norms = []
+    for _ in range(2):
+        embedded = model.get_input_embeddings()(tokens)
+        joined = torch.cat([prompt.expand(len(tokens), -1, -1), embedded], dim=1)
+        logits = model(inputs_embeds=joined).logits[:, P:-1]  # the prompt's own predict nothing
+        F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        norms.append(prompt.grad.norm().item())
+        optimiser.step()
+        if mended:
+            optimiser.zero_grad()
+    times = norms[1] / norms[0]
+    kept = sum(parameter.grad is not None for parameter in model.parameters())
+    return kept > 0 and abs(times - 2) < CLOSE, (
+        f"After two steps {kept} tensors of the model have a gradient; the second step's is "
+        f"{times:.2f} times the first one's, from the same batch and prompt."
+    )
+
+
+def hooked_prompts_outgrow_the_mask(mended: bool = False) -> Answer:
+    """Prompts that a hook puts before a layer's output meet a mask as long as the text: with
+    padding in the batch the next layer stops. `mended`: the mask has a place for each."""
+    base = base_named("tiny-bert")
+    tokens, grown = ids(base), torch.zeros(2, P, base.anatomy.shape.d_model)
+    mask = torch.ones(tokens.shape, dtype=torch.bool)
+    mask[0, -2:] = False
+    first, second = next(iter(base.anatomy.layers.values()))[:2]
+    with torch.no_grad():
+        hidden = first(base.anatomy.backbone.embeddings(tokens), mask[:, None, None])
+        hidden = torch.cat([grown, hidden], dim=1)
+        if mended:
+            mask = F.pad(mask, (P, 0), value=True)
+        try:
+            second(hidden, mask[:, None, None])
+            stops = False
+        except RuntimeError:
+            stops = True
+    return stops, (
+        f"{hidden.shape[1]} states and a mask of {mask.shape[1]}: the next layer "
+        f"{'stops' if stops else 'runs'}."
+    )
+
+
+def plain_class_hides_its_prompts(mended: bool = False) -> Answer:
+    """Prompts in a class that is no module cannot be called, moved or given to an optimiser.
+    `mended`: the class is one."""
+
+    class Tasks(nn.Module if mended else object):
+        def __init__(self):
+            super().__init__()
+            self.prompts = nn.ParameterDict({"a": torch.zeros(P, 8)})
+
+        def forward(self, task: str) -> Tensor:
+            return self.prompts[task]
+
+    made_ = Tasks()
+    able = [name for name in ("__call__", "parameters", "to", "state_dict") if name in dir(made_)]
+    return not able, f"Of calling, parameters, moving and saving it has {len(able)}."
 
 
 def wrapper_wakes_dropout() -> Answer:

@@ -11,13 +11,13 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from peftlab import accounting
 from peftlab.bases.data import data_path
 from peftlab.bases.shapes import Shape, named_config, names
-from peftlab.experiments.claims.evidence import entry, result
+from peftlab.experiments.claims.evidence import entry, rate, result
 from peftlab.memory.step import How
 from peftlab.memory.traced import blank, rows
 from peftlab.methods import METHODS, Method
 from peftlab.sites import quantisation
 
-__all__ = ["entry", "result"]
+__all__ = ["entry", "rate", "result"]
 
 ATEN = torch.ops.aten
 DEPTH = {"n_layer", "num_hidden_layers"}  # in the configs of models with one stack
