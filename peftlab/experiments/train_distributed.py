@@ -186,7 +186,7 @@ def main(arguments: list[str] | None = None) -> None:
     if state.is_main_process:
         record = {"processes": state.num_processes, "labels": tuned.label, "losses": losses}
         (options["out"] / "training.json").write_text(json.dumps(record), encoding="utf-8")
-        print(f"{len(losses)} steps in {state.num_processes} processes: {losses[-1]:.4f} nats")
+        print(f"{len(losses)} steps in {state.num_processes} processes: {losses[-1]:.2f} nats")
 
 
 if __name__ == "__main__":
