@@ -4,17 +4,21 @@ Everything is in float64, the loss too, where the package's is float32. Dropout 
 every process draws its own.
 """
 
+import gc
 import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from models import put, tiny
+import transformers
+from accelerate import PartialState
+from models import config, put, tiny, tokenizer
 from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
 
-from peftlab import LoRA, Tuned, attach
+from peftlab import LoRA, QLoRA, Tuned, attach
+from peftlab.bases import Base
 from peftlab.experiments.train_distributed import train
 from peftlab.tasks import IGNORED, Example, Task
 
@@ -111,8 +115,6 @@ def name_of(family: str, case: str, kind: str) -> str:
 
 def together(out: Path) -> None:
     """What both processes run; each writes what it has at the end."""
-    from accelerate import PartialState
-
     rank = PartialState(cpu=True).process_index
 
     def keep(name: str, ended: Trained) -> None:
@@ -171,5 +173,34 @@ def idle() -> None:
     train(tuned, uneven(), STEPS, BATCH, cpu=True)
 
 
+def large(layers: int, width: int, seed: int = 0):
+    """A Llama of this size on the CPU, drawn alike in every process."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        made = config("llama")
+        made.num_hidden_layers, made.hidden_size, made.intermediate_size = layers, width, 4 * width
+        model = transformers.LlamaForCausalLM(made)
+    return Base("large", model, tokenizer())
+
+
+def cards(out: Path, layers: int = 24, width: int = 1024) -> None:
+    """A base whole in each process, and in shares: the losses, and the most memory of a GPU."""
+    found, gpu = {}, torch.cuda.is_available()
+    for case in (LoRA(r=2), QLoRA(r=2)):
+        for sharded in (False, True):
+            tuned = attach(large(layers, width), case)
+            if gpu:
+                torch.cuda.reset_peak_memory_stats()
+            losses = train(tuned, uneven(), 3, BATCH, sharded=sharded)
+            most = torch.cuda.max_memory_allocated() if gpu else 0
+            codes = sum(codes.bytes for codes in tuned.codes.values())
+            found[f"{case.name} {sharded}"] = {"losses": losses, "most": most, "codes": codes}
+            found["weights"] = 4 * tuned.facts["parameters"]
+            del tuned
+            gc.collect()
+    (out / f"cards.{PartialState().process_index}.json").write_text(json.dumps(found))
+
+
 if __name__ == "__main__":
-    together(Path(sys.argv[1]))
+    act = cards if sys.argv[2:] == ["cards"] else together
+    act(Path(sys.argv[1]))

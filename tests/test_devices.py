@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from devices import BATCH, LR, PAIRS, RESUMED, SHARDED, STEPS, name_of, sharp, trained, uneven
-from models import U64, tiny
+from models import U32, U64, tiny
 from safetensors.torch import load_file
 
 import peftlab
@@ -194,3 +194,22 @@ def test_uneven_rows_are_uneven():
     batch = uneven().batch_for(tuned, uneven().train[:BATCH])
     counts = (batch["labels"] != -100).sum(dim=1)
     assert counts.min() < counts.max()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_hold_a_base_that_each_would_hold_alone(tmp_path):
+    """Its blocks are halved on each card: the peak falls by more than a third of what they take.
+
+    By hand: `accelerate launch --multi_gpu --num_processes 2 tests/devices.py FOLDER cards`, with
+    `tests` in PYTHONPATH. The same kernels read the same numbers, so the losses agree but for the
+    order in which two gradients are added.
+    """
+    launch(HERE / "devices.py", tmp_path, "cards")
+    for rank in (0, 1):
+        found = json.loads((tmp_path / f"cards.{rank}.json").read_text())
+        for method in ("lora", "qlora"):
+            whole, shares = found[f"{method} False"], found[f"{method} True"]
+            assert shares["losses"] == pytest.approx(whole["losses"], rel=64 * U32)
+            held = whole["codes"] or found["weights"]
+            assert shares["most"] < whole["most"] - held / 3
