@@ -165,18 +165,72 @@ def test_what_cannot_be_run_is_said_before_anything_runs(arguments, told, lesson
     assert told in capsys.readouterr().err and ran == []
 
 
-def test_on_a_dask_cluster(lesson, tmp_path):
-    """A scheduler and a worker on this machine, in a process of their own."""
-    pytest.importorskip("distributed", reason="pip install '.[sweep]'")
+def on_dask(processes: bool, workers: int, *arguments) -> subprocess.CompletedProcess:
+    """A sweep on a scheduler and workers of this machine, started by a process of their own."""
     program = (
         "import sys; from distributed import LocalCluster; "
         "from peftlab.experiments.sweep_lesson import main\n"
-        "with LocalCluster(n_workers=1, threads_per_worker=2, processes=False, "
+        "if __name__ == '__main__':\n"
+        f"    with LocalCluster(n_workers={workers}, threads_per_worker=1, processes={processes}, "
         "dashboard_address=None, host='127.0.0.1', protocol='tcp') as cluster:\n"
-        "    sys.exit(main([*sys.argv[1:], '--dask', cluster.scheduler_address]))\n"
+        "        sys.exit(main([*sys.argv[1:], '--dask', cluster.scheduler_address]))\n"
     )
-    command = [sys.executable, "-c", program, lesson, "--seeds", "0", "1", "--out", tmp_path / "o"]
-    child = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_on_a_dask_cluster(lesson, tmp_path):
+    pytest.importorskip("distributed", reason="pip install '.[sweep]'")
+    child = on_dask(False, 2, lesson, "--seeds", 0, 1, "--out", tmp_path / "o")
     assert child.returncode == 0, child.stderr
     records = [json.loads(path.read_text()) for path in (tmp_path / "o").iterdir()]
     assert [record["error"] for record in records] == [None, None]
+
+
+DEADLY = """
+import os, pathlib, signal
+begun = pathlib.Path(FOLDER, f"begun-{seed}")
+begun.write_text(begun.read_text() + "x" if begun.exists() else "x")
+if seed in ALWAYS or (seed in ONCE and begun.read_text() == "x"):
+    os.kill(os.getppid(), signal.SIGKILL)  # the worker whose kernel this is
+    os._exit(1)
+"""
+
+
+def deadly(tmp_path: Path, once=(), always=()) -> tuple[Path, Path]:
+    """A lesson that kills its worker for some seeds; where it notes each run that it begins."""
+    noted = tmp_path / "noted"
+    noted.mkdir()
+    text = DEADLY.replace("FOLDER", repr(str(noted)))
+    text = text.replace("ALWAYS", repr(always)).replace("ONCE", repr(once))
+    return write_lesson(tmp_path / "deadly.ipynb", text), noted
+
+
+def test_a_killed_worker_loses_nothing_and_doubles_nothing(tmp_path):
+    """One of two workers dies in the middle of a run: the other runs it, and no other again."""
+    pytest.importorskip("distributed", reason="pip install '.[sweep]'")
+    lesson, noted = deadly(tmp_path, once=(1,))
+    out = tmp_path / "runs"
+    child = on_dask(True, 2, lesson, "--seeds", 0, 1, 2, 3, "--out", out)
+    assert child.returncode == 0, child.stderr
+    records = [json.loads(path.read_text()) for path in out.iterdir()]
+    assert sorted(record["parameters"]["seed"] for record in records) == [0, 1, 2, 3]
+    assert [record["error"] for record in records] == [None] * 4
+    assert child.stdout.count("done, ") == 4
+    begun = {path.name: len(path.read_text()) for path in noted.iterdir()}
+    assert begun == {"begun-0": 1, "begun-1": 2, "begun-2": 1, "begun-3": 1}
+
+
+def test_a_run_that_kills_every_worker_fails_alone(tmp_path, monkeypatch):
+    """The scheduler gives up after as many as it is told; the same command tries it again."""
+    pytest.importorskip("distributed", reason="pip install '.[sweep]'")
+    monkeypatch.setenv("DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES", "0")
+    lesson, _ = deadly(tmp_path, always=(1,))
+    out = tmp_path / "runs"
+    child = on_dask(True, 2, lesson, "--seeds", 0, 1, "--out", out)
+    assert child.returncode == 1 and child.stdout.count("failed, None s") == 1, child.stderr
+    records = {
+        r["parameters"]["seed"]: r for r in (json.loads(p.read_text()) for p in out.iterdir())
+    }
+    assert "KilledWorker" in records[1]["error"]
+    assert records[0]["error"] is None

@@ -9,10 +9,12 @@ base: `size` is the method's r, num_virtual_tokens or bottleneck (α / r stays),
 model, steps, lr, batch_size and device, and what `tasks.load` takes for this task. A method without
 a size is run once.
 
-Runs go to `--workers` processes here, or with `--dask ADDRESS` to a Dask cluster, through joblib
-both ways. Each leaves one file in `--out`, written when it is whole: run the same command again,
-after an interrupt or with more seeds, and only what is missing is run. A run that failed leaves its
-error, and is tried again. A notebook that has changed since is run anew.
+Runs go to `--workers` processes here, through joblib, or with `--dask ADDRESS` to a Dask cluster. A
+worker there may be lost: what it had begun is run by another, and a run that has lost several
+workers has failed, while the others go on. Each run leaves one file in `--out`, written when it is
+whole: run the same command again, after an interrupt or with more seeds, and only what is missing
+is run. A run that failed leaves its error, and is tried again. A notebook that has changed since is
+run anew.
 
 `--gpu-gigabytes 15` lets a process take no more of a GPU than that, which is what a free Colab has.
 """
@@ -109,8 +111,17 @@ def run(job: Job) -> dict:
         result = run_notebook(job) if job.notebook else run_task(job)
         error = None
     except Exception as problem:  # kept with the run; the others go on
-        lines = traceback.format_exception_only(problem)
-        result, error = {}, "".join(lines)[-4000:]
+        result, error = {}, said_of(problem)
+    return record_of(job, error, time.perf_counter() - begun) | result
+
+
+def said_of(problem: BaseException) -> str:
+    """The last lines of an error."""
+    return "".join(traceback.format_exception_only(problem))[-4000:]
+
+
+def record_of(job: Job, error: str | None, seconds: float | None) -> dict:
+    """What is kept of every run."""
     return {
         "name": job.name,
         "parameters": job.parameters,
@@ -118,9 +129,8 @@ def run(job: Job) -> dict:
         "date": date.today().isoformat(),
         "python": platform.python_version(),
         "gpu gigabytes allowed": job.gigabytes,
-        "wall seconds": round(time.perf_counter() - begun, 2),
+        "wall seconds": None if seconds is None else round(seconds, 2),
         "error": error,
-        **result,
     }
 
 
@@ -297,20 +307,31 @@ def save(record: dict, path: Path) -> None:
 def results(missing: list[Job], workers: int, dask: str | None) -> Iterator[tuple[Job, dict]]:
     """Each job with its result, as they come in."""
     try:
-        import joblib
+        yield from on_cluster(missing, dask) if dask else in_processes(missing, workers)
     except ImportError as error:
         raise SystemExit("a sweep needs more packages: pip install 'peftlab[sweep]'") from error
-    with contextlib.ExitStack() as stack:
-        where = {"backend": "loky", "n_jobs": workers, "inner_max_num_threads": 1}
-        if dask:
-            from distributed import Client
 
-            stack.enter_context(Client(dask))
-            where = {"backend": "dask", "n_jobs": -1}
-        stack.enter_context(joblib.parallel_config(**where))
+
+def in_processes(missing: list[Job], workers: int) -> Iterator[tuple[Job, dict]]:
+    """Runs on this machine."""
+    import joblib
+
+    with joblib.parallel_config("loky", n_jobs=workers, inner_max_num_threads=1):
         calls = (joblib.delayed(numbered)(i, job) for i, job in enumerate(missing))
         for number, record in joblib.Parallel(return_as="generator_unordered")(calls):
             yield missing[number], record
+
+
+def on_cluster(missing: list[Job], address: str) -> Iterator[tuple[Job, dict]]:
+    """Runs on a Dask cluster, whose scheduler gives a lost worker's run to another."""
+    from distributed import Client, as_completed
+
+    with Client(address) as client:
+        begun = {client.submit(run, job, pure=False): job for job in missing}
+        for future in as_completed(begun):
+            lost = future.exception()  # `run` raises nothing itself
+            job = begun.pop(future)
+            yield job, future.result() if lost is None else record_of(job, said_of(lost), None)
 
 
 def numbered(number: int, job: Job) -> tuple[int, dict]:

@@ -1,5 +1,6 @@
 """The weight of one linear module held as codes of four bits."""
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -9,6 +10,8 @@ from peftlab.bases import Linear
 from peftlab.bases.anatomy import CODES
 from peftlab.sites.quantisation import Quantised, quantise
 from peftlab.sites.site import Shown, Site
+
+PACKED = "peftlab_packed"  # the codes as a parameter of the module, while processes share them out
 
 
 class CodedProduct(torch.autograd.Function):
@@ -42,6 +45,21 @@ class CodedWeight(Site):
         super().__init__(f"{linear.name}.codes")
         self.linear, self.options = linear, options
         self.module, self.transposed = linear.module, linear.transposed
+
+    @property
+    def codes(self) -> Quantised:
+        packed = self.module._parameters.get(PACKED)
+        return self._codes if packed is None else replace(self._codes, packed=packed)
+
+    @codes.setter
+    def codes(self, codes: Quantised) -> None:
+        self._codes = codes
+
+    def share(self) -> None:
+        """Let the codes lie in the module as a parameter, for FSDP to cut and to put together."""
+        packed = self.codes.packed
+        self.module.register_parameter(PACKED, nn.Parameter(packed, requires_grad=False))
+        self.codes = replace(self.codes, packed=packed[:0].clone())
 
     def __enter__(self):
         if self.linear.code is not None:
