@@ -70,8 +70,7 @@ def gather(source: Path) -> None:
     for name in panels_data.PANELS:
         written(static / f"panels/{name}_data.js", panels_data.script(name))
 
-    begin = {function: lessons.state(function) for function in lessons.ALIVE}
-    for function, (name, state) in begin.items():
+    for name, state in map(lessons.state, lessons.ALIVE):
         place = lessons.place(name, state)
         written(source / f"parts/{name}.md", f"```{{raw}} html\n{place}\n```\n")
     written(source / "parts/papermill.md", papermill())
@@ -99,7 +98,7 @@ def build(folder: Path) -> int:
         quiet = ["-q", "-W", "--keep-going", "-b", "html", "-d", f"{scratch}/doctrees"]
         status = build_main([*quiet, *settings, "-c", str(HERE), str(source), str(folder)])
     (folder / ".nojekyll").touch()
-    shutil.rmtree(folder / ".doctrees", ignore_errors=True)
+    shutil.rmtree(folder / "_sources", ignore_errors=True)  # pages refer to none
     return status
 
 

@@ -11,7 +11,6 @@ version = release = peftlab.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.mathjax"]
 exclude_patterns = ["parts"]
-nitpicky = False  # annotations name types of other projects
 
 # The lessons are shown as they are stored.
 nb_execution_mode = "off"
@@ -37,6 +36,7 @@ html_theme_options = {
     "use_repository_button": True,
     "use_download_button": False,
     "show_toc_level": 2,
+    "navbar_persistent": [],
 }
 mathjax_path = "tex-svg-full.js"
 

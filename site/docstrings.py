@@ -1,4 +1,4 @@
-"""Docstrings as reStructuredText: the house writes plain text, with formulas set apart by spaces."""
+"""Docstrings as reStructuredText: the house writes plain text, and indents formulas."""
 
 import re
 import textwrap
