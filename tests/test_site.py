@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import inspect
 import json
 import os
 import random
@@ -34,7 +35,7 @@ ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SETTINGS = 200
 # How many of them are traced anew, which takes a third of a second each.
-PREDICTED = int(os.environ.get("PEFTLAB_PREDICTED", 30))
+PREDICTED = int(os.environ.get("PEFTLAB_PREDICTED", 20))
 ALIVE = {  # what a panel says of itself where it is stored
     "Count explorer": "count",
     "Memory explorer": "memory",
@@ -149,17 +150,18 @@ def test_the_reference_has_what_the_package_offers(site):
         if name not in peftlab._ROOMS:
             assert f"#peftlab.{name}" in text, name
     for name in panels.__all__:
-        if callable(getattr(panels, name)):
+        if inspect.isclass(getattr(panels, name)) or inspect.isfunction(getattr(panels, name)):
             assert f"#peftlab.panels.{name}" in text, name
 
 
 def test_the_page_of_claims_has_all_that_do_not_simply_hold(site):
-    text = (site / "claims.html").read_text(encoding="utf-8")
+    html = (site / "claims.html").read_text(encoding="utf-8")
     shown = [claim for claim in claims.load() if claim.verdict != "true"]
     for verdict in {claim.verdict for claim in shown}:
         count = sum(claim.verdict == verdict for claim in shown)
-        assert text.count(f"<em>{verdict.capitalize()}:") == count
-    assert not re.search(r"\bS\d-\d\d\b", text)
+        assert html.count(f"<em>{verdict.capitalize()}:") == count
+    assert all(f'id="claim-{claim.id.lower()}"' in html for claim in shown)
+    assert not re.search(r"\bS\d-\d\d\b", re.sub("<[^>]*>", "", html))
 
 
 def test_the_instructors_page_has_every_line_and_parameter(site):
@@ -172,13 +174,22 @@ def test_the_instructors_page_has_every_line_and_parameter(site):
 
 
 def test_a_docstring_is_shown_as_it_is_meant():
-    lines = ["Holds `x*` and *args; $a_b$ too.", "", "    h = W x", "", "    >>> f(1)", "    2"]
+    lines = [
+        "Holds `x*` and *args; $a_b$ too.",
+        "",
+        "    h = W x",
+        "Then:",
+        "    >>> f(1)",
+        "    2",
+    ]
     assert docstrings.restructured(lines) == [
         r"Holds ``x*``\  and \*args; :math:`a_b`\  too.",
         "",
         ".. code-block:: text",
         "",
         "   h = W x",
+        "",
+        "Then:",
         "",
         ".. code-block:: python",
         "",
@@ -243,7 +254,7 @@ DRAWN = """async () => {
     }
     await globalThis.MathJax?.startup?.promise;
     const all = (where) => [...document.querySelectorAll(where)];
-    const marks = ':is(.trace, .shapelayer path, .annotation, .heatmaplayer image)';
+    const marks = ':is(.trace, .shapelayer path, .annotation, .heatmaplayer image, .cell-text)';
     return {
         figures: all('.peftlab-figure[data-drawn]').length,
         panels: all('.peftlab-panel[data-drawn]').map((panel) => [
@@ -288,7 +299,7 @@ def test_the_other_pages_are_without_fault(opened, site):
     for path in others:
         page.goto(f"{address}/{path.relative_to(site).as_posix()}")
         found = page.evaluate(DRAWN)
-        assert len(found["panels"]) == (4 if path.name == "panels.html" else 0)
+        assert len(found["panels"]) == (4 if path == site / "panels.html" else 0)
         assert found["empty"] == found["raw"] == 0
         assert not found["broken"] and not found["faulty"] and not complaints, path
 
@@ -402,8 +413,9 @@ def test_the_memory_panel_is_predict(panel_page):
 
 @pytest.mark.browser
 def test_the_codes_panel_is_the_code_explorer(panel_page):
-    """The weights that come back bit for bit, and the errors at every setting."""
-    for name, values in panels_data.weights().items():
+    """The errors at every setting, and weights that come back bit for bit."""
+    for name in ("a drawn normal", "layers.0.q"):
+        values = panels_data.weights()[name]
         weight = HashedWeight(values)
         states = [
             {"weight": name, "type": kind, "block": block, "double": double}
@@ -419,10 +431,10 @@ def test_the_codes_panel_is_the_code_explorer(panel_page):
             assert error == pytest.approx(view.error, rel=1e-5)
             assert text == view.text or abs(1000 * view.error % 1 - 0.5) < 0.01
         some = [s for s in states if s["block"] == 64 and not s["double"]]
-        unpacked = "[...p.decoded(p.weights(s.weight), s)]"
+        unpacked = "[...p.decoded(p.weights(s.weight), s).slice(-4096)]"
         for state, back in zip(some, asked(panel_page, "codes", some, unpacked), strict=True):
-            wanted = quantise(values, 64, state["type"], False).dequantise().flatten().numpy()
-            assert np.array_equal(np.float32(back), wanted)
+            wanted = quantise(values, 64, state["type"], False).dequantise().flatten()[-4096:]
+            assert np.array_equal(np.float32(back), wanted.numpy())
 
 
 @pytest.mark.browser
@@ -430,7 +442,7 @@ def test_the_rank_panel_is_the_rank_lab(panel_page):
     states = [
         {"r": r, "alpha": alpha, "scale": scale}
         for r in panels.LAB_RANKS
-        for alpha in panels.LAB_ALPHAS
+        for alpha in panels.LAB_ALPHAS[r % 2 :: 2]
         for scale in panels.LAB_SCALES
     ]
     found = asked(panel_page, "rank", states, "[p.view(s), p.floor(s.r), p.text(s)]")
