@@ -8,6 +8,7 @@ No lesson is run, and nothing is fetched. A warning of Sphinx is an error. Needs
 
 import argparse
 import importlib.util
+import json
 import shutil
 import sys
 import tempfile
@@ -38,12 +39,17 @@ def papermill() -> str:
 
 
 def taken(notebooks: list[Path]) -> str:
-    """A table of what each lesson takes."""
-    rows = ["| lesson | parameters and what they are if not told |", "| --- | --- |"]
+    """A table of what each lesson takes: parameters, and what was measured on two CPU cores."""
+    rows = ["| lesson | parameters and what they are if not told | seconds | GB |"]
+    rows += ["| --- | --- | --- | --- |"]
+    record = (ROOT / "data/results/lessons_cpu.json").read_text(encoding="utf-8")
+    measured = {row["lesson"]: row for row in json.loads(record)["lessons"]}
     for path in notebooks:
         given = lessons.parameters(path).items()
         words = ", ".join(f"`{name} = {value!r}`" for name, value in given)
-        rows.append(f"| [{path.stem}](lessons/{path.name}) | {words} |")
+        row = measured[path.stem]
+        cost = f"{row['wall seconds']:.0f} | {row['peak process bytes'] / 1e9:.1f}"
+        rows.append(f"| [{path.stem}](lessons/{path.name}) | {words} | {cost} |")
     return "\n".join(rows) + "\n"
 
 

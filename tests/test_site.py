@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -23,8 +24,10 @@ import yaml
 from browser.fixtures import SECONDS, browser_page
 from playwright.sync_api import Page, expect
 
+import peftlab
 from peftlab import accounting, memory, panels
 from peftlab.bases.shapes import Shape, names
+from peftlab.exercises import Exercise, collect, lesson_06
 from peftlab.experiments import claims
 from peftlab.experiments.run_notebooks import PNG, figure_in, outputs
 from peftlab.panels import CHOICES
@@ -143,8 +146,6 @@ def test_every_heading_of_a_lesson_has_a_link_of_its_own(site, parsed):
 
 
 def test_the_reference_has_what_the_package_offers(site):
-    import peftlab
-
     text = (site / "genindex.html").read_text(encoding="utf-8")
     for name in peftlab.__all__:
         if name not in peftlab._ROOMS:
@@ -171,6 +172,40 @@ def test_the_instructors_page_has_every_line_and_parameter(site):
     assert "sweep_lesson" in text
     assert lessons.parameters(NOTEBOOKS[6])["steps"] == 220
     assert "steps = 220" in text
+
+
+def test_the_program_for_nbgrader_makes_an_assignment_that_can_be_passed(tmp_path, monkeypatch):
+    """Of what it writes, every check fails on the empty cell and passes on the solution."""
+    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
+    (tmp_path / "source/lesson_06").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "site/pages/instructors.md").read_text(encoding="utf-8")
+    [program] = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    exec(program, {})
+    made = nbformat.read("source/lesson_06/lora.ipynb", as_version=4)
+    nbformat.validate(made)
+    cells = {c.metadata["nbgrader"]["grade_id"]: c for c in made.cells if "nbgrader" in c.metadata}
+    exercises = [e for e in collect(lesson_06) if isinstance(e, Exercise) and e.name in cells]
+    assert len(exercises) >= 5 and len(cells) == 2 * len(exercises)
+    for exercise in exercises:
+        place, check = cells[exercise.name], cells[f"{exercise.name}_test"]
+        assert place.metadata["nbgrader"]["solution"] and check.metadata["nbgrader"]["locked"]
+        assert check.metadata["nbgrader"]["points"] == exercise.minutes
+        assert "### BEGIN SOLUTION\n    ### END SOLUTION" in place.source
+        names: dict = {"lesson": lesson_06, exercise.name: None}
+        with pytest.raises(AssertionError, match="not attempted yet"):
+            exec(check.source, names)
+        exec(check.source, names | {exercise.name: exercise.solution})
+
+
+def test_the_image_for_a_hub_installs_what_the_readme_does():
+    page = (ROOT / "site/pages/instructors.md").read_text(encoding="utf-8")
+    [image] = re.findall(r"^```dockerfile\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    [start] = re.findall(r"^pip install .*python -m peftlab start$", readme, re.MULTILINE)
+    for command in start.split(" && ")[:2]:
+        assert command in " ".join(image.replace("--no-cache-dir ", "").split())
+    assert f"git clone --depth 1 {peftlab.REPOSITORY} " in image
 
 
 def test_a_docstring_is_shown_as_it_is_meant():
@@ -200,8 +235,6 @@ def test_a_docstring_is_shown_as_it_is_meant():
 
 
 def test_a_link_to_a_file_goes_to_the_repository():
-    import peftlab
-
     text = "[a](06_lora.ipynb#x) [b](../data/README.md) [c](https://d.e) [f](#g)"
     there = f"{peftlab.REPOSITORY}/blob/main/data/README.md"
     assert lessons.linked(text) == text.replace("../data/README.md", there)
