@@ -82,7 +82,10 @@ def gather(source: Path) -> None:
     written(source / "parts/papermill.md", papermill())
     written(source / "parts/parameters.md", taken(notebooks))
     contents = "\n".join(f"lessons/{path.stem}" for path in notebooks)
-    written(source / "parts/lessons.md", f"```{{toctree}}\n:caption: Lessons\n\n{contents}\n```\n")
+    written(
+        source / "parts/lessons.md",
+        f"```{{toctree}}\n:caption: Lessons\n:maxdepth: 1\n\n{contents}\n```\n",
+    )
 
     titles = {p.stem[:2]: (lessons.title(p), f"lessons/{p.name}") for p in notebooks}
     written(source / "claims.md", claims.page(titles))

@@ -26,6 +26,7 @@ python_maximum_signature_line_length = 80
 html_theme = "sphinx_book_theme"
 html_title = "peftlab"
 html_static_path = ["static"]
+html_favicon = "static/mark.svg"
 html_css_files = ["site.css"]
 html_js_files = [("figures.js", {"defer": "defer"}), ("panels/panels.js", {"defer": "defer"})]
 html_show_sourcelink = False

@@ -72,7 +72,7 @@ peftlab.panels = peftlab.panels ?? {};
     const widgets = element("div", { className: "peftlab-controls" });
     const answer = element("p", { className: "peftlab-answer" });
     answer.setAttribute("aria-live", "polite");
-    const drawing = element("div");
+    const drawing = element("div", { role: "figure" });
 
     /* A control that offers the same as before stays: a slider can be dragged on. */
     let shown = [];
@@ -95,8 +95,12 @@ peftlab.panels = peftlab.panels ?? {};
       });
       while (widgets.children.length > shown.length) widgets.lastChild.remove();
       for (const { name, bring } of shown) bring(state[name]);
+      const { data, layout } = panel.figure(state);
       answer.textContent = panel.text(state);
-      await peftlab.draw(drawing, panel.figure(state));
+      drawing.setAttribute("aria-label", answer.textContent);
+      // The answer stands above in place of the title, which a narrow page would cut.
+      const margin = { ...layout.margin, t: 20 };
+      await peftlab.draw(drawing, { data, layout: { ...layout, title: undefined, margin } });
     }
 
     place.replaceChildren(widgets, answer, element("div", {}, drawing));
