@@ -31,6 +31,7 @@ TOP_LEVEL = {
     "notebooks",
     "peftlab",
     "pyproject.toml",
+    "site",
     "tests",
 }
 # Each room may import itself and the rooms before it.
