@@ -32,6 +32,8 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
+from peftlab.figures import spoken
+
 PLOTLY = "application/vnd.plotly.v1+json"
 FIGURE = "application/vnd.peftlab.figure+json"  # what PLOTLY becomes when it is stored
 STILL = "application/vnd.peftlab.still+json"
@@ -155,8 +157,8 @@ def tidy(notebook) -> None:
 
 def add_pictures(notebook, picture: Camera, drawn: dict[str, str]) -> None:
     """Put a PNG beside every figure; `drawn` holds those already made, by the figure's data. Its
-    width on a page goes into the PNG's metadata, where JupyterLab and nbconvert look, and so do a
-    drawing's words for those who cannot see it.
+    width on a page goes into the PNG's metadata, where JupyterLab and nbconvert look, and so do
+    words for those who cannot see it.
     """
     for output in outputs(notebook):
         data = output["data"]
@@ -166,9 +168,7 @@ def add_pictures(notebook, picture: Camera, drawn: dict[str, str]) -> None:
             drawn[key] = data[PNG] = drawn.get(key) or picture(figure)
             if PLOTLY in data:
                 data[FIGURE] = data.pop(PLOTLY)
-            about = {"width": width_of(figure)}
-            if alt := figure.get("layout", {}).get("meta", {}).get("alt"):
-                about["alt"] = alt
+            about = {"width": width_of(figure), "alt": spoken(figure)}
             output.setdefault("metadata", {})[PNG] = about
 
 
