@@ -41,6 +41,7 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 PNG = "image/png"
 CELL_METADATA = {"cellView", "jupyter", "reason", "tags"}
 WIDTH, HEIGHT, SCALE = 800, 450, 1.5  # where a figure names no size; and its sharpness
+CORNER = 10  # pixels of a page
 
 Camera = Callable[[dict], str]
 
@@ -92,13 +93,35 @@ def camera() -> Iterator[Camera]:
 
 
 def small(png: str) -> str:
-    """A base64 PNG with at most 64 colours: a quarter of the bytes, and words stay sharp."""
-    from PIL.Image import Dither, Quantize
-    from PIL.Image import open as picture_in
+    """A base64 PNG with at most 64 colours, a quarter of the bytes, as a card with round corners.
 
-    image = picture_in(io.BytesIO(base64.b64decode(png))).convert("RGB")
-    few = image.quantize(64, Quantize.MEDIANCUT, dither=Dither.NONE)
-    few.save(out := io.BytesIO(), "PNG", optimize=True)
+    Words stay sharp. The corners are transparent, so that on dark paper it lies as a card and does
+    not end like a hole. What is small already stays as it is.
+    """
+    from PIL import Image, ImageDraw
+
+    image = Image.open(io.BytesIO(base64.b64decode(png)))
+    if "transparency" in image.info:
+        return png
+    steps, fine, size = (
+        4,
+        4,
+        image.size,
+    )  # how many shades an edge has, and is drawn how much larger
+    few = image.convert("RGB").quantize(
+        64 - steps, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE
+    )
+    card = Image.new("L", (size[0] * fine, size[1] * fine))
+    whole = (0, 0, card.width - 1, card.height - 1)
+    ImageDraw.Draw(card).rounded_rectangle(whole, CORNER * SCALE * fine, fill=steps)
+    card = card.resize(size, Image.Resampling.BOX)  # 0 outside, `steps` inside
+    paper, colours = few.getpixel((size[0] // 2, 0)), few.getpalette()
+    colours = (colours + [0] * 192)[: 3 * (64 - steps)]
+    few.putpalette(colours + colours[3 * paper : 3 * paper + 3] * steps)
+    for step in range(steps):
+        few.paste(64 - steps + step, mask=card.point(lambda value: 255 * (value == step)))  # noqa: B023
+    clear = bytes([255] * (64 - steps) + [255 * step // steps for step in range(steps)])
+    few.save(out := io.BytesIO(), "PNG", optimize=True, transparency=clear)
     return base64.b64encode(out.getvalue()).decode()
 
 
@@ -168,7 +191,9 @@ def add_pictures(notebook, picture: Camera, drawn: dict[str, str]) -> None:
             drawn[key] = data[PNG] = drawn.get(key) or picture(figure)
             if PLOTLY in data:
                 data[FIGURE] = data.pop(PLOTLY)
-            about = {"width": width_of(figure), "alt": spoken(figure)}
+            about = {"width": width_of(figure)}
+            if words := spoken(figure):
+                about["alt"] = words
             output.setdefault("metadata", {})[PNG] = about
 
 
@@ -179,7 +204,7 @@ def run(path: Path, picture: Camera | None, again: bool = True) -> float:
     """
     notebook = nbformat.read(path, as_version=4)
     drawn = {
-        json.dumps(figure_in(data), sort_keys=True): data[PNG]
+        json.dumps(figure_in(data), sort_keys=True): small(data[PNG])
         for data in outputs_with_data(notebook)
         if PNG in data and figure_in(data)
     }

@@ -60,6 +60,7 @@ function fit(place, { width, height }, room) {
 
 function render({ model, el }) {
   const [place, trouble] = [document.createElement("div"), document.createElement("div")];
+  place.className = "peftlab-plot";
   place.setAttribute("role", "figure");
   el.append(trouble, place);
   let [stale, busy, gone, Plotly, layout] = [true, false, false, undefined, {}];
