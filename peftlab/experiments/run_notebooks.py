@@ -105,8 +105,9 @@ def small(png: str) -> str:
     not end like a hole. What is small already stays as it is.
     """
     from PIL import Image, ImageDraw
+    from PIL.Image import open as picture_in
 
-    image = Image.open(io.BytesIO(base64.b64decode(png)))
+    image = picture_in(io.BytesIO(base64.b64decode(png)))
     if "transparency" in image.info:
         return png
     colours, steps, fine, size = 64, 4, 4, image.size  # an edge has 4 shades, from clear on
