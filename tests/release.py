@@ -1,9 +1,11 @@
 """What a release says:  python tests/release.py v0.1.0
 
 Prints the part of CHANGELOG.md about that version. The exit status is 1 if the tag is not the
-version that pyproject.toml has, or if CHANGELOG.md has no such part.
+version that pyproject.toml has, if CHANGELOG.md has no such part, or if a notebook was stored by
+another version.
 """
 
+import json
 import re
 import sys
 import tomllib
@@ -17,6 +19,10 @@ def notes(tag: str, root: Path = ROOT) -> str:
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     if tag != f"v{project['version']}":
         raise ValueError(f"the tag is {tag}, the package is v{project['version']}")
+    for path in sorted((root / "notebooks").glob("*.ipynb")):
+        ran = json.loads(path.read_text(encoding="utf-8"))["metadata"].get("peftlab", {})
+        if ran.get("version") != project["version"]:
+            raise ValueError(f"{path.name} was stored by version {ran.get('version')}")
     changes = (root / "CHANGELOG.md").read_text(encoding="utf-8")
     parts = re.split(r"^## ", changes, flags=re.MULTILINE)[1:]
     for part in parts:

@@ -59,6 +59,14 @@ def test_every_control_is_a_constraint():
         assert getattr(Need(), name) in values
 
 
+def test_every_menu_shows_what_is_chosen():
+    """None stands for "any" size; a menu without a choice would be empty."""
+    menus = [c for c in panels.which_method().choices.values() if hasattr(c, "label")]
+    assert len(menus) == len(OPTIONS) and all(menu.label for menu in menus)
+    assert panels.which_method(megabytes=None).choices["megabytes"].label == "any"
+    assert panels.which_method(megabytes=1).choices["megabytes"].label == "1 MB"
+
+
 def test_moving_the_controls():
     panel = panels.which_method()
     assert "Take LoRA" in panel.describe()

@@ -1,14 +1,26 @@
 """Figures carry the numbers they were given, a title, axes with names, and the course's colours."""
 
 import json
+import re
 
+import nbformat
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 import plotly.io as pio
 import pytest
+from test_project import ROOT
 
 from peftlab import figures
+from peftlab.experiments.run_notebooks import figure_in, outputs_with_data
+from peftlab.figures import memory, theme
+from peftlab.figures.calculator import STEP_PARTS
+from peftlab.figures.style import GREY
+from peftlab.figures.theme import contrast
 from peftlab.methods import METHODS
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+LABELS = [key.replace("_", " ") for key in figures.COLOURS]  # a label that each method's key finds
 
 
 def history(seed=0, steps=5):
@@ -225,3 +237,65 @@ def test_every_run_of_a_merged_adapter_is_a_point_beside_its_base():
 def test_figures_survive_json():
     for figure in every_figure().values():
         assert json.loads(figure.to_json())["layout"]["title"]["text"]
+
+
+# --- can an eye tell it from the paper ---------------------------------------------------------
+
+
+def faint(figure: go.Figure | dict) -> list:
+    """Lines and marks that stand out from the paper by less than 3, words by less than 4.5."""
+    told = json.loads(figure.to_json()) if isinstance(figure, go.Figure) else figure
+    layout = told["layout"]
+    paper = layout.get("template", {}).get("layout", {}).get("paper_bgcolor", "white")
+    paper = {"white": "#ffffff"}.get(paper, paper)
+    seen = []
+    for trace in told["data"]:
+        if trace.get("opacity", 1) > 0.5:  # what is paler lies behind what it belongs to
+            for part, least in (("line", 3), ("marker", 3), ("textfont", 4.5)):
+                hidden = trace.get(part, {}).get("opacity", 1) == 0
+                seen += [] if hidden else [(trace.get(part, {}).get("color"), least)]
+    if not layout.get("meta", {}).get("paper"):  # a drawing's words may stand in a box: `pale`
+        for note in layout.get("annotations", []):
+            seen.append((note.get("font", {}).get("color"), 4.5 if note.get("text") else 3))
+    plain = [(c, least) for c, least in seen if isinstance(c, str) and re.fullmatch("#.{6}", c)]
+    return [(c, least) for c, least in plain if contrast(c, paper) < least]
+
+
+@pytest.mark.parametrize("paper", [theme.LIGHT, theme.DARK], ids=["light", "dark"])
+def test_the_palette_stands_out_from_the_paper(paper):
+    """Every method's line and words, and the ink; on white the colours as they are."""
+    for colour in {*figures.COLOURS.values(), *memory.PARTS.values(), *STEP_PARTS.values()}:
+        assert contrast(paper.line(colour), paper.paper) >= 3
+        assert contrast(paper.text(colour), paper.paper) >= 4.5
+        assert paper.name == "dark" or contrast(colour, paper.paper) >= 3
+    for words in (paper.ink, paper.quiet, GREY if paper.name == "light" else paper.ink):
+        assert contrast(words, paper.paper) >= 4.5
+    assert contrast(paper.edge, paper.paper) >= 3
+    for fill in (paper.frozen, *map(paper.fill, figures.COLOURS.values())):
+        assert contrast(paper.on(fill), fill) >= 4.5
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_curves_stand_out_from_the_paper(dark):
+    try:
+        figures.use_template(dark)
+        labels = {label: history() for label in (*LABELS, "something", "else")}
+        drawn = [figures.learning_curves({k: v}) for k, v in labels.items()]
+        drawn += [figures.learning_curves(labels), multiples(), arriving(), lost(), attention()]
+        assert [faint(figure) for figure in drawn] == [[]] * len(drawn)
+    finally:
+        figures.use_template()
+
+
+def test_what_is_faint_is_found():
+    figure = figures.learning_curves({"LoRA": history()})
+    figure.data[0].line.color = "#eeeeee"
+    figure.add_annotation(text="pale", font_color="#888888")
+    assert faint(figure) == [("#eeeeee", 3), ("#888888", 4.5)]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_stored_figures_stand_out_from_the_paper(path):
+    found = [figure_in(data) for data in outputs_with_data(nbformat.read(path, as_version=4))]
+    shown = [figure for figure in found if figure]
+    assert shown and [faint(figure) for figure in shown] == [[]] * len(shown)

@@ -95,11 +95,11 @@ def test_a_film_shows_the_picture_that_the_slider_says():
     film = panels.film(frames, still=2)
     assert film.static() is frames[2][1] and frames[5][0] in film.describe()
     for at in (3, 0, 5):
-        film.slider.value = at
+        film.slider.value = at + 1
         assert film.plot.shown is frames[at][1]
         assert f"<b>{at + 1} of 6.</b>" in film.caption.value
         assert frames[at][0].split(":")[0] in film.caption.value
-    assert film.play.max == film.slider.max == 5 and math.isclose(film.play.interval, 1800)
+    assert film.play.max == film.slider.max == 6 and math.isclose(film.play.interval, 1800)
     film.close()
     with pytest.raises(ValueError, match="at least one frame"):
         panels.film([])

@@ -149,6 +149,11 @@ def test_a_tag_that_is_not_this_version_makes_no_release(tmp_path):
     (tmp_path / "CHANGELOG.md").write_text("# What is new\n\n## 0.0.1\n\nOld.\n")
     with pytest.raises(ValueError, match="says nothing about"):
         notes(f"v{PROJECT['version']}", tmp_path)
+    (tmp_path / "notebooks").mkdir()
+    old = {"metadata": {"peftlab": {"version": "0.0.1"}}}
+    (tmp_path / "notebooks/06.ipynb").write_text(json.dumps(old))
+    with pytest.raises(ValueError, match="06.ipynb was stored by version 0.0.1"):
+        notes(f"v{PROJECT['version']}", tmp_path)
 
 
 # --- .github -----------------------------------------------------------------------------------

@@ -648,7 +648,7 @@ def test_the_kernel_sends_again_what_the_page_lacks(monkeypatch):
     panel = panels.rank_lab()
     panel.choices["r"].value = 8
     assert panel.plot.version == 1
-    for have, sent in ((0, [["figure", "version"]]), (1, [])):
+    for have, sent in ((0, [["figure", "words", "version"]]), (1, [])):
         assert answers(panel.plot, {"ask": "figure", "have": have}, monkeypatch) == sent
     (message,) = answers(panel.plot, {"ask": "script"}, monkeypatch)
     assert message == ({"answer": "script"}, [panel.plot.script.packed])

@@ -14,10 +14,14 @@ A figure's data is stored as `application/vnd.peftlab.figure+json`. Under Plotly
 JupyterLab would hand the output to Plotly's extension, which shows the PNG at as many pixels as the
 file has and cuts off what is wider than the page. JupyterLab's own image view gives it the width in
 the output's metadata, or the page's where that is less.
+
+The notebook's metadata say which version of peftlab ran it, and have a digest of the code that ran,
+so that outputs of other code are found.
 """
 
 import argparse
 import base64
+import hashlib
 import io
 import json
 import os
@@ -32,13 +36,18 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
+import peftlab
+from peftlab.figures import spoken
+
 PLOTLY = "application/vnd.plotly.v1+json"
 FIGURE = "application/vnd.peftlab.figure+json"  # what PLOTLY becomes when it is stored
 STILL = "application/vnd.peftlab.still+json"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 PNG = "image/png"
+RAN = "peftlab"  # in a notebook's metadata: which version ran it, and the digest of what ran
 CELL_METADATA = {"cellView", "jupyter", "reason", "tags"}
 WIDTH, HEIGHT, SCALE = 800, 450, 1.5  # where a figure names no size; and its sharpness
+CORNER = 10  # pixels of a page
 
 Camera = Callable[[dict], str]
 
@@ -90,13 +99,30 @@ def camera() -> Iterator[Camera]:
 
 
 def small(png: str) -> str:
-    """A base64 PNG with at most 64 colours: a quarter of the bytes, and words stay sharp."""
-    from PIL.Image import Dither, Quantize
+    """A base64 PNG with at most 64 colours, a quarter of the bytes, as a card with round corners.
+
+    Words stay sharp. The corners are transparent, so that on dark paper it lies as a card and does
+    not end like a hole. What is small already stays as it is.
+    """
+    from PIL import Image, ImageDraw
     from PIL.Image import open as picture_in
 
-    image = picture_in(io.BytesIO(base64.b64decode(png))).convert("RGB")
-    few = image.quantize(64, Quantize.MEDIANCUT, dither=Dither.NONE)
-    few.save(out := io.BytesIO(), "PNG", optimize=True)
+    image = picture_in(io.BytesIO(base64.b64decode(png)))
+    if "transparency" in image.info:
+        return png
+    colours, steps, fine, size = 64, 4, 4, image.size  # an edge has 4 shades, from clear on
+    few = image.convert("RGB").quantize(colours, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    card = Image.new("L", (size[0] * fine, size[1] * fine))
+    whole = (0, 0, card.width - 1, card.height - 1)
+    ImageDraw.Draw(card).rounded_rectangle(whole, CORNER * SCALE * fine, fill=steps)
+    card = card.resize(size, Image.Resampling.BOX)  # 0 outside, `steps` inside
+    paper, palette = few.getpixel((size[0] // 2, 0)), few.getpalette()
+    palette = (palette + [0] * 3 * colours)[: 3 * colours]
+    few.putpalette(palette + palette[3 * paper : 3 * paper + 3] * steps)
+    for step in range(steps):
+        few.paste(colours + step, mask=card.point([255 * (i == step) for i in range(256)]))
+    clear = bytes([255] * colours + [255 * step // steps for step in range(steps)])
+    few.save(out := io.BytesIO(), "PNG", optimize=True, transparency=clear)
     return base64.b64encode(out.getvalue()).decode()
 
 
@@ -136,17 +162,25 @@ def execute(notebook, folder: Path, timeout: int = 600) -> float:
     )
     start = time.perf_counter()
     client.execute()
+    notebook.metadata[RAN] = {"version": peftlab.__version__, "sources": digest(notebook)}
     return time.perf_counter() - start
+
+
+def digest(notebook) -> str:
+    """Of the code that ran, without the set-up cell, which holds the address of a fork."""
+    sources = [cell.source for cell in notebook.cells if cell.cell_type == "code"][1:]
+    return hashlib.sha256("\0".join(sources).encode()).hexdigest()
 
 
 def tidy(notebook) -> None:
     """Keep what a reader or nbval uses, and drop what changes from run to run."""
-    notebook.metadata = nbformat.from_dict(
-        {
-            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-            "language_info": {"name": "python"},
-        }
-    )
+    kept = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    if RAN in notebook.metadata:
+        kept[RAN] = notebook.metadata[RAN]
+    notebook.metadata = nbformat.from_dict(kept)
     for cell in notebook.cells:
         cell.metadata = {k: v for k, v in cell.metadata.items() if k in CELL_METADATA}
     for data in outputs_with_data(notebook):
@@ -155,8 +189,8 @@ def tidy(notebook) -> None:
 
 def add_pictures(notebook, picture: Camera, drawn: dict[str, str]) -> None:
     """Put a PNG beside every figure; `drawn` holds those already made, by the figure's data. Its
-    width on a page goes into the PNG's metadata, where JupyterLab and nbconvert look, and so do a
-    drawing's words for those who cannot see it.
+    width on a page goes into the PNG's metadata, where JupyterLab and nbconvert look, and so do
+    words for those who cannot see it.
     """
     for output in outputs(notebook):
         data = output["data"]
@@ -167,8 +201,8 @@ def add_pictures(notebook, picture: Camera, drawn: dict[str, str]) -> None:
             if PLOTLY in data:
                 data[FIGURE] = data.pop(PLOTLY)
             about = {"width": width_of(figure)}
-            if alt := figure.get("layout", {}).get("meta", {}).get("alt"):
-                about["alt"] = alt
+            if words := spoken(figure):
+                about["alt"] = words
             output.setdefault("metadata", {})[PNG] = about
 
 
@@ -179,7 +213,7 @@ def run(path: Path, picture: Camera | None, again: bool = True) -> float:
     """
     notebook = nbformat.read(path, as_version=4)
     drawn = {
-        json.dumps(figure_in(data), sort_keys=True): data[PNG]
+        json.dumps(figure_in(data), sort_keys=True): small(data[PNG])
         for data in outputs_with_data(notebook)
         if PNG in data and figure_in(data)
     }

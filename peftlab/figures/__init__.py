@@ -111,6 +111,7 @@ from peftlab.figures.showdown import (
 )
 from peftlab.figures.site_map import site_map
 from peftlab.figures.sites import SITES, five_sites
+from peftlab.figures.spoken import spoken
 from peftlab.figures.style import (
     BLACK,
     BLUE,

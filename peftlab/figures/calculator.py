@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import plotly.graph_objects as go
 
 from peftlab.figures.sheet import NORMAL, SMALL, WIDTH, Sheet, width_of
-from peftlab.figures.style import BLUE, GREY, ORANGE, PURPLE, SKY, VERMILLION, figure
+from peftlab.figures.style import BLUE, GREY, OLIVE, ORANGE, PURPLE, SKY, VERMILLION, figure
 from peftlab.figures.theme import theme
 
 STEP_PARTS = {
@@ -15,7 +15,7 @@ STEP_PARTS = {
     "optimiser": PURPLE,
     "activations": SKY,
     "gradients": VERMILLION,
-    "buffers": "#F0E442",
+    "buffers": OLIVE,
 }
 MOMENTS = {"update": "when the update is made", "loss": "around the loss"}
 GB = 1e9

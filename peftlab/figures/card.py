@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 from peftlab.accounting import readable_bytes
 from peftlab.figures.sheet import LARGE, NORMAL, SMALL, WIDTH, Number, Sheet, width_of
 from peftlab.figures.style import BLACK, COLOURS, GREY, figure, styles
+from peftlab.figures.theme import theme
 from peftlab.tuned import Tuned
 
 BLUE = COLOURS["lora"]
@@ -206,7 +207,7 @@ def names_and_form(runs: pd.DataFrame, columns: Mapping[str, str], title: str) -
         symbol = ("line-ns-open", "circle", "x-thin-open")[at]
         for label in labels:
             values = runs.loc[runs["label"] == label, column]
-            colour = GREY if at == 0 else BLACK if at == 2 else looks[label]["colour"]
+            colour = GREY if at == 0 else theme().line(BLACK) if at == 2 else looks[label]["colour"]
             marker = dict(symbol=symbol, size=11, color=colour, line=dict(width=2, color=colour))
             fig.add_scatter(
                 x=values, y=[label] * len(values), mode="markers", marker=marker, name=words,

@@ -133,7 +133,7 @@ def decision_order(
         y, middle = at * row + 6, left + wide / 2
         s.box(left, y, wide, 48)
         s.text(left + 10, y + 15, f"<b>{at + 1}  {asked}</b>", NORMAL)
-        s.text(left + 10, y + 34, look, SMALL, s.theme.quiet)
+        s.text(left + 10, y + 34, look, SMALL)
         s.arrow([(left + wide, y + 24), (left + wide + 46, y + 24)], bad)
         s.text(left + wide + 14, y + 15, "no", SMALL, s.theme.text(VERMILLION))
         s.text(left + wide + 54, y + 24, no, SMALL)

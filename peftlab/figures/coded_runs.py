@@ -6,6 +6,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from peftlab.figures.style import BLACK, BLUE, GREY, MARKERS, VERMILLION, figure
+from peftlab.figures.theme import theme
 from peftlab.figures.weights import CODE_TYPES
 
 
@@ -13,7 +14,7 @@ def code_shares(shares: Mapping[str, Sequence[float]], title: str) -> go.Figure:
     """How many of the weights have each code, by data type, beside the share of 1 in 16."""
     fig = figure(title, "code, from the lowest level up", "share of all weights")
     for name, values in shares.items():
-        colour, symbol = CODE_TYPES.get(name, (BLACK, "circle"))
+        colour, symbol = CODE_TYPES.get(name, (theme().line(BLACK), "circle"))
         marker = dict(symbol=symbol, size=10, color=colour, line=dict(width=2, color=colour))
         line = dict(color=colour, width=1, dash="dot")
         fig.add_scatter(

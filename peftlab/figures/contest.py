@@ -4,6 +4,7 @@ import plotly.graph_objects as go
 
 from peftlab.bench.results import Result
 from peftlab.figures.style import BLACK, BLUE, GREY, figure
+from peftlab.figures.theme import theme
 
 
 def score_intervals(result: Result, title: str) -> go.Figure:
@@ -25,9 +26,9 @@ def score_intervals(result: Result, title: str) -> go.Figure:
     low, high = (told["interval"].str[i] for i in (0, 1))
     fig.add_scatter(
         x=told["mean"], y=labels, mode="markers", name="mean, 95% interval",
-        marker=dict(color=BLACK, symbol="line-ns-open", size=12),
+        marker=dict(color=theme().line(BLACK), symbol="line-ns-open", size=12),
         error_x=dict(
-            symmetric=False, color=BLACK, thickness=1.5,
+            symmetric=False, color=theme().line(BLACK), thickness=1.5,
             array=high - told["mean"], arrayminus=told["mean"] - low,
         ),
     )  # fmt: skip

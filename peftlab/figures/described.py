@@ -114,14 +114,14 @@ class Drawing:
 
     def words(self) -> str:
         """The drawing in words: what trains where, how large, in which layers."""
-        parts = []
-        for box in self.trained:
+        parts, touched = [], [box for box in self.boxes if box.method]
+        for box in self.trained or touched:
             where = f"{box.stack} {box.site}".strip()
             layers = f" in {spans(box.layers)}" if box.layers else ""
             parts.append(f"{box.name} ({box.size}) at {where}{layers}")
-        if not parts:
-            return f"{self.title}. Nothing trains."
         listed = "; ".join(parts)
+        if not self.trained:
+            return f"{self.title}. Nothing trains. Changed: {listed or 'nothing'}."
         return f"{self.title}. Trained, in colour: {listed}. Everything else is frozen, in grey."
 
 

@@ -6,6 +6,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from peftlab.figures.style import AXIS, BLACK, BLUE, DASHES, GREY, ORANGE, VERMILLION, figure
+from peftlab.figures.theme import theme
 
 SHARES = {"new_facts": ("new facts", BLUE, "circle"), "known_facts": ("known facts", ORANGE, "x")}
 LOSSES = {"loss": ("training loss", BLUE, "circle"), "old": ("loss on old texts", ORANGE, "x")}
@@ -60,7 +61,7 @@ def forgetting_by_rate(runs: pd.DataFrame, uniform: float, title: str) -> go.Fig
     seeds, end = runs["seed"].nunique(), runs["step"].max()
     subtitle = f"lines: means of {seeds} seeds; points: every seed at step {end}"
     fig = _two_panels(f"{title}<br><sup>{subtitle}</sup>", "new facts right", "loss on old texts")
-    shades = (BLUE, ORANGE, BLACK, VERMILLION)
+    shades = (BLUE, ORANGE, theme().line(BLACK), VERMILLION)
     for i, (rate, some) in enumerate(runs.groupby("lr")):
         colour, dash = shades[i % len(shades)], DASHES[i % len(DASHES)]
         for column, x, y in (("new_facts", "x", "y"), ("old", "x2", "y2")):

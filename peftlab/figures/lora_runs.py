@@ -7,6 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from peftlab.figures.style import BLACK, COLOURS, GREY, MARKERS, figure, styles
+from peftlab.figures.theme import theme
 
 BLUE = COLOURS["lora"]
 
@@ -26,7 +27,8 @@ def kept_by_rank(cuts: pd.DataFrame, trained: pd.Series, r: int = 8) -> go.Figur
     seeds = cuts["seed"].nunique()
     title += f"<br><sup>every run's point, {seeds} seeds a rank; lines are means</sup>"
     fig = figure(title, "rank r that is kept of each update", "share")
-    for column, colour, symbol in (("new facts", BLACK, "circle"), ("energy", GREY, "x")):
+    black = theme().line(BLACK)
+    for column, colour, symbol in (("new facts", black, "circle"), ("energy", GREY, "x")):
         mean = some.groupby("r")[column].mean()
         line = dict(color=colour)
         fig.add_scatter(x=mean.index, y=mean, mode="lines", line=line, showlegend=False)

@@ -4,14 +4,14 @@ from collections.abc import Mapping
 
 import plotly.graph_objects as go
 
-from peftlab.figures.style import GREY, PURPLE, SKY, VERMILLION, figure, styles
+from peftlab.figures.style import GREY, OLIVE, PURPLE, SKY, VERMILLION, figure, styles
 
 PARTS = {  # of the memory of a training step
     "weights": GREY,
     "Adam's moments": PURPLE,
     "gradients": VERMILLION,
     "activations": SKY,
-    "around the loss": "#F0E442",
+    "around the loss": OLIVE,
 }
 
 

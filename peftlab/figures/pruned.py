@@ -10,6 +10,7 @@ from torch import Tensor
 from peftlab.bases import Linear
 from peftlab.figures.sheet import LARGE, NORMAL, SMALL, Number, Sheet
 from peftlab.figures.style import BLACK, BLUE, COLOURS, GREY, MARKERS, figure
+from peftlab.figures.theme import theme
 
 RED = COLOURS["prune"]
 CELL = 38  # pixels of a number in a small matrix
@@ -191,6 +192,7 @@ def loss_by_sparsity(rows: pd.DataFrame, marks: Mapping[str, float], title: str)
     fig = figure(title, "sparsity: share of the linear weights that is zero", "nats per token")
     for label, mine in rows.groupby("label", sort=False):
         colour, symbol = LOOKS.get(label, (BLACK, "circle"))
+        colour = theme().line(colour)
         mean = mine.groupby("amount").loss.mean()
         line = dict(color=colour, width=1.5, dash="dot" if symbol.endswith("open") else "solid")
         fig.add_scatter(x=mean.index, y=mean, mode="lines", line=line, showlegend=False)
@@ -218,6 +220,7 @@ def runs_in_rows(
     fig, rows = figure(title, axis, ""), list(dict.fromkeys(runs.row))
     for label, mine in runs.groupby("label", sort=False):
         colour, symbol = LOOKS.get(label, (BLACK, "circle"))
+        colour = theme().line(colour)
         x, y, means = [], [], []
         for row, some in mine.groupby("row", sort=False):
             labels = list(dict.fromkeys(runs[runs.row == row].label))

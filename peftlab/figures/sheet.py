@@ -181,7 +181,7 @@ class Sheet:
             self.line([(x - r / 2, y), (x + r / 2, y)], colour or t.ink)
             self.line([(x, y - r / 2), (x, y + r / 2)], colour or t.ink)
         else:
-            self.text(x, y, sign, NORMAL, colour or t.ink, "center")
+            self.text(x, y, sign, NORMAL, t.text(colour) if colour else t.ink, "center")
 
     def dot(self, x: Number, y: Number, colour: str = "", hover: str = "") -> None:
         """A point that was measured."""
@@ -235,13 +235,13 @@ def overlaps(figure: go.Figure) -> list[str]:
 
 
 def pale(figure: go.Figure) -> list[str]:
-    """Which words stand out from what is behind them by less than 3."""
+    """Which words stand out from what is behind them by less than 4.5, WCAG's least for words."""
     wrong, paper = [], figure.layout.meta["paper"]
     boxes = [s for s in figure.layout.shapes if s.type == "rect"]
     for note in figure.layout.annotations:
         if note.text:
             under = [s for s in boxes if s.x0 <= note.x <= s.x1 and s.y0 <= note.y <= s.y1]
             behind = under[-1].fillcolor if under else paper
-            if contrast(note.font.color, behind) < 3:
+            if contrast(note.font.color, behind) < 4.5:
                 wrong.append(note.text)
     return wrong

@@ -258,12 +258,13 @@ def best_under(results: Mapping[str, Result], title: str, cost: str = "stored") 
             line=dict(shape="hv", dash=DASHES[at], color=(BLUE, GREEN, GREY)[at]), marker_size=8,
             customdata=[*names, names[-1]], hovertemplate="%{customdata}: %{y:.0%}",
         )  # fmt: skip
+        ink = theme().text((BLUE, GREEN, GREY)[at])
         for label, price, score in steps:
             high = at % 2 == 0
             fig.add_annotation(
                 x=np.log10(price), y=score, text=label.split(" (P-")[0], showarrow=False,
                 xanchor="left" if high else "right", yanchor="bottom" if high else "top",
-                xshift=4 if high else -4, font=dict(size=12, color=(BLUE, GREEN, GREY)[at]),
+                xshift=4 if high else -4, font=dict(size=12, color=ink),
                 bgcolor=theme().paper, borderpad=0,
             )  # fmt: skip
     fig.update_xaxes(type="log", range=[3.1, np.log10(end)])

@@ -1,7 +1,8 @@
 """Each method's colour and marker, and the looks that all figures share.
 
-The colours are those of Okabe and Ito, told apart by colour-blind eyes; methods of one site share
-a colour and differ in marker.
+The colours are those of Okabe and Ito, told apart by colour-blind eyes; the pale ones are darkened
+until they stand out from white by 3, as WCAG asks of lines and marks. Methods of one site share a
+colour and differ in marker.
 """
 
 from collections.abc import Iterable
@@ -9,10 +10,11 @@ from collections.abc import Iterable
 import plotly.graph_objects as go
 import plotly.io as pio
 
-from peftlab.figures.theme import DARK, DARK_TEMPLATE, theme
+from peftlab.figures.theme import DARK, DARK_TEMPLATE, contrast, theme
 
-BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
-BLUE, VERMILLION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#777777"
+BLACK, ORANGE, SKY, GREEN = "#000000", "#C07F00", "#3D95C9", "#009E73"
+BLUE, VERMILLION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#737373"
+OLIVE = "#8F8A00"  # of no method
 
 _STYLE = {
     "base": (GREY, "circle-open"),
@@ -96,12 +98,17 @@ def method_key(label: str) -> str | None:
 
 
 def styles(labels: Iterable[str]) -> dict[str, dict]:
-    """Colour, marker and dash of each label: the method's own, told apart by dash if it repeats."""
+    """Colour, marker and dash of each label: the method's own, told apart by dash if it repeats.
+
+    The colour is that of a line on the paper in use.
+    """
     spare, seen, styles = [VERMILLION, SKY, PURPLE, GREEN, ORANGE, BLUE], {}, {}
     for label in labels:
         key = method_key(label)
         times = seen[key] = seen.get(key, -1) + 1
         colour = COLOURS[key] if key else spare[times % len(spare)]
+        if contrast(colour, theme().paper) < 3:
+            colour = theme().line(colour)
         dash = DASHES[times % len(DASHES)] if key else "solid"
         marker = MARKERS[key] if key else "circle"
         styles[label] = dict(colour=colour, marker=marker, dash=dash)

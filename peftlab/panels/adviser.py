@@ -1,5 +1,6 @@
 """The adviser's panel: constraints on the left hand, the flow and its answer below."""
 
+from collections.abc import Sequence
 from html import escape
 
 import ipywidgets as widgets
@@ -88,6 +89,12 @@ def _table(rows: list[tuple[str, ...]]) -> str:
     return f"<table>{cells}</table>"
 
 
+def _place(options: Sequence, value) -> int:
+    """Where a value stands among the options; a value of None would choose nothing."""
+    values = [option[1] if isinstance(option, tuple) else option for option in options]
+    return values.index(value)
+
+
 class AdviserPanel(Panel):
     """See `which_method`."""
 
@@ -96,7 +103,10 @@ class AdviserPanel(Panel):
         self.advice = advise(need)
         self.choices = {
             name: widgets.Dropdown(
-                options=options, value=getattr(need, name), description=words, **wide
+                options=options,
+                index=_place(options, getattr(need, name)),
+                description=words,
+                **wide,
             )
             for name, (words, options) in OPTIONS.items()
         }

@@ -19,12 +19,13 @@ class Film(Panel):
         if not frames:
             raise ValueError("a film needs at least one frame, a caption and a figure")
         self.frames, self.at = list(frames), range(len(frames))[still]
-        last = len(self.frames) - 1
-        self.play = widgets.Play(min=0, max=last, interval=MILLISECONDS, description="play")
+        counted = dict(value=1, min=1, max=len(self.frames))
+        self.play = widgets.Play(**counted, interval=MILLISECONDS, description="play")
         self.slider = widgets.IntSlider(
-            min=0, max=last, description="picture", style={"description_width": "60px"},
-        )  # fmt: skip
+            **counted, description="picture", style={"description_width": "60px"}
+        )
         widgets.jslink((self.play, "value"), (self.slider, "value"))
+        self.play.add_class("peftlab-film-play")
         self.slider.add_class("peftlab-film-picture")
         self.caption = widgets.HTML()
         self.caption.add_class("peftlab-film-caption")
@@ -35,8 +36,8 @@ class Film(Panel):
         self._show(0)
 
     def _changed(self, change: dict) -> None:
-        self._show(change["new"])
-        self.plot.draw(self.frames[change["new"]][1])
+        self._show(change["new"] - 1)
+        self.plot.draw(self.frames[change["new"] - 1][1])
 
     def _show(self, at: int) -> None:
         words = self.frames[at][0]

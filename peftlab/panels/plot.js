@@ -34,11 +34,6 @@ async function packed(model) {
   }
 }
 
-/* What a title says, without its tags, for a screen reader. */
-function words(title) {
-  return title.replace(/<[^>]*>/g, " ").trim();
-}
-
 async function build(model) {
   const stream = new Blob([await packed(model)]).stream();
   const unpacked = stream.pipeThrough(new DecompressionStream("gzip"));
@@ -65,6 +60,7 @@ function fit(place, { width, height }, room) {
 
 function render({ model, el }) {
   const [place, trouble] = [document.createElement("div"), document.createElement("div")];
+  place.className = "peftlab-plot";
   place.setAttribute("role", "figure");
   el.append(trouble, place);
   let [stale, busy, gone, Plotly, layout] = [true, false, false, undefined, {}];
@@ -73,6 +69,13 @@ function render({ model, el }) {
   const clicked = ({ points }) => {
     const name = points[0]?.customdata;
     if (name !== undefined) model.send({ clicked: name });
+  };
+
+  /* Once the panel is in the page. */
+  let hush;
+  const sayAll = () => {
+    const panel = el.closest(".widget-vbox");
+    if (panel && !gone) hush ??= keepSaid(panel, el);
   };
 
   async function draw() {
@@ -89,8 +92,9 @@ function render({ model, el }) {
         if (fresh) place.on("plotly_click", clicked);
         layout = { width: figure.layout.width, height: figure.layout.height ?? 0 };
         fit(place, layout, el.clientWidth);
-        place.setAttribute("aria-label", words(figure.layout.title?.text ?? "figure"));
+        place.setAttribute("aria-label", model.get("words") || "figure");
         trouble.textContent = "";
+        sayAll();
       }
     } catch (error) {
       trouble.textContent = `The figure could not be drawn: ${error}`;
@@ -110,6 +114,7 @@ function render({ model, el }) {
     if (target.closest?.(".widget-vbox")?.contains(el)) compare();
   };
   const watch = new ResizeObserver(() => {
+    sayAll();
     if (!Plotly || !place.clientWidth) return;
     if (layout.width) fit(place, layout, el.clientWidth);
     else Plotly.Plots.resize(place);
@@ -125,6 +130,7 @@ function render({ model, el }) {
     gone = true;
     clearTimeout(later);
     watch.disconnect();
+    hush?.();
     model.off("change:version", draw);
     for (const event of TOUCHES) document.removeEventListener(event, touched);
     Plotly?.purge(place);

@@ -12,7 +12,11 @@ import plotly.graph_objects as go
 import traitlets
 from ipywidgets import Widget, widget_serialization
 
-CODE = Path(__file__).with_suffix(".js")
+from peftlab.figures import spoken
+
+LOOKS = Path(__file__).with_suffix(".css")
+# What draws, and what says the controls beside it to those who hear the page.
+CODE = (Path(__file__).with_name("controls.js"), Path(__file__).with_suffix(".js"))
 
 
 class Script(Widget):
@@ -45,14 +49,16 @@ class Plot(anywidget.AnyWidget):
     asks again soon after the figure has appeared and after the panel around it was touched.
     """
 
-    _esm = CODE.read_text(encoding="utf-8")
+    _esm = "".join(path.read_text(encoding="utf-8") for path in CODE)
+    _css = LOOKS.read_text(encoding="utf-8")
     figure = traitlets.Unicode().tag(sync=True)
+    words = traitlets.Unicode().tag(sync=True)  # for those who cannot see it
     version = traitlets.Int().tag(sync=True)
     script = traitlets.Instance(Script).tag(sync=True, **widget_serialization)
 
     def __init__(self, figure: go.Figure):
         self.shown, self._listeners = figure, []
-        super().__init__(figure=figure.to_json(), script=script())
+        super().__init__(figure=figure.to_json(), words=spoken(figure), script=script())
         self.on_msg(self._answer)
 
     @property
@@ -69,7 +75,7 @@ class Plot(anywidget.AnyWidget):
         """Show another figure."""
         self.shown = figure
         with self.hold_sync():  # one message
-            self.figure = figure.to_json()
+            self.figure, self.words = figure.to_json(), spoken(figure)
             self.version += 1
 
     def change(self, traces: Sequence[dict], layout: dict) -> None:
@@ -88,7 +94,7 @@ class Plot(anywidget.AnyWidget):
             case {"ask": "script"}:
                 self.send({"answer": "script"}, [_packed()])
             case {"ask": "figure", "have": have} if have != self.version:
-                self.send_state(["figure", "version"])
+                self.send_state(["figure", "words", "version"])
             case {"clicked": name}:
                 for listener in self._listeners:
                     listener(name)

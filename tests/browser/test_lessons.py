@@ -106,7 +106,7 @@ def test_lesson_06_counts_what_the_slider_says(open_lesson, record_property):
     targets = [button.inner_text() for button in on.all()]
     assert now in allowed_sizes("LoRA", targets, model)
     assert number(count.inner_text()) == count_view("LoRA", now, targets, model).parameters
-    if path := os.environ.get("PEFTLAB_SCREENSHOT"):  # the picture in the README
+    if path := os.environ.get("PEFTLAB_SCREENSHOT"):
         handle.scroll_into_view_if_needed()
         lesson.page.screenshot(path=path)
 

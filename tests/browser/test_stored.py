@@ -7,7 +7,7 @@ import pytest
 from browser.fixtures import Lesson, browser_page
 from playwright.sync_api import expect
 
-from peftlab.experiments.run_notebooks import FIGURE, PNG, STILL, WIDTH, outputs
+from peftlab.experiments.run_notebooks import FIGURE, PNG, STILL, WIDTH, figure_in, outputs
 
 pytestmark = pytest.mark.browser
 
@@ -18,13 +18,17 @@ WIDTHS = """[...document.querySelectorAll('.jp-OutputArea-output img')].map(pict
     picture.clientWidth, picture.closest('.jp-OutputArea-output').clientWidth])"""
 
 
+def is_drawing(output) -> bool:
+    return "alt" in figure_in(output.data)["layout"].get("meta", {})
+
+
 def test_stored_pictures_are_as_wide_as_drawn_or_as_the_page(lab):
     """A drawing, a figure and a panel of lesson 04, in windows that a learner has."""
     address, folder = lab
     stored = nbformat.read(NOTEBOOKS / "04_prefix_tuning.ipynb", as_version=4)
     pictures = [output for output in outputs(stored) if PNG in output.data]
-    drawing = next(output for output in pictures if "alt" in output.metadata[PNG])
-    figure = next(o for o in pictures if FIGURE in o.data and "alt" not in o.metadata[PNG])
+    drawing = next(output for output in pictures if is_drawing(output))
+    figure = next(o for o in pictures if FIGURE in o.data and not is_drawing(o))
     panel = next(output for output in pictures if STILL in output.data)
     stored.cells = [nbformat.v4.new_code_cell(outputs=[o]) for o in (drawing, figure, panel)]
     nbformat.write(stored, path := folder / "stored.ipynb")

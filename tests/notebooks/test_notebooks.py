@@ -9,7 +9,7 @@ import nbformat
 import pytest
 
 import peftlab
-from peftlab.experiments.run_notebooks import PLOTLY, PNG, figure_in, outputs, width_of
+from peftlab.experiments.run_notebooks import PLOTLY, PNG, RAN, digest, figure_in, outputs, width_of
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -46,6 +46,12 @@ def test_it_is_stored_as_one_run_from_top_to_bottom(path):
     errors = [o for cell in code_cells(path) for o in cell.outputs if o.output_type == "error"]
     assert not errors
     assert lesson(path).metadata.kernelspec.name == "python3"
+
+
+@every_lesson
+def test_its_outputs_are_those_of_the_code_that_it_has(path):
+    """`python -m peftlab.experiments.run_notebooks` runs it, and notes what ran."""
+    assert lesson(path).metadata[RAN]["sources"] == digest(lesson(path))
 
 
 @every_lesson

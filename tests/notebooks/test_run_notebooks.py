@@ -16,8 +16,9 @@ import pytest
 from browser.fixtures import chromium_or_skip
 from PIL import Image
 
+import peftlab
 from peftlab.experiments import run_notebooks
-from peftlab.experiments.run_notebooks import FIGURE, PNG, STILL, WIDGET
+from peftlab.experiments.run_notebooks import FIGURE, PNG, RAN, STILL, WIDGET
 
 CONFTEST = Path(__file__).parents[1] / "conftest.py"
 
@@ -52,8 +53,9 @@ def write_notebook(path: Path, *sources: str) -> Path:
 
 
 def red_square(figure: dict) -> str:
-    """A camera for where no browser is needed: the figure's size stands for the picture."""
-    return base64.b64encode(str(len(figure["data"])).encode()).decode()
+    """A camera for where no browser is needed: as wide as the figure has traces."""
+    Image.new("RGB", (40 * len(figure["data"]), 40), "red").save(out := io.BytesIO(), "PNG")
+    return run_notebooks.small(base64.b64encode(out.getvalue()).decode())
 
 
 def nbval(folder: Path) -> str:
@@ -98,9 +100,40 @@ def test_outputs_are_stored_in_order_and_metadata_is_tidy(stored):
     counts = [cell.execution_count for cell in notebook.cells]
     assert counts == list(range(1, 3 + len(CHANGES)))
     assert notebook.metadata.kernelspec.name == "python3"
-    assert set(notebook.metadata) == {"kernelspec", "language_info"}
+    assert set(notebook.metadata) == {"kernelspec", "language_info", RAN}
     assert {frozenset(cell.metadata) for cell in notebook.cells} == {frozenset(["tags", "reason"])}
     assert notebook.cells[0].outputs[0].text == "42\n"
+
+
+def test_a_notebook_says_which_version_ran_it_and_which_code(stored):
+    """The set-up cell, which has a fork's address, is no part of that; text is not either."""
+    notebook = nbformat.read(stored, as_version=4)
+    told = {"version": peftlab.__version__, "sources": run_notebooks.digest(notebook)}
+    assert notebook.metadata[RAN] == told
+    notebook.cells[0].source = "print(7)"
+    notebook.cells.append(nbformat.v4.new_markdown_cell("More."))
+    assert run_notebooks.digest(notebook) == told["sources"]
+    notebook.cells[1].source += "\n"
+    assert run_notebooks.digest(notebook) != told["sources"]
+
+
+def test_a_picture_is_a_card_with_round_corners_and_few_bytes():
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(200, 255, (60, 90, 3), dtype=np.uint8)
+    pixels[0] = pixels[:, 0] = 255
+    Image.fromarray(pixels).save(out := io.BytesIO(), "PNG")
+    drawn = base64.b64encode(out.getvalue()).decode()
+    png = run_notebooks.small(drawn)
+    assert len(png) < len(drawn) / 2 and run_notebooks.small(png) == png
+    image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGBA")
+    opaque = np.asarray(image)[..., 3]
+    corner = round(run_notebooks.CORNER * run_notebooks.SCALE)
+    for square in (opaque, opaque[::-1], opaque[:, ::-1], opaque[::-1, ::-1]):
+        assert square[0, 0] == 0 and square[corner, corner] == 255
+        assert 0 < (square[:corner, :corner] < 255).mean() < 0.3
+    assert (opaque[corner:-corner] == 255).all() and (opaque[:, corner:-corner] == 255).all()
+    near = np.abs(np.asarray(image)[20:40, 20:70, :3].astype(int) - pixels[20:40, 20:70])
+    assert near.mean() < 12
 
 
 def test_figures_and_panels_get_a_picture_and_no_dead_widget(stored):
@@ -186,5 +219,6 @@ def test_a_stored_picture_has_few_colours_and_looks_the_same():
     stored = run_notebooks.small(base64.b64encode(file.getvalue()).decode())
     few = Image.open(io.BytesIO(base64.b64decode(stored)))
     assert few.mode == "P" and few.size == (120, 90)
-    assert np.abs(np.asarray(few.convert("RGB")).astype(int) - noise).max() <= 12
+    moved = np.abs(np.asarray(few.convert("RGB")).astype(int) - noise)
+    assert moved[:, 15:-15].max() <= 12  # beside the corners, which are clear
     assert len(base64.b64decode(stored)) < len(file.getvalue())
