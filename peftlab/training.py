@@ -164,7 +164,7 @@ def train(
                 if stop is not None and stop.is_set():
                     run.interrupted = True
                     break
-                loss = objective(**batch).loss
+                loss = objective(**batch, with_logits=False).loss
                 accelerator.backward(loss)
                 accelerator.unscale_gradients()
                 gradients = {n: p.grad for n, p in tuned.trainable.items() if p.grad is not None}

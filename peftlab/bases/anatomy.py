@@ -10,6 +10,7 @@ guessed from a configuration. The logical targets are the same everywhere:
 from __future__ import annotations
 
 import contextlib
+import threading
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol, runtime_checkable
@@ -42,13 +43,15 @@ class Family:
     """Module paths of one architecture, from the model without its head or from a block.
 
     `stacks` is keyed by the stack's own path ("" is the whole model), each with its linear weights
-    by target; those of T5's second attention are cross.target.
+    by target; those of T5's second attention are cross.target. `head` is the path, from the model
+    with its language-model head, of the module that reads the last hidden states there.
     """
 
     kind: str  # "decoder", "encoder" or "encoder-decoder"
     embedding: str
     layers: str  # the blocks in a stack
     stacks: dict[str, dict[str, Part]]
+    head: str = "lm_head"
 
 
 def _parts(paths: dict[str, str]) -> dict[str, Part]:
@@ -88,10 +91,12 @@ FAMILIES = {
     "gpt2": Family("decoder", "wte", "h", {"": _GPT2}),
     "llama": Family("decoder", "embed_tokens", "layers", {"": _LLAMA}),
     "qwen2": Family("decoder", "embed_tokens", "layers", {"": _LLAMA}),
-    "gpt_neox": Family("decoder", "embed_in", "layers", {"": _GPT_NEOX}),
-    "bert": Family("encoder", _WORDS, "encoder.layer", {"": _BERT}),
+    "gpt_neox": Family("decoder", "embed_in", "layers", {"": _GPT_NEOX}, "embed_out"),
+    "bert": Family("encoder", _WORDS, "encoder.layer", {"": _BERT}, "cls"),
     "roberta": Family("encoder", _WORDS, "encoder.layer", {"": _BERT}),
-    "distilbert": Family("encoder", _WORDS, "transformer.layer", {"": _DISTILBERT}),
+    "distilbert": Family(
+        "encoder", _WORDS, "transformer.layer", {"": _DISTILBERT}, "vocab_transform"
+    ),
     "t5": Family("encoder-decoder", "shared", "block", _T5),
 }
 
@@ -368,6 +373,27 @@ class Anatomy:
             yield
         finally:
             self.bare = before
+
+    @contextlib.contextmanager
+    def reading(self, places: Int[Tensor, " n"] | None):
+        """Inside, the language-model head reads the hidden states at these places alone, numbered
+        through the rows of a batch: the model's logits are (n, vocab). None changes nothing.
+
+        Other threads that run the model meanwhile get all logits.
+        """
+        mine = threading.get_ident()
+
+        def pick(module, args):
+            if threading.get_ident() == mine:
+                return (args[0].flatten(0, 1).index_select(0, places),)
+
+        head = self.model.get_submodule(FAMILIES[self.family].head)
+        handles = [] if places is None else [head.register_forward_pre_hook(pick)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     @property
     def takes_positions(self) -> bool:

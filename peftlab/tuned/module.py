@@ -43,8 +43,11 @@ class TunedModule(nn.Module):
         decoder_input_ids: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         use_cache: bool = False,  # some loops say it; no cache is made
+        with_logits: bool = True,
     ) -> Output:
         """The mean loss of the labels that are not −100, in nats, and the logits.
+
+        Without logits less is computed: see `batch_loss`.
 
         Labels stand at the tokens of `input_ids`, or of T5's decoder, whose input is made of them
         if it is not given. Raises ValueError for a second segment in `token_type_ids`.
@@ -58,6 +61,8 @@ class TunedModule(nn.Module):
             if decoder_input_ids is None and labels is not None:
                 decoder_input_ids = self.model.prepare_decoder_input_ids_from_labels(labels)
             batch["decoder_input_ids"] = decoder_input_ids
+        if not with_logits:
+            return Output(loss=self.tuned.batch_loss(batch | {"labels": labels}))
         logits = self.tuned(**batch)
         loss = None if labels is None else self.tuned.label_loss(logits, labels)
         return Output(loss=loss, logits=logits)
