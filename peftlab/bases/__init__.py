@@ -24,7 +24,7 @@ from peftlab.attention import cache_name
 from peftlab.bases.anatomy import FAMILIES, TARGETS, Anatomy, Linear, Sublayer, fused
 from peftlab.bases.data import data_path
 from peftlab.bases.files import check_fetched, read_json, shortened, unusable
-from peftlab.bases.plain import has_numbers
+from peftlab.bases.plain import has_numbers, plain
 from peftlab.bases.real import (
     GGUF,
     REAL,
@@ -169,7 +169,9 @@ class LanguageModel:
         """
         if self.head is not None or not has_numbers(labels):
             return None
-        places = (self._next(labels).flatten() != -100).nonzero().squeeze(1)
+        with plain():
+            found = (self._next(labels).flatten() != -100).nonzero()
+        places = found.squeeze(1)
         return None if len(places) == self._align(labels, labels)[1].numel() else places
 
     def _next(self, labels: Tensor) -> Tensor:

@@ -43,15 +43,15 @@ class Family:
     """Module paths of one architecture, from the model without its head or from a block.
 
     `stacks` is keyed by the stack's own path ("" is the whole model), each with its linear weights
-    by target; those of T5's second attention are cross.target. `head` is the path, from the model
-    with its language-model head, of the module that reads the last hidden states there.
+    by target; those of T5's second attention are cross.target. `head` is the path of what reads the
+    last hidden states in a language model, if those are not the output embeddings themselves.
     """
 
     kind: str  # "decoder", "encoder" or "encoder-decoder"
     embedding: str
     layers: str  # the blocks in a stack
     stacks: dict[str, dict[str, Part]]
-    head: str = "lm_head"
+    head: str = ""
 
 
 def _parts(paths: dict[str, str]) -> dict[str, Part]:
@@ -91,9 +91,9 @@ FAMILIES = {
     "gpt2": Family("decoder", "wte", "h", {"": _GPT2}),
     "llama": Family("decoder", "embed_tokens", "layers", {"": _LLAMA}),
     "qwen2": Family("decoder", "embed_tokens", "layers", {"": _LLAMA}),
-    "gpt_neox": Family("decoder", "embed_in", "layers", {"": _GPT_NEOX}, "embed_out"),
+    "gpt_neox": Family("decoder", "embed_in", "layers", {"": _GPT_NEOX}),
     "bert": Family("encoder", _WORDS, "encoder.layer", {"": _BERT}, "cls"),
-    "roberta": Family("encoder", _WORDS, "encoder.layer", {"": _BERT}),
+    "roberta": Family("encoder", _WORDS, "encoder.layer", {"": _BERT}, "lm_head"),
     "distilbert": Family(
         "encoder", _WORDS, "transformer.layer", {"": _DISTILBERT}, "vocab_transform"
     ),
@@ -387,13 +387,16 @@ class Anatomy:
             if threading.get_ident() == mine:
                 return (args[0].flatten(0, 1).index_select(0, places),)
 
-        head = self.model.get_submodule(FAMILIES[self.family].head)
-        handles = [] if places is None else [head.register_forward_pre_hook(pick)]
+        if places is None:
+            yield
+            return
+        path = FAMILIES[self.family].head
+        head = self.model.get_submodule(path) if path else self.model.get_output_embeddings()
+        handle = head.register_forward_pre_hook(pick)
         try:
             yield
         finally:
-            for handle in handles:
-                handle.remove()
+            handle.remove()
 
     @property
     def takes_positions(self) -> bool:
