@@ -126,6 +126,8 @@ class LanguageModel:
         return self._logits(given | {"use_cache": False}, places)
 
     def _logits(self, given: dict[str, Tensor | bool], places: Tensor | None) -> Tensor:
+        if places is None:
+            return self.model(**given).logits
         with self.anatomy.reading(places):
             return self.model(**given).logits
 

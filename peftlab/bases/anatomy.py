@@ -375,9 +375,9 @@ class Anatomy:
             self.bare = before
 
     @contextlib.contextmanager
-    def reading(self, places: Int[Tensor, " n"] | None):
+    def reading(self, places: Int[Tensor, " n"]):
         """Inside, the language-model head reads the hidden states at these places alone, numbered
-        through the rows of a batch: the model's logits are (n, vocab). None changes nothing.
+        through the rows of a batch: the model's logits are (n, vocab).
 
         Other threads that run the model meanwhile get all logits.
         """
@@ -387,9 +387,6 @@ class Anatomy:
             if threading.get_ident() == mine:
                 return (args[0].flatten(0, 1).index_select(0, places),)
 
-        if places is None:
-            yield
-            return
         path = FAMILIES[self.family].head
         head = self.model.get_submodule(path) if path else self.model.get_output_embeddings()
         handle = head.register_forward_pre_hook(pick)
