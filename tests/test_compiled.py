@@ -51,8 +51,8 @@ def test_it_is_traced_whole_and_equal(case, family):
 
 @pytest.mark.parametrize("case", ["lora", "prefix"])
 def test_a_compiled_run_is_the_plain_one(case):
-    """Through inductor, on a family without dropout. Each loss is as near to the plain one as 4 E, with E how far the plain run
-    in float32 is from that in float64; and the base is as it was before."""
+    """Through inductor, on a family without dropout. Each loss is as near to the plain one as 4 E,
+    with E how far the plain run in float32 is from that in float64. The base is as it was."""
     losses = {}
     for dtype, compiled in ((FLOAT32, True), (FLOAT32, False), (FLOAT64, False)):
         base = tiny("llama", dtype)
