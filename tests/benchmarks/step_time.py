@@ -67,6 +67,7 @@ def stepper(loss, parameters, args):
     short = args.dtype != "float32"
 
     def step() -> None:
+        torch.compiler.cudagraph_mark_step_begin()
         with torch.autocast(args.device, getattr(torch, args.dtype), enabled=short):
             value = loss()
         value.backward()
@@ -101,8 +102,12 @@ def main() -> None:
         batch = batch_of(tuned, args)
         trainable = [p for p in model.parameters() if p.requires_grad]
         assert sum(p.numel() for p in trainable) == tuned.count().parameters
-        ours = stepper(lambda t=tuned, b=batch: t.batch_loss(b), tuned.trainable.values(), args)
-        theirs = stepper(lambda m=model, b=batch: m(**b).loss, trainable, args)
+        losses = [lambda t=tuned, b=batch: t.batch_loss(b), lambda m=model, b=batch: m(**b).loss]
+        if args.compile:
+            mode = "reduce-overhead" if args.device == "cuda" else None
+            losses = [torch.compile(loss, mode=mode, dynamic=False) for loss in losses]
+        ours = stepper(losses[0], tuned.trainable.values(), args)
+        theirs = stepper(losses[1], trainable, args)
         compare(name, ours, theirs, args)
         if args.device == "cuda":
             print(f"    peak memory {peak(ours) / peak(theirs):.2f} of PEFT's")
