@@ -53,9 +53,9 @@ class AttentionSite:
 class Prefix(Protocol):
     """Virtual keys and values that one attention module reads."""
 
-    def read(self) -> tuple[Tensor, Tensor]:
-        """P_k and P_v, each (kv_heads, P, head_dim), or (batch, kv_heads, P, head_dim) with one
-        pair for each row."""
+    def read(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """P_k and P_v in this type, each (kv_heads, P, head_dim), or with one pair for each row
+        (batch, kv_heads, P, head_dim)."""
 
     def bias(self, queries: int, keys: int) -> Tensor | None:
         """The position bias of the prefix columns, (1, heads, queries, P); None if the family has
@@ -103,7 +103,7 @@ def attend(
     prefix, recorder = vars(module).get(PREFIX), vars(module).get(RECORDER)
     real, columns = key.shape[2], None
     if prefix is not None:
-        key, value = with_prefix(key, value, *prefix.read())
+        key, value = with_prefix(key, value, *prefix.read(key.dtype))
         columns = None if position_bias is None else prefix.bias(query.shape[2], real)
     virtual = key.shape[2] - real
     added = added_scores(attention_mask, position_bias, query.dtype, real, virtual, columns)

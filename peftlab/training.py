@@ -105,6 +105,7 @@ def train(
     evaluate: bool = True,
     epochs: int | float | None = None,
     patience: int = 0,
+    compile: bool = False,
 ) -> Run:
     """Train the adapter on `task.train`.
 
@@ -119,8 +120,14 @@ def train(
     machine gives the same result, and leaves torch's own random numbers alone, in any thread (on a
     GPU, those that another thread draws there meanwhile change). At the first loss or gradient that
     is not finite the run ends with a warning, `run.problem`, and the weights of the last step.
-    Raises ValueError for a setting out of range, a split without examples, or a batch that does
-    not fit the context.
+
+    With `compile` the loss and its gradients are compiled by `torch.compile`: a minute for each
+    length of a batch, so rows are padded to powers of two, and then fewer and faster kernels, on a
+    GPU in one launch. The results are equal up to rounding, but dropout draws other numbers. The
+    compiled code, and any other that this process has compiled, is dropped at the end.
+
+    Raises ValueError for a setting out of range, a split without examples, a batch that does not
+    fit the context, and for `compile` with an LSTM, a weight held as codes or several processes.
     """
     least = {"steps": 1, "batch_size": 1, "eval_every": 0, "warmup": 0, "patience": 0}
     for name, value in zip(least, (steps, batch_size, eval_every, warmup, patience), strict=True):
@@ -136,6 +143,12 @@ def train(
     for split, needed in {"train": True, "dev": eval_every, "test": evaluate}.items():
         if needed:
             task.split(split)
+    if compile:
+        made = (part for module in tuned.modules.values() for part in module.modules())
+        lstm = any(isinstance(part, torch.nn.LSTM) for part in made)
+        if lstm or tuned.codes:
+            what = "an LSTM" if lstm else "a weight held as codes"
+            raise ValueError(f"compile=True: torch.compile cannot follow {what}; train without it")
     module = tuned.as_module()
     if device is not None:
         move(tuned, device)
@@ -151,6 +164,9 @@ def train(
     if evaluate:
         run.before = task.score(tuned)
     objective, optimizer, loader, accelerator = _prepare(module, task, run)
+    if compile and accelerator.num_processes > 1:
+        raise ValueError("compile=True: one process at a time, because gradients would not be sent")
+    compiled = _Compiled(tuned, accelerator) if compile else None
     batches = chain.from_iterable(repeat(loader))  # epoch after epoch, without end
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: _warm_cosine(step, warmup, steps)
@@ -164,7 +180,10 @@ def train(
                 if stop is not None and stop.is_set():
                     run.interrupted = True
                     break
-                loss = objective(**batch).loss
+                if compiled is None:
+                    loss = objective(**batch, with_logits=False).loss
+                else:
+                    loss = compiled(batch)
                 accelerator.backward(loss)
                 accelerator.unscale_gradients()
                 gradients = {n: p.grad for n, p in tuned.trainable.items() if p.grad is not None}
@@ -203,6 +222,8 @@ def train(
     except KeyboardInterrupt:
         run.interrupted = True
     finally:
+        if compiled is not None:
+            torch.compiler.reset()
         bar.close()
         tuned.train(False)
         for parameter in tuned.trainable.values():
@@ -214,6 +235,43 @@ def train(
     if evaluate:
         run.metrics = task.score(tuned)
     return run
+
+
+class _Compiled:
+    """`tuned.batch_loss`, compiled once for every length that batches are padded to.
+
+    Its shapes are fixed, so logits are computed for all tokens, with or without a label.
+    """
+
+    def __init__(self, tuned: Tuned, accelerator: Accelerator):
+        self.tuned, self.accelerator = tuned, accelerator
+        mode = "reduce-overhead" if tuned.device.type == "cuda" else None
+        self.loss = torch.compile(tuned.batch_loss, mode=mode, dynamic=False)
+
+    def __call__(self, batch: dict[str, Tensor]) -> Tensor:
+        for key in ("input_ids", "decoder_input_ids"):
+            if key in batch:
+                self.tuned.check_ids(batch[key])
+        batch = padded(batch, self.tuned.tokenizer.pad_token_id, self.tuned.context)
+        torch.compiler.cudagraph_mark_step_begin()  # the last step's loss and gradients are used
+        with self.accelerator.autocast():
+            return self.loss(batch)
+
+
+def padded(batch: dict[str, Tensor], pad: int, context: int) -> dict[str, Tensor]:
+    """The batch with rows, and T5's targets, as long as the next power of two from 32 on.
+
+    Rows stay within the context. Nothing that is added is read or has a label.
+    """
+    fills = {"input_ids": pad, "attention_mask": 0, "decoder_input_ids": pad, "labels": IGNORED}
+    read = batch.get("decoder_input_ids", batch["input_ids"])
+    made = {}
+    for key, tensor in batch.items():
+        length = tensor.shape[-1]
+        more = min(max(32, 1 << (length - 1).bit_length()), max(context, length)) - length
+        by_token = key != "labels" or tensor.shape == read.shape  # a head may have other labels
+        made[key] = F.pad(tensor, (0, more), value=fills[key]) if by_token else tensor
+    return made
 
 
 def _not_finite(

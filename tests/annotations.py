@@ -3,7 +3,8 @@
 jaxtyping's import hook decorates each function with `jaxtyping.jaxtyped`. At every call that binds
 the arguments, opens a memo of axis sizes and checks the arguments twice, which costs more than most
 of the functions do. Here beartype alone checks each function, its arguments once and its result
-once. Only annotations that name axes need the memo, and only their functions open one.
+once. Only annotations that name axes need the memo, and only their functions open one. While a step
+is compiled nothing is checked, because checks are not part of it.
 """
 
 import functools
@@ -12,6 +13,7 @@ import types
 import typing
 
 import jaxtyping
+import torch
 from beartype import BeartypeConf, beartype
 
 # A memo of axis sizes, open while it is entered; it keeps nothing itself, so one serves for all.
@@ -61,7 +63,8 @@ def checking_once(jaxtyped):
         @functools.wraps(function)
         def choose(*args, **kwargs):
             __tracebackhide__ = True
-            call = function if jaxtyping.config.jaxtyping_disable else checked
+            off = torch.compiler.is_compiling() or jaxtyping.config.jaxtyping_disable
+            call = function if off else checked
             return call(*args, **kwargs)
 
         return choose

@@ -60,7 +60,7 @@ class Fixed:
     def __init__(self, P_k, P_v):
         self.pair = P_k, P_v
 
-    def read(self):
+    def read(self, dtype):
         return self.pair
 
     def bias(self, queries, keys):

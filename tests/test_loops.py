@@ -79,7 +79,9 @@ def test_it_is_the_adapted_model(case, family):
     assert torch.equal(output["logits"], output.logits) and torch.equal(output[0], output.loss)
     if family == "t5":
         batch["decoder_input_ids"] = tuned.model._shift_right(batch["labels"])
-    assert torch.equal(output.loss, tuned.batch_loss(batch))
+    assert torch.equal(module(**batch, with_logits=False).loss, tuned.batch_loss(batch))
+    given = {key: tensor for key, tensor in batch.items() if key != "labels"}
+    assert torch.equal(output.loss, tuned.label_loss(tuned(**given), batch["labels"]))
     assert "loss" not in module(**{key: t for key, t in batch.items() if key != "labels"})
     output.loss.backward()
     assert all(p.grad is not None for p in tuned.trainable.values() if p.numel())

@@ -123,11 +123,20 @@ def batch_of(model, batch: int = BATCH, length: int = LENGTH) -> dict[str, torch
     return given
 
 
-def agree(base: Base, methods: list[Method], head=None, lstm: bool = False, **how) -> None:
-    """Parts, totals and the most at any time: of a step that is taken, and of one that is told."""
-    said = predict(methods, base, BATCH, LENGTH, targets=TARGETS, head=head, **how)
+def agree(
+    base: Base, methods: list[Method], head=None, lstm: bool = False, few: bool = False, **how
+) -> None:
+    """Parts, totals and the most at any time: of a step that is taken, and of one that is told.
+
+    With `few` the last tokens of a row have labels and the others none.
+    """
+    targets = TARGETS if few or base.kind == "encoder-decoder" else None
+    said = predict(methods, base, BATCH, LENGTH, targets=targets, head=head, **how)
     with attach(base, methods, head=head) as tuned:
-        found = measure(tuned, batch_of(tuned), **how)
+        batch = batch_of(tuned)
+        if few:
+            batch["labels"][:, :-TARGETS] = -100
+        found = measure(tuned, batch, **how)
         if (
             how.get("optimiser") is None
             and type(methods[0] if methods else None) in METHODS.values()
@@ -155,7 +164,9 @@ def agree(base: Base, methods: list[Method], head=None, lstm: bool = False, **ho
     indices = (
         any(isinstance(m, PruneStructures) for m in methods) and base.kind == "encoder-decoder"
     )
-    if indices or base.anatomy.family == "gpt_neox":  # numbers of rows: without numbers, twice
+    if (
+        few or indices or base.anatomy.family == "gpt_neox"
+    ):  # numbers of rows: without numbers, twice
         for moment in MOMENTS:
             assert 0 <= said.total[moment] - found.total[moment] < 1024
             assert 0 <= said.most[moment] - found.most[moment] < 1024
@@ -187,6 +198,24 @@ def test_what_is_predicted_is_what_is_measured(case, family):
     methods, head = CASES[case].methods, CASES[case].head
     lstm = any(isinstance(m, PTuning) and m.encoder == "lstm" for m in methods)
     agree(tiny(family), methods, head, lstm)
+
+
+@pytest.mark.parametrize("case", ["full", "lora all", "prefix mlp", "bitfit"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
+def test_with_few_labels_too(family, case):
+    if family in CASES[case].families:
+        agree(tiny(family), CASES[case].methods, few=True)
+
+
+def test_what_few_labels_save():
+    """What is made of logits, in proportion to the labels: the first token of a row needs none."""
+    whole, quarter = (
+        predict(LoRA(), shallow("llama-3-8b", 1), 2, 32, targets=targets) for targets in (None, 8)
+    )
+    logits = 4 * 128256 * 2
+    saved = whole.bytes("activations") - quarter.bytes("activations")
+    labels, places = 8 * 2, 8 * 2  # bytes of one in each of the two rows
+    assert saved == 31 * (logits + labels) - 8 * (logits + labels + places)
 
 
 @pytest.mark.parametrize("family, composed", COMPOSITIONS)

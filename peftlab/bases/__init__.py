@@ -24,7 +24,7 @@ from peftlab.attention import cache_name
 from peftlab.bases.anatomy import FAMILIES, TARGETS, Anatomy, Linear, Sublayer, fused
 from peftlab.bases.data import data_path
 from peftlab.bases.files import check_fetched, read_json, shortened, unusable
-from peftlab.bases.plain import has_numbers
+from peftlab.bases.plain import has_numbers, plain
 from peftlab.bases.real import (
     GGUF,
     REAL,
@@ -91,6 +91,16 @@ class LanguageModel:
         nothing. Raises ValueError if the batch is longer than the context, and for a token that
         the model has no embedding of.
         """
+        return self._outputs(input_ids, attention_mask, decoder_input_ids)
+
+    def _outputs(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        places: Tensor | None = None,
+    ) -> Tensor:
+        """See `__call__`. With `places` the logits of these alone, (n, vocab)."""
         self._check_attached()
         self._check_length(input_ids.shape[1])
         self.check_ids(input_ids)
@@ -108,12 +118,18 @@ class LanguageModel:
         if self.kind == "encoder":
             if self.anatomy.shape.head != "masked_lm":
                 raise ValueError(f"{self.name} has no head of its own: attach it with one")
-            return self.model(**given).logits
+            return self._logits(given, places)
         if self.kind == "encoder-decoder":
             if decoder_input_ids is None:
                 raise ValueError(f"{self.name} is an encoder-decoder: give decoder_input_ids")
             given["decoder_input_ids"] = decoder_input_ids
-        return self.model(**given, use_cache=False).logits
+        return self._logits(given | {"use_cache": False}, places)
+
+    def _logits(self, given: dict[str, Tensor | bool], places: Tensor | None) -> Tensor:
+        if places is None:
+            return self.model(**given).logits
+        with self.anatomy.reading(places):
+            return self.model(**given).logits
 
     def aligned(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Logits and the labels that they should predict, (batch, n, vocab) and (batch, n).
@@ -130,9 +146,39 @@ class LanguageModel:
         return logits, labels
 
     def batch_loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """Mean cross entropy over the labels that are not −100, in nats."""
-        given = {key: tensor for key, tensor in batch.items() if key != "labels"}
-        return self.label_loss(self(**given), batch["labels"])
+        """Mean cross entropy over the labels that are not −100, in nats.
+
+        The language-model head reads only the tokens that have a label to predict, if others have
+        none: of a small model with a large vocabulary, logits are most of what a step computes.
+        Raises ValueError for labels of another shape than the tokens.
+        """
+        given, labels = {**batch}, batch["labels"]
+        del given["labels"]
+        places = self._labelled(labels)
+        read = given["decoder_input_ids" if "decoder_input_ids" in given else "input_ids"]
+        if places is not None and labels.shape != read.shape:
+            raise ValueError(f"labels {(*labels.shape,)}: the tokens are {(*read.shape,)}")
+        logits = self._outputs(**given, places=places)  # batch seq vocab, or n vocab
+        if places is None:
+            return self.label_loss(logits, labels)
+        return F.cross_entropy(logits.float(), self._next(labels).flatten()[places])
+
+    def _labelled(self, labels: Tensor) -> Tensor | None:
+        """The places whose logits predict a label, numbered through the rows of the batch.
+
+        None if all do, for a head of another kind, and where no number can be looked at. On a GPU
+        looking waits for all that was asked of it before, so it comes before the forward pass.
+        """
+        if self.head is not None or not has_numbers(labels):
+            return None
+        with plain():
+            found = (self._next(labels).flatten() != -100).nonzero()
+        places = found.squeeze(1)
+        return None if len(places) == self._align(labels, labels)[1].numel() else places
+
+    def _next(self, labels: Tensor) -> Tensor:
+        """The label that the logits at each place predict; a decoder's last predict none."""
+        return F.pad(labels[:, 1:], (0, 1), value=-100) if self.kind == "decoder" else labels
 
     def label_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """`batch_loss` of logits that are there already."""

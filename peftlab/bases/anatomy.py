@@ -10,6 +10,7 @@ guessed from a configuration. The logical targets are the same everywhere:
 from __future__ import annotations
 
 import contextlib
+import threading
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol, runtime_checkable
@@ -42,13 +43,15 @@ class Family:
     """Module paths of one architecture, from the model without its head or from a block.
 
     `stacks` is keyed by the stack's own path ("" is the whole model), each with its linear weights
-    by target; those of T5's second attention are cross.target.
+    by target; those of T5's second attention are cross.target. `head` is the path of what reads the
+    last hidden states in a language model, if those are not the output embeddings themselves.
     """
 
     kind: str  # "decoder", "encoder" or "encoder-decoder"
     embedding: str
     layers: str  # the blocks in a stack
     stacks: dict[str, dict[str, Part]]
+    head: str = ""
 
 
 def _parts(paths: dict[str, str]) -> dict[str, Part]:
@@ -89,9 +92,11 @@ FAMILIES = {
     "llama": Family("decoder", "embed_tokens", "layers", {"": _LLAMA}),
     "qwen2": Family("decoder", "embed_tokens", "layers", {"": _LLAMA}),
     "gpt_neox": Family("decoder", "embed_in", "layers", {"": _GPT_NEOX}),
-    "bert": Family("encoder", _WORDS, "encoder.layer", {"": _BERT}),
-    "roberta": Family("encoder", _WORDS, "encoder.layer", {"": _BERT}),
-    "distilbert": Family("encoder", _WORDS, "transformer.layer", {"": _DISTILBERT}),
+    "bert": Family("encoder", _WORDS, "encoder.layer", {"": _BERT}, "cls"),
+    "roberta": Family("encoder", _WORDS, "encoder.layer", {"": _BERT}, "lm_head"),
+    "distilbert": Family(
+        "encoder", _WORDS, "transformer.layer", {"": _DISTILBERT}, "vocab_transform"
+    ),
     "t5": Family("encoder-decoder", "shared", "block", _T5),
 }
 
@@ -368,6 +373,27 @@ class Anatomy:
             yield
         finally:
             self.bare = before
+
+    @contextlib.contextmanager
+    def reading(self, places: Int[Tensor, " n"]):
+        """Inside, the language-model head reads the hidden states at these places alone, numbered
+        through the rows of a batch: the model's logits are (n, vocab).
+
+        Other threads that run the model meanwhile get all logits.
+        """
+        mine = threading.get_ident()
+
+        def pick(module, args):
+            if threading.get_ident() == mine:
+                return (args[0].flatten(0, 1).index_select(0, places),)
+
+        path = FAMILIES[self.family].head
+        head = self.model.get_submodule(path) if path else self.model.get_output_embeddings()
+        handle = head.register_forward_pre_hook(pick)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     @property
     def takes_positions(self) -> bool:

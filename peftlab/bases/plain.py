@@ -14,7 +14,10 @@ __all__ = ["has_numbers", "plain"]
 
 
 def has_numbers(tensor: Tensor) -> bool:
-    """Whether the tensor's numbers can be read: not inside `vmap`, nor of a CUDA graph's steps."""
+    """Whether the tensor's numbers can be read: not inside `vmap`, nor of a CUDA graph's steps, nor
+    while a step is compiled."""
+    if torch.compiler.is_compiling():
+        return False
     recording = tensor.is_cuda and torch.cuda.is_current_stream_capturing()
     stacked = torch._C._functorch.is_batchedtensor(tensor)
     return not (recording or stacked or isinstance(tensor, FakeTensor))

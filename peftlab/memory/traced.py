@@ -36,10 +36,12 @@ from torch.utils._pytree import tree_map
 from transformers import masking_utils
 
 from peftlab.bases import CLASSES, FAMILIES, Base, LanguageModel
+from peftlab.bases.plain import plain
 from peftlab.bases.shapes import Shape, named_config, names
 from peftlab.memory.step import DTYPES, Counter, How, Memory, followed
 from peftlab.methods import Method
 from peftlab.methods.heads import Classification, Head, Spans
+from peftlab.tasks import IGNORED
 from peftlab.tuned import Tuned, attach
 
 
@@ -59,8 +61,8 @@ def predict(
     """What `measure` would find for these methods on this model, without its weights.
 
     `model` is a base, a transformers config, or a name of `bases.shapes.names()`. The step is on
-    `batch` full rows of `length` tokens, dropout off; T5's decoder writes `targets` tokens, as many
-    as `length` if not told.
+    `batch` full rows of `length` tokens, dropout off. The last `targets` tokens of a row have a
+    label, or all of them; T5's decoder writes so many tokens, as many as `length` if not told.
 
     `dtype` is that of the arithmetic and of a frozen model; what trains is in float32, and so is
     the whole of a model whose own parameters train. Below float32 the forward pass runs under
@@ -109,6 +111,10 @@ def rows(tuned: Tuned, batch: int, length: int, targets: int | None = None) -> d
             raise ValueError(f"{name}={value}: allowed is at least 1")
     ids = torch.zeros(batch, length, dtype=torch.long)
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+    if targets is not None:
+        with plain():  # their number decides what the head reads
+            given["labels"] = torch.full((batch, length), IGNORED)
+            given["labels"][:, -targets:] = 0
     if tuned.kind == "encoder-decoder":
         written = torch.zeros(batch, targets or length, dtype=torch.long)
         given |= {"decoder_input_ids": written, "labels": written.clone()}

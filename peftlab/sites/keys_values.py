@@ -7,7 +7,7 @@ from peftlab import attention
 from peftlab.attention import AttentionSite
 from peftlab.bases import Anatomy
 from peftlab.sites.embeddings import Read
-from peftlab.sites.site import Shown, Site
+from peftlab.sites.site import PerThread, Shown, Site
 
 
 class KeysValues(Site):
@@ -26,6 +26,7 @@ class KeysValues(Site):
         super().__init__("keys_values", [f"{site.name}.kv" for site in sites])
         self.anatomy, self.sites, self.read, self.shift = anatomy, sites, read, shift_positions
         self.inside: list[attention.Prefixed | attention.Dispatched] = []
+        self.apart = PerThread()  # this pass's prefix, its type, and what each sublayer reads
 
     def __enter__(self):
         prefixes = {s.module: LayerPrefix(self, i, s) for i, s in enumerate(self.sites)}
@@ -43,6 +44,7 @@ class KeysValues(Site):
         for context in reversed(self.inside):
             context.__exit__()
         self.inside = []
+        self.apart.set(None)
 
     def shown(self) -> list[Shown]:
         """The virtual keys and values, those of each attention at its place."""
@@ -52,6 +54,16 @@ class KeysValues(Site):
             for i, name in enumerate(self.names)
             for letter, how in (("P_k", "key"), ("P_v", "value"))
         ]
+
+    def parts(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+        """P_k and P_v of every sublayer: cast and taken apart once a forward pass, by whoever reads
+        first."""
+        made = self.read()
+        if (known := self.apart.get()) is None or known[0] is not made or known[1] != dtype:
+            apart = (made[letter].to(dtype).unbind(-4) for letter in ("P_k", "P_v"))
+            known = made, dtype, list(zip(*apart, strict=True))
+            self.apart.set(known)
+        return known[2]
 
     @property
     def count(self) -> int:
@@ -80,10 +92,9 @@ class LayerPrefix:
         shifted = site.shift and place.stack == "decoder" and not place.cross and biased
         self.table: nn.Module | None = biased[0] if shifted else None  # T5's relative positions
 
-    def read(self) -> tuple[Tensor, Tensor]:
+    def read(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """P_k and P_v, each (kv_heads, P, head_dim), or with a leading batch axis."""
-        made = self.site.read()
-        return made["P_k"][..., self.index, :, :, :], made["P_v"][..., self.index, :, :, :]
+        return self.site.parts(dtype)[self.index]
 
     def bias(self, queries: int, keys: int) -> Tensor | None:
         """T5's learned bias between the last `queries` of `keys` and the prefix before them."""

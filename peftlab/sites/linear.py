@@ -58,12 +58,12 @@ class LinearWeight(Site):
         if getattr(self.delta, "of_output", False):
             x += (self.linear.product(output),)
         if self.instead is None:
-            added = self._added(self.delta, *x)
+            added = self.added(self.delta, *x)
         else:
-            added = self.instead.apply(self._added, *x)
+            added = self.instead.apply(self, *x)
         return self.linear.add_to(output, added.to(output.dtype))
 
-    def _added(self, delta: Callable, x: Tensor, *product: Tensor) -> Tensor:
+    def added(self, delta: Callable, x: Tensor, *product: Tensor) -> Tensor:
         """The output of one delta, under the mask if there is one."""
         if self.linear.mask is None:
             return delta(x, *product)

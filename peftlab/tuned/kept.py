@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from peftlab.bases import LanguageModel
+from peftlab.methods.lora import LowRankDelta
 from peftlab.sites import Site
 from peftlab.tuned import layouts, saving
 
@@ -116,22 +117,36 @@ class Deltas:
 
     The weights multiply the deltas, not their factors: a sum of factors, (B₁ + B₂)(A₁ + A₂), would
     contain products of one adapter's A with another's B.
+
+    For rows with LoRA's deltas `factors` has the A of every row, (batch, r, d_in), and its B.
     """
 
     deltas: dict[str, Kept]
     weights: dict[str, int | float]
     rows: list[str] | None
 
-    def apply(self, added: Callable, *inputs: Tensor) -> Tensor:
-        """The output of all deltas, where `added(delta, *inputs)` is the output of one."""
+    def __post_init__(self):
+        self.factors: dict[str, Tensor] = {}
+        if self.rows and all(type(kept.delta) is LowRankDelta for kept in self.deltas.values()):
+            each = [self.deltas[name].tensors for name in self.rows]
+            self.factors = {key: torch.stack([tensors[key] for tensors in each]) for key in "AB"}
+
+    def apply(self, site: Site, *inputs: Tensor) -> Tensor:
+        """The output of all deltas, (batch, seq, d_out), where the site knows that of one."""
         if self.rows is None:
-            return sum(w * added(self.deltas[name], *inputs) for name, w in self.weights.items())
+            return sum(w * site.added(self.deltas[k], *inputs) for k, w in self.weights.items())
         if len(self.rows) != len(inputs[0]):
             raise ValueError(f"{len(self.rows)} deltas for a batch of {len(inputs[0])} rows")
+        if self.factors and site.linear.mask is None and inputs[0].ndim == 3:
+            return low_rank_rows(site.delta, *inputs, **self.factors)
+        return self.one_by_one(site, *inputs)
+
+    def one_by_one(self, site: Site, *inputs: Tensor) -> Tensor:
+        """The output for rows of different deltas: each delta runs once, on its own rows."""
         parts, order = [], []
-        for name, delta in self.deltas.items():  # each delta runs once, on its own rows
+        for name, delta in self.deltas.items():
             its = [i for i, row in enumerate(self.rows) if row == name]
-            parts.append(added(delta, *(tensor[its] for tensor in inputs)))
+            parts.append(site.added(delta, *(tensor[its] for tensor in inputs)))
             order += its
         return torch.cat(parts)[torch.tensor(order, device=parts[0].device).argsort()]
 
@@ -140,3 +155,16 @@ class Deltas:
         if self.rows is not None:
             raise ValueError("rows with deltas of their own cannot be merged into one weight")
         return sum(w * self.deltas[name].delta_weight() for name, w in self.weights.items())
+
+
+def low_rank_rows(
+    delta: LowRankDelta,
+    x: Float[Tensor, "batch seq d_in"],
+    A: Float[Tensor, "batch r d_in"],
+    B: Float[Tensor, "batch d_out r"],
+) -> Float[Tensor, "batch seq d_out"]:
+    """s B (A x) with an A and a B for every row: two batched products, however many adapters."""
+    if not torch.is_autocast_enabled(x.device.type):
+        x = x.to(A.dtype)
+    low = delta.dropout(x) @ A.mT * delta.scale  # batch seq r
+    return low @ B.mT

@@ -55,8 +55,11 @@ class TunedModule(nn.Module):
         token_type_ids: Tensor | None = None,
         use_cache: bool = False,  # some loops say it; no cache is made
         num_items_in_batch: Tensor | int | None = None,
+        with_logits: bool = True,
     ) -> Output:
         """The mean loss of the labels that are not −100, in nats, and the logits.
+
+        Without logits less is computed: see `batch_loss`.
 
         Labels stand at the tokens of `input_ids`, or of T5's decoder, whose input is made of them
         if it is not given. If a step has several batches or devices, `num_items_in_batch` is the
@@ -73,8 +76,11 @@ class TunedModule(nn.Module):
             if decoder_input_ids is None and labels is not None:
                 decoder_input_ids = self.model.prepare_decoder_input_ids_from_labels(labels)
             batch["decoder_input_ids"] = decoder_input_ids
-        logits = self.tuned(**batch)
-        loss = None if labels is None else self.tuned.label_loss(logits, labels)
+        logits = self.tuned(**batch) if with_logits else None
+        if with_logits:
+            loss = None if labels is None else self.tuned.label_loss(logits, labels)
+        else:
+            loss = self.tuned.batch_loss(batch | {"labels": labels})
         if loss is not None and num_items_in_batch is not None:
             here = self.labels_in(labels)  # a batch without a label has no mean
             loss = torch.where(here > 0, loss * here / num_items_in_batch, 0.0)

@@ -20,7 +20,8 @@ from models import (
     token_ids,
 )
 
-from peftlab import AdaLoRA, DoRA, LoRA, PrefixTuning, attach, train
+from peftlab import AdaLoRA, DoRA, LoRA, PrefixTuning, Prune, attach, train
+from peftlab.tuned.kept import Deltas
 
 FLOAT32, FLOAT64 = torch.float32, torch.float64
 NAMES = ("lora", "lora all", "dora", "pissa", "vera", "adalora")
@@ -72,6 +73,38 @@ def test_each_row_has_its_own(case, family):
         assert apart(answers(tuned), wanted) <= 4 * E
     double.use(None)
     assert all(torch.equal(x, y) for x, y in zip(answers(double), single[None], strict=True))
+
+
+@pytest.mark.parametrize("case", ["lora", "lora fused", "rslora plus", "nf4 + lora"])
+def test_rows_in_two_products_are_rows_one_by_one(case, monkeypatch):
+    """The page shows the loop; what runs is two batched products, unless a mask holds zeros."""
+    found = {}
+    for dtype in (FLOAT32, FLOAT64):
+        tuned = kept(case, "gpt2", dtype)
+        tuned.use(["b", "a", "b"])
+        assert all(site.instead.factors for site in tuned._sites if site.delta is not None)
+        products = answers(tuned)
+        with monkeypatch.context() as patch:
+            patch.setattr(Deltas, "apply", Deltas.one_by_one)
+            found[dtype] = [products, answers(tuned)]
+    (few, many), (few64, many64) = found.values()
+    E = max(apart(few, few64), apart(many, many64))
+    assert apart(few, many) <= 4 * E and apart(few64, many64) <= 4 * E * U64 / U32
+
+
+@pytest.mark.parametrize("methods", [[Prune(0.5), LoRA(r=3)], [DoRA(r=3)]])
+def test_what_has_no_two_products_runs_one_by_one(methods, monkeypatch):
+    tuned = attach(tiny("gpt2", FLOAT64), methods)
+    for seed, name in enumerate("ab"):
+        stir(tuned, seed)
+        tuned.keep(name)
+    tuned.use(["b", "a", "b"])
+    wanted, calls = answers(tuned), []
+    plain = Deltas.one_by_one
+    count = lambda self, *inputs: calls.append(1) or plain(self, *inputs)  # noqa: E731
+    monkeypatch.setattr(Deltas, "one_by_one", count)
+    assert all(torch.equal(x, y) for x, y in zip(answers(tuned), wanted, strict=True))
+    assert len(calls) == len(tuned.deltas)
 
 
 @ON_ALL
