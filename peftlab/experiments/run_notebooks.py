@@ -21,6 +21,7 @@ so that outputs of other code are found.
 
 import argparse
 import base64
+import copy
 import hashlib
 import io
 import json
@@ -222,8 +223,25 @@ def run(path: Path, picture: Camera | None, again: bool = True) -> float:
         tidy(notebook)
         add_pictures(notebook, picture, drawn)
         nbformat.validate(notebook)
-        nbformat.write(notebook, path)
+        path.write_text(written(notebook), encoding="utf-8")
     return seconds
+
+
+def written(notebook: nbformat.NotebookNode) -> str:
+    """The notebook as text, the data of each figure in one line.
+
+    With a line for every number, as nbformat writes them, a sixth of a lesson would be indentation.
+    """
+    lines, notebook = {}, copy.deepcopy(notebook)
+    for data in outputs_with_data(notebook):
+        for kind in {FIGURE, STILL} & data.keys():
+            place = f"figure {len(lines)} of this notebook"
+            lines[json.dumps(place)] = json.dumps(data[kind], ensure_ascii=False, sort_keys=True)
+            data[kind] = place
+    text = nbformat.writes(notebook)
+    for place, line in lines.items():
+        text = text.replace(place, line)
+    return text + "\n"
 
 
 def find_notebooks(names: list[str], folder: Path) -> list[Path]:

@@ -290,10 +290,10 @@ def play_all(
                 write(options.out / f"{kind}_{name}.json", whole(facts, several))
                 print(f"{name}: whole", flush=True)
     finally:
-        processes = list((pool._processes or {}).values())
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in processes:  # what runs now after `--seconds` is not waited for
-            process.terminate()
+        if time.monotonic() >= until:  # what runs now is not waited for
+            for process in list((pool._processes or {}).values()):
+                process.terminate()
+        pool.shutdown(cancel_futures=True)
     print(f"{len(problems)} problems", *problems, sep="\n")
     return progress
 

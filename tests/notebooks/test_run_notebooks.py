@@ -165,6 +165,18 @@ def test_what_is_stored_is_stored_again_without_a_run(stored):
     assert stored.read_bytes() == new.replace(b'"print(6 * 7)"', b'"raise SystemExit"')
 
 
+def test_a_figure_is_one_line_of_the_file_and_nothing_else_changes(stored):
+    text, notebook = stored.read_text(encoding="utf-8"), nbformat.read(stored, as_version=4)
+    figures = [out.data[FIGURE] for out in run_notebooks.outputs(notebook) if FIGURE in out.data]
+    wholes = [line for line in text.splitlines() if f'"{FIGURE}"' in line]
+    assert len(wholes) == len(figures) > 1
+    for line, figure in zip(wholes, figures, strict=True):
+        assert json.loads(line.split(": ", 1)[1].rstrip(",")) == figure
+    nbformat.write(notebook, stored)
+    assert nbformat.read(stored, as_version=4) == notebook
+    assert len(stored.read_text(encoding="utf-8")) > len(text)
+
+
 def test_nbval_compares_figures_by_what_a_reader_sees(stored):
     notebook = nbformat.read(stored, as_version=4)
     for cell, (old, new, _) in zip(notebook.cells[2:], CHANGES.values(), strict=True):
