@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 from peftlab.bases.draws import drawing
 from peftlab.tasks import IGNORED, Task
 from peftlab.tuned import Tuned
+from peftlab.tuned.compiled import CompiledLoss
 from peftlab.tuned.loops import follow
 from peftlab.tuned.module import TunedModule
 
@@ -166,7 +167,7 @@ def train(
     objective, optimizer, loader, accelerator = _prepare(module, task, run)
     if compile and accelerator.num_processes > 1:
         raise ValueError("compile=True: one process at a time, because gradients would not be sent")
-    compiled = _Compiled(tuned, accelerator) if compile else None
+    compiled = CompiledLoss(tuned, accelerator) if compile else None
     batches = chain.from_iterable(repeat(loader))  # epoch after epoch, without end
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: _warm_cosine(step, warmup, steps)
@@ -235,43 +236,6 @@ def train(
     if evaluate:
         run.metrics = task.score(tuned)
     return run
-
-
-class _Compiled:
-    """`tuned.batch_loss`, compiled once for every length that batches are padded to.
-
-    Its shapes are fixed, so logits are computed for all tokens, with or without a label.
-    """
-
-    def __init__(self, tuned: Tuned, accelerator: Accelerator):
-        self.tuned, self.accelerator = tuned, accelerator
-        mode = "reduce-overhead" if tuned.device.type == "cuda" else None
-        self.loss = torch.compile(tuned.batch_loss, mode=mode, dynamic=False)
-
-    def __call__(self, batch: dict[str, Tensor]) -> Tensor:
-        for key in ("input_ids", "decoder_input_ids"):
-            if key in batch:
-                self.tuned.check_ids(batch[key])
-        batch = padded(batch, self.tuned.tokenizer.pad_token_id, self.tuned.context)
-        torch.compiler.cudagraph_mark_step_begin()  # the last step's loss and gradients are used
-        with self.accelerator.autocast():
-            return self.loss(batch)
-
-
-def padded(batch: dict[str, Tensor], pad: int, context: int) -> dict[str, Tensor]:
-    """The batch with rows, and T5's targets, as long as the next power of two from 32 on.
-
-    Rows stay within the context. Nothing that is added is read or has a label.
-    """
-    fills = {"input_ids": pad, "attention_mask": 0, "decoder_input_ids": pad, "labels": IGNORED}
-    read = batch.get("decoder_input_ids", batch["input_ids"])
-    made = {}
-    for key, tensor in batch.items():
-        length = tensor.shape[-1]
-        more = min(max(32, 1 << (length - 1).bit_length()), max(context, length)) - length
-        by_token = key != "labels" or tensor.shape == read.shape  # a head may have other labels
-        made[key] = F.pad(tensor, (0, more), value=fills[key]) if by_token else tensor
-    return made
 
 
 def _not_finite(

@@ -66,8 +66,7 @@ def gather(source: Path) -> None:
     shutil.copytree(HERE / "static", static)
     for path in (Path(plotly.__file__).parent / "package_data/plotly.min.js", mathjax()):
         shutil.copy(path, static)
-    for name in ("five_sites.png", "lesson_06.png"):
-        shutil.copy(ROOT / "data/results" / name, source)
+    shutil.copy(ROOT / "data/results/five_sites.png", source)
 
     (static / "lessons").mkdir()
     (source / "lessons").mkdir()

@@ -10,7 +10,7 @@ from models import CASES, PLAIN, U32, adapted, letters, put, surroundings, tiny
 
 from peftlab import PTuning, QLoRA, attach, train
 from peftlab.methods.heads import Classification, Spans
-from peftlab.training import padded
+from peftlab.tuned.compiled import padded
 
 FLOAT32, FLOAT64 = torch.float32, torch.float64
 TRACED = [(family, case) for family, case in PLAIN if "qlora" not in case]

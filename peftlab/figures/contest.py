@@ -33,11 +33,13 @@ def score_intervals(result: Result, title: str) -> go.Figure:
         ),
     )  # fmt: skip
     if len(result.references):
-        for label, score in result.references.groupby("label")[result.main].mean().items():
+        means = result.references.groupby("label")[result.main].mean()
+        for at, (label, score) in enumerate(means.items()):  # words at two heights: lines lie close
             fig.add_vline(x=score, line=dict(color=GREY, dash="dash"))
             fig.add_annotation(
-                x=score, y=1, yref="paper", text=label, showarrow=False, textangle=-90,
-                xanchor="left", yanchor="top", font=dict(size=12, color=GREY),
+                x=score, y=1 - 0.5 * (at % 2), yref="paper", text=label, showarrow=False,
+                textangle=-90, xanchor="left", yanchor="top", font=dict(size=12, color=GREY),
+                bgcolor=theme().paper, borderpad=0,
             )  # fmt: skip
     fig.update_layout(
         xaxis=dict(range=[-0.05, 1.05], tickformat=".0%"),

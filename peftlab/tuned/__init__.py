@@ -5,6 +5,7 @@ kept      several adapters on one base: keep, use, rows, weighted sums
 saving    adapters written to and read from folders, with checks; plain models
 layouts   the places of each method's tensors in PEFT's files
 interop   adapters to PEFT and from PEFT
+compiled  the batch loss by torch.compile
 devices   several processes that train one adapter, and may share out the base
 """
 
