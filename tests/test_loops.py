@@ -79,7 +79,11 @@ def test_it_is_the_adapted_model(case, family):
     assert torch.equal(output["logits"], output.logits) and torch.equal(output[0], output.loss)
     if family == "t5":
         batch["decoder_input_ids"] = tuned.model._shift_right(batch["labels"])
-    assert torch.equal(module(**batch, with_logits=False).loss, tuned.batch_loss(batch))
+    alone = tuned.batch_loss(batch)
+    assert torch.equal(module(**batch, with_logits=False).loss, alone)
+    share = alone * module.labels_in(batch["labels"]) / 100
+    given = batch | {"with_logits": False, "num_items_in_batch": 100}
+    torch.testing.assert_close(module(**given).loss, share)
     given = {key: tensor for key, tensor in batch.items() if key != "labels"}
     assert torch.equal(output.loss, tuned.label_loss(tuned(**given), batch["labels"]))
     assert "loss" not in module(**{key: t for key, t in batch.items() if key != "labels"})
