@@ -352,3 +352,11 @@ def test_the_base_foretells_no_label():
     with pl.attach(base, pl.LoRA()) as tuned:
         loss = tuned.batch_loss(task.batch_for(base, task.train)).item()
     assert trends.bits(loss, 64, memorising.CLASSES) == 0
+
+
+def test_an_unknown_contest_is_refused_by_name(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["studies", "rates", "--contests", "facts-1"])
+    with pytest.raises(SystemExit):
+        studies.main()
+    told = capsys.readouterr().err
+    assert "no contest facts-1: there are rates-" in told

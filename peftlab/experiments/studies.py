@@ -402,6 +402,8 @@ def main() -> None:
     contests = made(options.study, options.device, options.out, 6 if options.smoke else 30)
     if options.contests:
         known = {contest.name: contest for contest in contests}
+        if unknown := set(options.contests) - set(known):
+            parser.error(f"no contest {', '.join(sorted(unknown))}: there are {', '.join(known)}")
         contests = [known[name] for name in options.contests]
     if options.plan:
         print(*plan(contests, study.progress), sep="\n")
