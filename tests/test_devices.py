@@ -173,11 +173,12 @@ def test_notebook_launcher(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as free:  # this launcher cannot look for one
         port = free.getsockname()[1]
     program = (
-        "from accelerate import notebook_launcher; from pathlib import Path\n"
+        "import os; from accelerate import notebook_launcher; from pathlib import Path\n"
         "from devices import trained\n"
         "def cell(folder):\n"
         "    losses = trained('gpt2', 'lora', out=Path(folder)).losses\n"
-        "    print('losses', *losses, flush=True)\n"
+        "    line = ' '.join(map(str, ['losses', *losses]))\n"
+        "    os.write(1, f'{line}\\n'.encode())\n"  # whole: two processes share one pipe
         f"given = ({str(tmp_path / 'run')!r},)\n"
         f"notebook_launcher(cell, given, num_processes=2, use_port='{port}')\n"
     )
