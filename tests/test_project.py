@@ -31,7 +31,6 @@ TOP_LEVEL = {
     "notebooks",
     "peftlab",
     "pyproject.toml",
-    "site",
     "tests",
 }
 # Each room may import itself and the rooms before it.

@@ -46,7 +46,7 @@ ALIVE = {  # what a panel says of itself where it is stored
     "Rank lab": "rank",
 }
 
-sys.path.append(str(ROOT / "site"))
+sys.path.append(str(ROOT / "notebooks/site"))
 import docstrings  # noqa: E402
 import lessons  # noqa: E402
 import panels_data  # noqa: E402
@@ -56,7 +56,7 @@ import panels_data  # noqa: E402
 def site(tmp_path_factory) -> Path:
     """The folder with the site, built by the command that its own file names."""
     folder = tmp_path_factory.mktemp("site") / "html"
-    command = [sys.executable, "site/build.py", str(folder)]
+    command = [sys.executable, "notebooks/site/build.py", str(folder)]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     }
@@ -179,7 +179,7 @@ def test_the_program_for_nbgrader_makes_an_assignment_that_can_be_passed(tmp_pat
     shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
     (tmp_path / "source/lesson_06").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    text = (ROOT / "site/pages/instructors.md").read_text(encoding="utf-8")
+    text = (ROOT / "notebooks/site/pages/instructors.md").read_text(encoding="utf-8")
     [program] = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     exec(program, {})
     made = nbformat.read("source/lesson_06/lora.ipynb", as_version=4)
@@ -199,7 +199,7 @@ def test_the_program_for_nbgrader_makes_an_assignment_that_can_be_passed(tmp_pat
 
 
 def test_the_image_for_a_hub_installs_what_the_readme_does():
-    page = (ROOT / "site/pages/instructors.md").read_text(encoding="utf-8")
+    page = (ROOT / "notebooks/site/pages/instructors.md").read_text(encoding="utf-8")
     [image] = re.findall(r"^```dockerfile\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     [start] = re.findall(r"^pip install .*python -m peftlab start$", readme, re.MULTILINE)
@@ -244,7 +244,7 @@ def test_the_workflow_publishes_what_the_command_builds():
     workflow = yaml.safe_load((ROOT / ".github/workflows/site.yml").read_text(encoding="utf-8"))
     build, publish = workflow["jobs"]["build"], workflow["jobs"]["publish"]
     commands = [step["run"] for step in build["steps"] if "run" in step]
-    assert commands[-1] == "python site/build.py build/site"
+    assert commands[-1] == "python notebooks/site/build.py build/site"
     [upload] = [s for s in build["steps"] if "upload-pages-artifact" in s.get("uses", "")]
     assert upload["with"]["path"] == "build/site"
     assert publish["permissions"] == {"pages": "write", "id-token": "write"}

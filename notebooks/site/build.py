@@ -1,7 +1,7 @@
 """Build the site of the course: lessons as they are stored, panels, and a reference.
 
-    python site/build.py                 into build/site; open build/site/index.html
-    python site/build.py FOLDER
+    python notebooks/site/build.py                 into build/site; open build/site/index.html
+    python notebooks/site/build.py FOLDER
 
 No lesson is run, and nothing is fetched. A warning of Sphinx is an error. Needs `.[site]`.
 """
@@ -23,7 +23,7 @@ import reference
 from sphinx.cmd.build import build_main
 
 HERE = Path(__file__).parent
-ROOT = HERE.parent
+ROOT = HERE.parents[1]
 
 
 def mathjax() -> Path:
