@@ -142,6 +142,15 @@ def test_learning_curves_skip_the_steps_without_the_metric():
     assert list(figure.data[0].x) == [3, 5] and list(figure.data[0].y) == [0.5, 0.9]
 
 
+def test_a_curve_that_lies_under_others_is_wider_than_they_are():
+    same, apart = history(0), history(0).assign(loss=history(0).loss + 3)
+    drawn = figures.learning_curves({"a": same, "b": apart, "c": same, "d": same}).data
+    a, b, c, d = (trace.line.width for trace in drawn)
+    assert a > c > d == b
+    a, b, c, d = (trace.marker.size for trace in drawn)
+    assert a > c > d == b
+
+
 def test_two_settings_of_one_method_differ_in_dash():
     figure = figures.learning_curves({"LoRA r=1": history(0), "LoRA r=8": history(1)})
     assert figure.data[0].line.color == figure.data[1].line.color

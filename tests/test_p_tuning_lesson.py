@@ -9,6 +9,8 @@ import json
 import statistics
 
 import nbformat
+import numpy as np
+import pandas as pd
 import peft
 import pytest
 import torch
@@ -135,6 +137,15 @@ def test_every_run_is_a_point_and_equal_ones_do_not_hide_each_other(ten):
     assert means == pytest.approx(runs.groupby("label", sort=False).exact.mean().tolist())
     low = figure.layout.yaxis.range[1]
     assert all(low < y for _, y in points)
+
+
+@pytest.mark.parametrize("equal", [1, 9, 30])
+def test_a_stack_of_equal_runs_ends_below_the_row_above(equal):
+    runs = pd.DataFrame({"kind": ["above"] + ["below"] * equal, "exact": 1.0})
+    figure = figures.seeds_in_rows(runs, "exact", "kind", "t", "share")
+    heights = [y for trace in figure.data if trace.name == "below" for y in trace.y]
+    assert len(set(heights)) == equal and all(0.39 < y <= 1 for y in heights)
+    assert figure.layout.height / 2 * min([1, *-np.diff(heights)]) > 5  # pixels that one rises
 
 
 # --- a step through a network --------------------------------------------------------------------

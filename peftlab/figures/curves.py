@@ -27,32 +27,56 @@ def learning_curves(
     title: str | None = None,
     y_title: str | None = None,
 ) -> go.Figure:
-    """A metric against the step, one colour a method; of several seeds each one, and the mean."""
+    """A metric against the step, one colour a method; of several seeds each one, and the mean.
+
+    A curve that lies under others is wider than they are, so that its edges can be seen.
+    """
     y_title = y_title or ("loss (nats per token)" if metric == "loss" else metric.replace("_", " "))
     fig = figure(
         title or f"{metric.replace('_', ' ').capitalize()} during training", "step", y_title
     )
+    means, wide = {}, {}
     for label, style in styles(histories).items():
         runs = histories[label]
         runs = [runs] if isinstance(runs, pd.DataFrame) else list(runs)
         runs = [run[["step", metric]].dropna() for run in runs]
+        means[label] = pd.concat(runs).groupby("step")[metric].mean()
         line = dict(color=style["colour"], dash=style["dash"])
         if len(runs) > 1:
             for run in runs:
                 thin = dict(mode="lines", line=dict(width=1, **line), opacity=0.35)
                 fig.add_scatter(x=run["step"], y=run[metric], **thin, showlegend=False, name=label)
-        mean = pd.concat(runs).groupby("step", as_index=False)[metric].mean()
+        mean = means[label]
         few = len(mean) <= 30
         fig.add_scatter(
-            x=mean["step"],
-            y=mean[metric],
+            x=mean.index,
+            y=mean,
             mode="lines+markers" if few else "lines",
             line=dict(width=2.5, **line),
             marker=dict(symbol=style["marker"], size=8, color=style["colour"]),
             name=f"{label} (mean of {len(runs)} seeds)" if len(runs) > 1 else label,
             showlegend=True,
         )
+        wide[label] = fig.data[-1]
+    for label, above in _curves_above(means).items():
+        wide[label].line.width += 4 * above
+        wide[label].marker.size += 6 * above
     return fig
+
+
+def _curves_above(curves: Mapping[str, pd.Series]) -> dict[str, int]:
+    """How many of the curves drawn after each one hide it: at half of its steps or more they lie
+    within a hundredth of the height of all."""
+    drawn = pd.DataFrame(curves)
+    near = (drawn.max().max() - drawn.min().min()) / 100
+    labels = list(curves)
+    return {
+        label: sum(
+            bool((drawn[label] - drawn[other]).abs().le(near).sum() >= max(2, least))
+            for other in labels[i + 1 :]
+        )
+        for i, (label, least) in enumerate((drawn.count() / 2).items())
+    }
 
 
 def small_multiples(

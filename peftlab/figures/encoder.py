@@ -334,8 +334,11 @@ def seeds_in_rows(table: pd.DataFrame, value: str, row: str, title: str, x_title
     """Every run as a point, a row for each value of `row` from the top; runs that are equal stand
     one on another, and a bar marks the mean."""
     rows = list(dict.fromkeys(table[row]))
-    fig = figure(title, x_title, "", height=130 + 62 * len(rows), showlegend=False, margin_l=160)
-    colour, step = theme().line(PROMPT), 0.09
+    high = table.groupby(row)[value].agg(lambda runs: runs.value_counts().max()).max()
+    tall = max(62, 5.6 * (high - 1) / 0.6)  # pixels: a stack ends well below the row above
+    height = 130 + round(tall * len(rows))
+    fig = figure(title, x_title, "", height=height, showlegend=False, margin_l=160)
+    colour, step = theme().line(PROMPT), 5.6 / tall
     for at, name in enumerate(rows):
         runs = table.loc[table[row] == name, value].sort_values()
         level = runs.groupby(runs).cumcount()  # how many equal ones lie below
@@ -344,7 +347,6 @@ def seeds_in_rows(table: pd.DataFrame, value: str, row: str, title: str, x_title
         mean = dict(type="line", x0=runs.mean(), x1=runs.mean(), y0=at + 0.2, y1=at - 0.35)
         fig.add_shape(**mean, line=dict(color=theme().ink, width=2.5))
     fig.update_layout(title=dict(x=0, xref="container", pad_l=12))
-    high = table.groupby(row)[value].agg(lambda runs: runs.value_counts().max()).max()
     ends = [len(rows) - 0.6, -max(0.5, step * high + 0.1)]
     return fig.update_yaxes(tickvals=list(range(len(rows))), ticktext=rows, range=ends)
 

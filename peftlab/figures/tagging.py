@@ -253,8 +253,8 @@ def scores_by_size(
         rows = table[table["panel"] == name]
         for label, style in looks.items():
             mine = rows[rows["label"] == label].sort_values(x)
-            look = dict(color=style["colour"], symbol=style["marker"], size=9)
-            points = dict(x=mine[x], y=mine[y], mode="markers", marker=look, opacity=0.6)
+            look = dict(color=style["colour"], symbol=style["marker"], size=8)
+            points = dict(x=mine[x], y=mine[y], mode="markers", marker=look)
             fig.add_scatter(**points, xaxis=axis, name=label, showlegend=False)
             mean = mine.groupby(x)[y].mean()
             line = dict(x=mean.index, y=mean, mode="lines", line=dict(color=style["colour"]))
