@@ -34,6 +34,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
+import numpy as np
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
@@ -102,8 +103,9 @@ def camera() -> Iterator[Camera]:
 def small(png: str) -> str:
     """A base64 PNG with at most 64 colours, a quarter of the bytes, as a card with round corners.
 
-    Words stay sharp. The corners are transparent, so that on dark paper it lies as a card and does
-    not end like a hole. What is small already stays as it is.
+    Words stay sharp, and the colour of a mark stays what it is. The corners are transparent, so
+    that on dark paper it lies as a card and does not end like a hole. What is small already stays
+    as it is.
     """
     from PIL import Image, ImageDraw
     from PIL.Image import open as picture_in
@@ -112,7 +114,7 @@ def small(png: str) -> str:
     if "transparency" in image.info:
         return png
     colours, steps, fine, size = 64, 4, 4, image.size  # an edge has 4 shades, from clear on
-    few = image.convert("RGB").quantize(colours, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    few = in_few_colours(image.convert("RGB"), colours)
     card = Image.new("L", (size[0] * fine, size[1] * fine))
     whole = (0, 0, card.width - 1, card.height - 1)
     ImageDraw.Draw(card).rounded_rectangle(whole, CORNER * SCALE * fine, fill=steps)
@@ -125,6 +127,25 @@ def small(png: str) -> str:
     clear = bytes([255] * colours + [255 * step // steps for step in range(steps)])
     few.save(out := io.BytesIO(), "PNG", optimize=True, transparency=clear)
     return base64.b64encode(out.getvalue()).decode()
+
+
+def in_few_colours(image, colours: int):
+    """The picture with a palette: two thirds of it are the colours that most pixels have, exactly,
+    so that lines and marks keep theirs; the rest is for shades. A pixel takes the nearest.
+    """
+    from PIL import Image
+
+    pixels = np.asarray(image).reshape(-1, 3)
+    every, where, count = np.unique(pixels, axis=0, return_inverse=True, return_counts=True)
+    often = every[np.argsort(-count, kind="stable")[: colours * 2 // 3]]
+    left = colours - len(often)
+    shades = image.quantize(left, Image.Quantize.MEDIANCUT).getpalette()[: 3 * left]
+    palette = np.concatenate([often, np.array(shades, dtype=np.uint8).reshape(-1, 3)])
+    apart = [np.square(every.astype(int) - colour).sum(axis=1) for colour in palette.astype(int)]
+    nearest = np.argmin(apart, axis=0).astype(np.uint8)
+    few = Image.fromarray(nearest[where.reshape(-1)].reshape(image.size[::-1]), "P")
+    few.putpalette(palette.flatten().tolist())
+    return few
 
 
 def figure_in(data: dict) -> dict | None:
@@ -207,16 +228,17 @@ def add_pictures(notebook, picture: Camera, drawn: dict[str, str]) -> None:
             output.setdefault("metadata", {})[PNG] = about
 
 
-def run(path: Path, picture: Camera | None, again: bool = True) -> float:
+def run(path: Path, picture: Camera | None, again: bool = True, redraw: bool = False) -> float:
     """Execute one notebook; write it back only where a camera is given. Returns seconds.
 
-    Without `again` nothing runs, and the outputs it has are what is stored.
+    Without `again` nothing runs, and the outputs it has are what is stored. A figure whose data is
+    what it was keeps its picture, unless all are to be drawn again.
     """
     notebook = nbformat.read(path, as_version=4)
     drawn = {
         json.dumps(figure_in(data), sort_keys=True): small(data[PNG])
         for data in outputs_with_data(notebook)
-        if PNG in data and figure_in(data)
+        if PNG in data and figure_in(data) and not redraw
     }
     seconds = execute(notebook, path.parent) if again else 0.0
     if picture is not None:
@@ -262,20 +284,23 @@ def main(arguments: list[str] | None = None) -> int:
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--check", action="store_true", help="run, and write nothing")
     instead.add_argument("--stored", action="store_true", help="write the outputs, and run nothing")
+    parser.add_argument("--redraw", action="store_true", help="draw every picture from its data")
     options = parser.parse_args(arguments)
     paths = find_notebooks(options.names, options.folder)
     if options.check:
         return run_all(paths, None)
     with camera() as picture:
-        return run_all(paths, picture, again=not options.stored)
+        return run_all(paths, picture, not options.stored, options.redraw)
 
 
-def run_all(paths: list[Path], picture: Camera | None, again: bool = True) -> int:
+def run_all(
+    paths: list[Path], picture: Camera | None, again: bool = True, redraw: bool = False
+) -> int:
     """Run each notebook; one that fails keeps its stored text. Returns how many failed."""
     failed = 0
     for path in paths:
         try:
-            print(f"{path}: {run(path, picture, again):.1f} s", flush=True)
+            print(f"{path}: {run(path, picture, again, redraw):.1f} s", flush=True)
         except CellExecutionError as error:
             failed += 1
             print(f"{path}: not written, a cell failed\n{error}", file=sys.stderr, flush=True)

@@ -152,6 +152,36 @@ def test_a_second_run_changes_nothing_and_draws_nothing(stored):
     assert stored.read_bytes() == before
 
 
+def test_redraw_makes_the_picture_of_unchanged_data_again(stored):
+    before, asked = stored.read_bytes(), []
+
+    def other_camera(figure):
+        asked.append(figure)
+        return run_notebooks.small(red_square(figure))
+
+    run_notebooks.run(stored, other_camera, again=False)
+    assert not asked
+    run_notebooks.run(stored, other_camera, again=False, redraw=True)
+    assert len(asked) == len(set(map(json.dumps, asked))) > 1
+    assert stored.read_bytes() == before
+
+
+def test_small_keeps_the_colours_of_marks_among_a_thousand_shades():
+    rng, marks = np.random.default_rng(0), ["#C07F00", "#D55E00", "#3D95C9", "#0072B2"]
+    pixels = np.full((300, 300, 3), 255, dtype=np.uint8)
+    pixels[200:] = rng.integers(0, 256, (100, 300, 3))
+    pixels[190:200] = np.linspace(0, 255, 300, dtype=np.uint8)[:, None]
+    for i, mark in enumerate(marks):  # each as large as one point of a figure
+        pixels[20:30, 20 * i + 20 : 20 * i + 30] = [int(mark[k : k + 2], 16) for k in (1, 3, 5)]
+    Image.fromarray(pixels).save(out := io.BytesIO(), "PNG")
+    stored = base64.b64decode(run_notebooks.small(base64.b64encode(out.getvalue()).decode()))
+    few = Image.open(io.BytesIO(stored))
+    assert few.mode == "P" and few.getextrema()[1] < 64 + 4
+    few = np.asarray(few.convert("RGBA").convert("RGB"))
+    np.testing.assert_array_equal(few[20:30, 20:100], pixels[20:30, 20:100])
+    assert np.abs(few[200:].astype(int) - pixels[200:]).mean() < 40
+
+
 def test_what_is_stored_is_stored_again_without_a_run(stored):
     """Figures under Plotly's own type and PNGs that say no width come from older notebooks."""
     new, notebook = stored.read_bytes(), nbformat.read(stored, as_version=4)
