@@ -1,12 +1,16 @@
 """What every stored lesson must be for nbval to mean something, and for a learner to read it."""
 
+import base64
+import io
 import json
 import re
 from functools import cache
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
+from PIL import Image
 
 import peftlab
 from peftlab.experiments.run_notebooks import PLOTLY, PNG, RAN, digest, figure_in, outputs, width_of
@@ -107,6 +111,33 @@ def test_its_figures_have_pictures_and_load_nothing(path):
         if figure := figure_in(data):
             assert PNG in data and output["metadata"][PNG]["width"] == width_of(figure)
         assert not re.search(r"<script[^>]+src=|@import|cdn\.", data.get("text/html", ""))
+
+
+def full_marks(figure: dict) -> set[str]:
+    """The colours of a figure's filled points; none where translucent points may lie on them."""
+    found = set()
+    if any(trace.get("marker", {}).get("opacity", 1) != 1 for trace in figure["data"]):
+        return found
+    for trace in figure["data"]:
+        mark = trace.get("marker", {})
+        colour, symbol = mark.get("color"), str(mark.get("symbol", "circle"))
+        solid = trace.get("opacity", 1) == 1
+        filled = "markers" in trace.get("mode", "") and not re.search("open|line", symbol)
+        if solid and filled and isinstance(colour, str) and colour.startswith("#"):
+            found.add(colour.lower())
+    return found
+
+
+@every_lesson
+def test_its_pictures_have_the_colours_of_their_data(path):
+    """A picture that was drawn from other data is found; `run_notebooks --redraw` mends it."""
+    for output in outputs(lesson(path)):
+        figure = figure_in(output["data"])
+        if figure is not None and (wanted := full_marks(figure)):
+            picture = Image.open(io.BytesIO(base64.b64decode(output["data"][PNG])))
+            pixels = np.asarray(picture.convert("RGBA").convert("RGB")).reshape(-1, 3)
+            colours = {f"#{bytes(pixel).hex()}" for pixel in np.unique(pixels, axis=0)}
+            assert wanted <= colours, figure["layout"]["title"]["text"]
 
 
 @every_lesson
