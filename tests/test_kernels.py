@@ -157,7 +157,8 @@ def test_a_trace_sees_the_tensors_that_come_out_and_no_others(dtype, double_quan
 
     class Seen(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            seen.append(str(function))
+            if function is not torch.ops.prim.device.default:  # the question where a tensor is
+                seen.append(str(function))
             return function(*args, **kwargs or {})
 
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True), kernels.used():
