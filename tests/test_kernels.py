@@ -1,7 +1,8 @@
 """Triton's kernels for codes of four bits against the page that they stand beside, bit for bit.
 
 Where Triton is installed they run in its interpreter on the CPU, in a process of its own, because
-Triton asks for the interpreter when it is imported. Where there is a GPU, they run there as well.
+Triton asks for the interpreter when it is imported; and they are compiled for a GPU that need not
+be there. Where there is one, they run on it as well.
 """
 
 import importlib.util
@@ -93,6 +94,42 @@ def test_in_the_interpreter():
     ran = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.splitlines()[-1] == f"{len(cases())} cases"
+
+
+def machine_code(kernel, types: dict[str, str], **constants):
+    """The kernel for a Hopper GPU, made without one: its assembly in words."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    given = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    source = triton.compiler.ASTSource(kernel, given, constants)
+    target = GPUTarget("cuda", 90, 32)
+    options = {"num_warps": 4, "enable_fp_fusion": False}
+    return triton.compile(source, target=target, options=options).asm["ptx"]
+
+
+@pytest.mark.skipif(NO_TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16", "fp64"])
+def test_the_compiler_takes_what_the_interpreter_took(dtype, tmp_path, monkeypatch):
+    """The interpreter is more lenient, and it has no sums and products to fuse."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from peftlab.sites import triton_codes as made
+
+    shape = {"BLOCK": 24, "ROWS": 128, "WIDTH": 32}
+    halves = {"halfway": "*fp32"}
+    for double in (False, True):
+        types = dict.fromkeys(("scale", "mean", "levels", "dynamic"), "*fp32")
+        types |= {"packed": "*u8", "absmax": "*u8" if double else "*fp32", "blocks": "i32"}
+        types |= {"out": f"*{dtype}"}
+        code = machine_code(made.decode, types, GROUP=256, DOUBLE=double, **shape)
+        assert "fma" not in code and ".ftz" not in code
+    types = halves | {"flat": f"*{dtype}", "order": "*i32", "packed": "*u8"}
+    types |= {"absmax": "*fp32", "blocks": "i32"}
+    code = machine_code(made.encode, types, SMALLEST=made.SMALLEST, **shape)
+    assert "div.rn.f32" in code and "div.full" not in code and "fma" not in code
+    types = halves | {"values": "*fp32", "codes": "*u8", "scale": "*fp32", "n": "i32"}
+    code = machine_code(made.encode_scales, types, SMALLEST=made.SMALLEST, GROUP=256, ROWS=16)
+    assert "div.rn.f32" in code and "div.full" not in code and "fma" not in code
 
 
 needs_gpu = pytest.mark.skipif(

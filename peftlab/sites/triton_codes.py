@@ -64,7 +64,7 @@ def below(scaled, halfway, BITS: tl.constexpr):
     """How many of the 2^BITS − 1 halfway points, in rising order, lie below: a search by halves."""
     count = tl.zeros_like(scaled).to(tl.int32)
     for bit in tl.static_range(BITS):
-        step: tl.constexpr = 1 << (BITS - 1 - bit)
+        step = 1 << (BITS - 1 - bit)
         count += tl.where(scaled > tl.load(halfway + count + (step - 1)), step, 0)
     return count
 
