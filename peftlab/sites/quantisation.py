@@ -18,11 +18,11 @@ import functools
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Float32, Shaped, UInt8
+from jaxtyping import Float, Float32, Int32, Shaped, UInt8
 from torch import Tensor
-from torch.nn.functional import embedding, pad
+from torch.nn.functional import pad
 
-from peftlab.bases.plain import plain
+from peftlab.bases.plain import has_numbers, plain
 from peftlab.sites import kernels
 
 Levels = Float32[Tensor, " levels"]
@@ -122,7 +122,24 @@ def nearest(values: Float32[Tensor, "*size"], levels: Levels) -> UInt8[Tensor, "
     """
     ordered, order = levels.sort(stable=True)
     halfway = (ordered[:-1] + ordered[1:]) / 2
-    return order[torch.bucketize(values, halfway)].to(torch.uint8)
+    found = order.to(torch.uint8).index_select(0, below(values, halfway).flatten())
+    return found.view(values.shape)
+
+
+def below(
+    values: Float32[Tensor, "*size"], halfway: Float32[Tensor, " points"]
+) -> Int32[Tensor, "*size"]:
+    """How many of the points, in rising order, lie below each value.
+
+    A search in a table for each value. If the points are few, a CPU passes faster over all values
+    once for each point.
+    """
+    if len(halfway) > 15 or values.device.type != "cpu" or not has_numbers(values):
+        return torch.bucketize(values, halfway, out_int32=True)
+    count = torch.zeros(values.shape, dtype=torch.uint8)
+    for point in halfway:
+        count += values > point
+    return count.int()
 
 
 def blockwise(
@@ -207,7 +224,8 @@ class Quantised:
             size = self.numbers, self.shape, self.block_size
             return torch.ops.peftlab.dequantise(*held, *size, dtype)
         pairs = torch.cartesian_prod(*[pad(self.levels, (0, 16 - len(self.levels)))] * 2)
-        values = embedding(self.packed.int(), _there(pairs, self.packed.device)).view(-1)
+        both = _there(pairs, self.packed.device).view(torch.int64).flatten()  # two levels' bits
+        values = both.index_select(0, self.packed.int()).view(torch.float32)
         values = values[: self.shape.numel()].view(-1, self.block_size)
         return values.mul_(self.scales[:, None]).view(self.shape).to(dtype)
 
