@@ -53,11 +53,15 @@ def take(tensor: Tensor, block_size: int) -> bool:
     return can_run(tensor.device.index)
 
 
-@torch.compiler.assume_constant_result
-@functools.cache
+@torch.compiler.assume_constant_result  # a compiler asks once, and does not look inside
 def can_run(index: int | None = None) -> bool:
     """Whether this GPU, the current one without an index, can run Triton's kernels: it is at least
     an Ampere, and Triton is installed and finds the C compiler that it makes launchers with."""
+    return _can_run(index)
+
+
+@functools.cache
+def _can_run(index: int | None) -> bool:
     if not torch.cuda.is_available() or torch.version.cuda is None:
         return False
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
