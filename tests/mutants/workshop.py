@@ -28,7 +28,6 @@ LEFT_OUT = (
     "tests/browser/",
     "tests/notebooks/",
     "tests/test_colab.py",
-    "tests/test_doctor.py",
     "tests/test_recipe.py",
     "tests/test_wheel.py",
 )
@@ -100,6 +99,10 @@ class Workshop:
         paths = sorted(self.tree.glob("tests/**/test_*.py"), key=lambda path: path.stat().st_size)
         names = [path.relative_to(self.tree).as_posix() for path in paths]
         return [name for name in names if not name.startswith(LEFT_OUT)]
+
+    def lessons(self) -> list[str]:
+        paths = sorted(self.tree.glob("notebooks/*.ipynb"))
+        return [path.relative_to(self.tree).as_posix() for path in paths]
 
     def settle(self) -> None:
         """What `tests/conftest.py` sets before it imports anything, and then the libraries."""
