@@ -175,6 +175,7 @@ class Workshop:
 
     def _child(self, options: list[str], plugin: Outcomes, environment: dict) -> None:
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the background ignores Ctrl-C
         log = os.open(self.folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1), os.dup2(log, 2)
         os.environ |= environment
