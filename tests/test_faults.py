@@ -256,8 +256,13 @@ def test_a_folder_is_replaced_whole(tmp_path, monkeypatch, exchange):
         with stir(attach(base, LoRA(r=2, alpha=alpha)), alpha) as tuned:
             state, _ = tuned.state(), tuned.save(folder)
         (folder / "README.md").write_text("mine")
+        (folder / "runs" / "first").mkdir(parents=True, exist_ok=True)
+        (folder / "runs" / "first" / "log.txt").write_text("mine too")
     assert [path.name for path in tmp_path.iterdir()] == ["it"]
     with attach(base, folder) as again:
+        again.save(folder)  # what is no part of an adapter goes along, folders too
+        assert (folder / "README.md").read_text() == "mine"
+        assert (folder / "runs" / "first" / "log.txt").read_text() == "mine too"
         assert again.methods == [LoRA(r=2, alpha=8)]
         assert all(torch.equal(again.state()[name], tensor) for name, tensor in state.items())
 

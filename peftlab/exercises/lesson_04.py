@@ -237,7 +237,7 @@ def fold(table, mlp, layers, kv_heads):
          lambda given, right: same(*(torch.cat([*map(torch.flatten, made[:2])]).sort().values
                                      for made in (given, right))))),
     otherwise=lambda given, right: "keys and values are (layers, kv_heads, P, head_dim): "
-        f"{unlike(given[:2], right[:2])}",
+        f"{unlike(given, right)}",
     praise="keys and values of every layer, and the MLP is not needed any more",
     again=(7, 9, 5, 3, 5),
 )  # fmt: skip
