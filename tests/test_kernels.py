@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import library
 
 from peftlab.sites import kernels
 from peftlab.sites.quantisation import QUANT_TYPES, Quantised, quantise, table
@@ -247,7 +248,7 @@ def interpreted() -> None:
 
     kernels.take = lambda tensor, block_size: kernels._on
     for name in ("dequantise", "quantise", "quantise_scales"):
-        torch.library.impl(f"peftlab::{name}", "CPU")(getattr(triton_codes, name))
+        library.impl(f"peftlab::{name}", "CPU")(getattr(triton_codes, name))
     for weight, options in cases():
         compare(weight, options)
     print(f"{len(cases())} cases")

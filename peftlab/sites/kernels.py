@@ -23,7 +23,7 @@ import shutil
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 WIDEST = 4096  # weights in the largest block that a kernel takes
 OLDEST = (8, 0)  # compute capability: Ampere, the first with bfloat16
@@ -77,22 +77,22 @@ for schema in (
     "quantise(Tensor flat, float[] levels, int block_size) -> (Tensor, Tensor)",
     "quantise_scales(Tensor values) -> (Tensor, Tensor)",
 ):
-    torch.library.define(f"peftlab::{schema.split('(')[0]}", schema[schema.index("(") :])
+    library.define(f"peftlab::{schema.split('(')[0]}", schema[schema.index("(") :])
 
 
-@torch.library.register_fake("peftlab::dequantise")
+@library.register_fake("peftlab::dequantise")
 def _(packed, absmax, scale, mean, levels, size, block_size, dtype):
     return packed.new_empty(size, dtype=dtype)
 
 
-@torch.library.register_fake("peftlab::quantise")
+@library.register_fake("peftlab::quantise")
 def _(flat, levels, block_size):
     n = flat.shape[0]
     packed = flat.new_empty(n // 2, dtype=torch.uint8)
     return packed, flat.new_empty(n // block_size, dtype=torch.float32)
 
 
-@torch.library.register_fake("peftlab::quantise_scales")
+@library.register_fake("peftlab::quantise_scales")
 def _(values):
     from peftlab.sites.quantisation import ABSMAX_BLOCK
 
@@ -100,21 +100,21 @@ def _(values):
     return values.new_empty(values.shape, dtype=torch.uint8), values.new_empty(scales)
 
 
-@torch.library.impl("peftlab::dequantise", "CUDA")
+@library.impl("peftlab::dequantise", "CUDA")
 def _(packed, absmax, scale, mean, levels, size, block_size, dtype):
     from peftlab.sites import triton_codes
 
     return triton_codes.dequantise(packed, absmax, scale, mean, levels, size, block_size, dtype)
 
 
-@torch.library.impl("peftlab::quantise", "CUDA")
+@library.impl("peftlab::quantise", "CUDA")
 def _(flat, levels, block_size):
     from peftlab.sites import triton_codes
 
     return triton_codes.quantise(flat, levels, block_size)
 
 
-@torch.library.impl("peftlab::quantise_scales", "CUDA")
+@library.impl("peftlab::quantise_scales", "CUDA")
 def _(values):
     from peftlab.sites import triton_codes
 
