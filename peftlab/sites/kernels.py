@@ -13,6 +13,10 @@ run, the page's own lines are taken all the same.
 torch knows each kernel as an operation of its own, `torch.ops.peftlab.…`, with a rule that says
 which tensors come out. So a compiler and a memory trace see one operation and no temporaries. No
 operation has a gradient: `CodedProduct` decodes again in its backward pass.
+
+What they save is in `data/results/nf4_time_cuda.json`, by `tests/benchmarks/nf4_time.py`.
+`memory.predict` knows the page alone, and for it the peak of a step was measured: so the page is
+what runs unless you ask.
 """
 
 import contextlib
