@@ -31,8 +31,17 @@ def double(answer):
     return answer(torch.tensor(3.0))
 
 
+@pytest.fixture
+def heard():
+    """Ctrl-C as Python hears it, also where a shell started the tests in the background: there it
+    is ignored from the start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("swallow", [False, True])
-def test_a_learner_who_presses_ctrl_c_stops_the_cell(swallow):
+def test_a_learner_who_presses_ctrl_c_stops_the_cell(swallow, heard):
     def pressed(x):
         try:
             signal.raise_signal(signal.SIGINT)
