@@ -26,6 +26,7 @@ from peftlab import (
     PTuningV2,
     attach,
     attention,
+    probes,
 )
 from peftlab.attention import cache_in, cache_name
 from peftlab.bases.anatomy import Anatomy
@@ -322,3 +323,12 @@ def test_the_cache_is_found_under_either_of_its_names():
     held = transformers.DynamicCache()
     assert cache_in({"past_key_values": held}) is cache_in({"cache": held}) is held
     assert cache_in({"cache": None, "input_ids": 1}) is None
+
+
+def test_what_has_nothing_to_show_is_refused():
+    base = tiny("gpt2")
+    with pytest.raises(ValueError, match="an empty text: there is nothing to attend to"):
+        probes.attention_map(base, "")
+    record = next(iter(probes.attention_map(base, "go on").records.values()))
+    with pytest.raises(ValueError, match="no prefix was attended to"):
+        probes.gate(record)
