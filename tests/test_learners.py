@@ -74,6 +74,13 @@ def to_the_lower_offset(quantile):
     return [level / above[-1] for level in below + above]
 
 
+def more_than_five_seeds(rows, methods):
+    told = [row for row in rows if row["n"] > 5]
+    beaten = {name for row in told for name in row["better_than"]}
+    beaten |= {row["label"] for row in told if any(name in methods for name in row["worse_than"])}
+    return [method for method in methods if method not in beaten]
+
+
 # (exercise, what the learner writes, a piece of the sentence)
 LEARNERS = [
     (lesson_00.same_model, stray_name, "nothing has changed yet, and you name weights"),
@@ -213,6 +220,7 @@ LEARNERS = [
         lambda parameters, trained, bits: parameters * bits / 8 + trained * 4,
         "two moments too",
     ),
+    (lesson_14.not_beaten, more_than_five_seeds, "says who was beaten as well"),  # by five seeds
 ]
 
 
