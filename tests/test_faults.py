@@ -570,3 +570,17 @@ def test_where_folders_cannot_change_places_nothing_is_lost(tmp_path, monkeypatc
             tuned.save(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["it"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere a folder cannot be opened")
+def test_what_was_saved_has_reached_the_disk(tmp_path, monkeypatch):
+    """First the files, and at last the folder that they were renamed in."""
+    written = []
+
+    def seen(file):
+        written.append(os.fstat(file if isinstance(file, int) else file.fileno()).st_ino)
+
+    monkeypatch.setattr(os, "fsync", seen)
+    folder = attach(tiny("gpt2"), LoRA(r=2)).save(tmp_path / "it")
+    assert written[-1] == tmp_path.stat().st_ino
+    assert set(written[:-1]) == {path.stat().st_ino for path in folder.iterdir()}

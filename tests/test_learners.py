@@ -35,6 +35,12 @@ def stray_name(before, model):
     return [name for name in before if (state[name] != before[name]).any()] + ["weights"]
 
 
+def two_places_a_token(prompt, embedded, mask):
+    text = torch.cat([prompt.repeat(len(mask), 1, 1), embedded], dim=1)
+    longer = torch.cat([torch.ones(len(mask), len(prompt), dtype=mask.dtype), mask], dim=1)
+    return text, longer, 2 * (longer.cumsum(dim=1) - 1)
+
+
 def third_of_a_prompt(budget, d_model, context):
     return max(1, math.floor(0.3 * min(budget // d_model, context - 1)))
 
