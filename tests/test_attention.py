@@ -286,6 +286,13 @@ def test_soft_prompts_on_the_other_families(name, method):
     assert surroundings(base) == before
 
 
+@pytest.mark.parametrize("name", ["gpt2", "bert", "roberta"])
+def test_positions_that_nobody_gives_begin_behind_a_shifted_prefix(name):
+    base, (ids, mask) = specimen(name), batch("whole", name)
+    with attach(base, PrefixTuning(4, shift_positions=True)) as tuned, torch.no_grad():
+        assert torch.equal(tuned.model(input_ids=ids, attention_mask=mask).logits, tuned(ids, mask))
+
+
 def test_what_is_given_by_position_or_with_token_types_is_read():
     tuned = adapted("prompt", "bert")
     ids, mask = padded([token_ids(1, n, seed=n)[0] for n in (6, 3)], "right")
