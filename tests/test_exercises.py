@@ -341,6 +341,7 @@ def test_words_quote_the_first_case_that_is_wrong():
     assert fill(words, {1: 1, 2: 5, 3: 6}, {1: 1, 2: 4, 3: 9}) == "2 squared is 4, not 5"
     assert fill("{right[2]:.1f}, all of them", {2: 4}, {2: 4}) == "4.0, all of them"
     assert fill("{given[0]} for {right[0]}", [1], [2]) == "1 for 2"
+    assert fill("{given} for {right}", 3, {1: 1}) == "3 for {1: 1}"
 
 
 NAN = float("nan")
