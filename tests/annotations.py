@@ -54,7 +54,7 @@ def checking_once(jaxtyped):
         if not isinstance(function, types.FunctionType) or special(function):
             return full(function)
         hints = resolved(function)
-        if not hints:
+        if not hints or any(map(is_triton, hints.values())):
             return function
         checked = strict(with_annotations(function, hints))
         if any(map(names_axes, hints.values())):
@@ -70,6 +70,11 @@ def checking_once(jaxtyped):
         return choose
 
     return decorator
+
+
+def is_triton(hint) -> bool:
+    """Whether a function is a kernel, which Triton reads and compiles, and nobody calls."""
+    return isinstance(hint, type) and hint.__module__.startswith("triton.")
 
 
 def in_a_memo(checked):

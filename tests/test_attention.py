@@ -26,6 +26,7 @@ from peftlab import (
     PTuningV2,
     attach,
     attention,
+    probes,
 )
 from peftlab.attention import cache_in, cache_name
 from peftlab.bases.anatomy import Anatomy
@@ -285,6 +286,13 @@ def test_soft_prompts_on_the_other_families(name, method):
     assert surroundings(base) == before
 
 
+@pytest.mark.parametrize("name", ["gpt2", "bert", "roberta"])
+def test_positions_that_nobody_gives_begin_behind_a_shifted_prefix(name):
+    base, (ids, mask) = specimen(name), batch("whole", name)
+    with attach(base, PrefixTuning(4, shift_positions=True)) as tuned, torch.no_grad():
+        assert torch.equal(tuned.model(input_ids=ids, attention_mask=mask).logits, tuned(ids, mask))
+
+
 def test_what_is_given_by_position_or_with_token_types_is_read():
     tuned = adapted("prompt", "bert")
     ids, mask = padded([token_ids(1, n, seed=n)[0] for n in (6, 3)], "right")
@@ -322,3 +330,12 @@ def test_the_cache_is_found_under_either_of_its_names():
     held = transformers.DynamicCache()
     assert cache_in({"past_key_values": held}) is cache_in({"cache": held}) is held
     assert cache_in({"cache": None, "input_ids": 1}) is None
+
+
+def test_what_has_nothing_to_show_is_refused():
+    base = tiny("gpt2")
+    with pytest.raises(ValueError, match="an empty text: there is nothing to attend to"):
+        probes.attention_map(base, "")
+    record = next(iter(probes.attention_map(base, "go on").records.values()))
+    with pytest.raises(ValueError, match="no prefix was attended to"):
+        probes.gate(record)

@@ -257,6 +257,7 @@ def test_an_unknown_target(base, target):
             for kind in (DeepPromptTuning, PromptAndPrefix, PTuning)
         ),
         (PromptAndPrefix, {"encoder_hidden_size": -2}, "encoder_hidden_size=-2: allowed"),
+        (PromptAndPrefix, {"encoder_hidden_size": 2**16 + 1}, "allowed is .*65536"),
     ],
 )
 @pytest.mark.usefixtures("untyped")

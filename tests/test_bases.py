@@ -516,3 +516,8 @@ def test_an_unknown_family_is_told_all_known_ones(tmp_path):
     known = "gpt2, llama, qwen2, gpt_neox, bert, roberta, distilbert, t5"
     with pytest.raises(ValueError, match=f"family 'bloom'; peftlab knows {known}"):
         peftlab.load(tmp_path)
+
+
+def test_an_encoder_decoder_asks_for_what_its_decoder_reads():
+    with pytest.raises(ValueError, match="is an encoder-decoder: give decoder_input_ids"):
+        tiny("t5")(token_ids(2, 5))

@@ -4,6 +4,7 @@ import ast
 import importlib
 import json
 import pkgutil
+import re
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from peftlab.exercises import (
     question,
     same,
 )
-from peftlab.exercises.answers import outcome
+from peftlab.exercises.answers import Stopped, outcome
 from peftlab.exercises.clinic import Ward
 from peftlab.exercises.forms import a_number, a_tensor
 from peftlab.experiments.course_table import other
@@ -55,6 +56,7 @@ MISTAKES = [
     if isinstance(item, Exercise)
     for n, row in enumerate(item.mistakes, 1)
 ]
+MISFIT = re.compile(r"The size of tensor a .* must match|shapes cannot be multiplied")
 
 
 def stub(*args, **kwargs):
@@ -92,6 +94,19 @@ def test_a_mistake_is_told_its_name(item, row):
     assert verdict.status == "wrong", verdict
     assert words in verdict.message
     assert "your code stopped" not in verdict.message or "your code stopped" in words
+
+
+@pytest.mark.parametrize("item, row", MISTAKES)
+def test_a_wrong_answer_runs_to_its_end_unless_its_shapes_do_not_fit(item, row):
+    """To a trial two answers that stop with a TypeError are the same, whatever they were to do."""
+    wrong, words, *_ = row
+    for size in ((), item.again)[: 1 + bool(item.again)]:
+        made = outcome(item.trial, wrong, size)
+        stopped = isinstance(made, Stopped)
+        assert stopped == str(words).startswith("the shapes do not fit")
+        if stopped:
+            assert isinstance(made.error, RuntimeError) and MISFIT.search(str(made.error))
+        assert "has not the form that is asked for" not in str(made)
 
 
 @pytest.mark.parametrize("item", EXERCISES)
@@ -326,6 +341,7 @@ def test_words_quote_the_first_case_that_is_wrong():
     assert fill(words, {1: 1, 2: 5, 3: 6}, {1: 1, 2: 4, 3: 9}) == "2 squared is 4, not 5"
     assert fill("{right[2]:.1f}, all of them", {2: 4}, {2: 4}) == "4.0, all of them"
     assert fill("{given[0]} for {right[0]}", [1], [2]) == "1 for 2"
+    assert fill("{given} for {right}", 3, {1: 1}) == "3 for {1: 1}"
 
 
 NAN = float("nan")

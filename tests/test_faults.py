@@ -6,8 +6,10 @@ at places that a reader can follow.
 
 import copy
 import json
+import os
 import random
 import threading
+from pathlib import Path
 
 import peft
 import pytest
@@ -256,8 +258,13 @@ def test_a_folder_is_replaced_whole(tmp_path, monkeypatch, exchange):
         with stir(attach(base, LoRA(r=2, alpha=alpha)), alpha) as tuned:
             state, _ = tuned.state(), tuned.save(folder)
         (folder / "README.md").write_text("mine")
+        (folder / "runs" / "first").mkdir(parents=True, exist_ok=True)
+        (folder / "runs" / "first" / "log.txt").write_text("mine too")
     assert [path.name for path in tmp_path.iterdir()] == ["it"]
     with attach(base, folder) as again:
+        again.save(folder)  # what is no part of an adapter goes along, folders too
+        assert (folder / "README.md").read_text() == "mine"
+        assert (folder / "runs" / "first" / "log.txt").read_text() == "mine too"
         assert again.methods == [LoRA(r=2, alpha=8)]
         assert all(torch.equal(again.state()[name], tensor) for name, tensor in state.items())
 
@@ -543,3 +550,37 @@ def test_what_was_measured():
     assert files["unclear, silent or hanging"] == []
     assert sum(row["read"] for row in files["rows"]) >= 2500
     assert not any(row.get("base") for row in files["rows"])
+
+
+def test_where_folders_cannot_change_places_nothing_is_lost(tmp_path, monkeypatch):
+    """No exchange in one step, no second name for a file, and the second of two renames fails."""
+    monkeypatch.setattr(folders, "_exchange", lambda *_: False)
+    tuned, folder = attach(tiny("gpt2"), LoRA(r=2)), tmp_path / "it"
+    tuned.save(folder)
+    (folder / "README.md").write_text("mine")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with monkeypatch.context() as patch:
+        failing_at(patch, os, "link", 1, OSError("no second names"))
+        tuned.save(folder)
+    assert (folder / "README.md").read_text() == "mine"
+    stir(tuned)
+    with monkeypatch.context() as patch:
+        failing_at(patch, Path, "rename", 2, OSError("no room"))
+        with pytest.raises(OSError, match="nothing was changed: no room"):
+            tuned.save(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["it"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere a folder cannot be opened")
+def test_what_was_saved_has_reached_the_disk(tmp_path, monkeypatch):
+    """First the files, and at last the folder that they were renamed in."""
+    written = []
+
+    def seen(file):
+        written.append(os.fstat(file if isinstance(file, int) else file.fileno()).st_ino)
+
+    monkeypatch.setattr(os, "fsync", seen)
+    folder = attach(tiny("gpt2"), LoRA(r=2)).save(tmp_path / "it")
+    assert written[-1] == tmp_path.stat().st_ino
+    assert set(written[:-1]) == {path.stat().st_ino for path in folder.iterdir()}

@@ -1,6 +1,7 @@
 """Answers that do harm get a sentence, right ones pass however they are written, and none stays."""
 
 import json
+import math
 import signal
 import threading
 
@@ -31,8 +32,17 @@ def double(answer):
     return answer(torch.tensor(3.0))
 
 
+@pytest.fixture
+def heard():
+    """Ctrl-C as Python hears it, also where a shell started the tests in the background: there it
+    is ignored from the start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("swallow", [False, True])
-def test_a_learner_who_presses_ctrl_c_stops_the_cell(swallow):
+def test_a_learner_who_presses_ctrl_c_stops_the_cell(swallow, heard):
     def pressed(x):
         try:
             signal.raise_signal(signal.SIGINT)
@@ -99,6 +109,7 @@ def test_a_notimplementederror_of_pytorchs_is_no_stub():
 def test_two_numbers_are_shown_with_the_digits_that_tell_them_apart():
     assert digits(1.0, 2.0) == ("1", "2")
     assert digits(1280.01, 1280.02) == ("1280.01", "1280.02")
+    assert digits(0.1, math.nextafter(0.1, 1)) == ("0.10000000000000001", "0.10000000000000002")
     given, right = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0 + 1e-4])
     assert unlike(given, right) == "the number at [1] should be 2.0001; yours is 2"
     assert unlike(given, right[:1]) == "the shape should be (1,); yours is (2,)"

@@ -1,6 +1,7 @@
 """The house itself: its rooms, its pins, its addresses, its manners."""
 
 import ast
+import importlib.util
 import json
 import re
 import subprocess
@@ -69,6 +70,8 @@ def test_only_the_methods_own_room_lists_methods():
         "print(*sorted({method.__module__ for method in METHODS.values()}))"
     )
     modules = [name for name in names if not name.endswith("__main__")]
+    if importlib.util.find_spec("triton") is None:  # only where it is, that file can be imported
+        modules.remove("peftlab.sites.triton_codes")
     shown = subprocess.run(
         [sys.executable, "-c", program, *modules], capture_output=True, text=True, check=True
     )

@@ -128,7 +128,8 @@ def test_the_bytes_of_a_large_model_by_hand():
     256, so a matrix of n weights holds n/2 + n/64 + 4n/(64·256) + 4 bytes."""
     n = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
     codes = n // 2 + n // 64 + n // 4096 + 32 * 7 * 4
-    assert QLoRA().coded(accounting.as_shape("llama-2-7b")) == (n, codes)
+    for method in (NF4(), QLoRA()):
+        assert method.coded(accounting.as_shape("llama-2-7b")) == (n, codes)
     assert abs(8 * codes / n - bits_per_weight()) < 1e-5
     ledger = accounting.training_bytes(QLoRA(r=64), "llama-2-7b", "bfloat16")
     adapter = 64 * 32 * (4 * 2 * 4096 + 3 * (4096 + 11008))

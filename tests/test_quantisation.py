@@ -10,6 +10,7 @@ from models import U32
 from peftlab.sites.quantisation import (
     ABSMAX_BLOCK,
     QUANT_TYPES,
+    below,
     bits_per_weight,
     blockwise,
     dynamic_table,
@@ -120,6 +121,18 @@ def test_a_tie_goes_to_the_lower_level():
     assert nearest(values, levels).tolist() == [0, 1, 2, 3]
     above = values.nextafter(torch.tensor(2.0))
     assert nearest(above, levels).tolist() == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+def test_a_pass_for_each_point_counts_what_a_search_finds(quant_type):
+    levels = table(quant_type)
+    halfway = (levels[:-1] + levels[1:]) / 2
+    up, down = torch.tensor(2.0), torch.tensor(-2.0)
+    values = [weights(999) * 50, halfway, halfway.nextafter(up), halfway.nextafter(down)]
+    values = torch.cat([*values, levels, -torch.zeros(1)])
+    assert torch.equal(below(values, halfway).long(), torch.bucketize(values, halfway))
+    many = dynamic_table()
+    assert torch.equal(below(values, many).long(), torch.bucketize(values, many))
 
 
 def test_levels_in_any_order_give_the_same_values():

@@ -1,5 +1,7 @@
 """Soft prompts: how large they are, where they start, and what reads them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from models import FAMILIES, adapted, put, tiny, token_ids, tokenizer
@@ -211,3 +213,10 @@ def test_a_base_in_16_bits_has_soft_prompts_in_32(family, dtype):
             out = tuned(ids, None, *([ids] if family == "t5" else []))
         assert out.dtype == dtype and out.isfinite().all()
     assert len(tokenizer(family))
+
+
+def test_a_width_that_the_papers_encoder_cannot_halve_is_refused():
+    odd = replace(as_shape(TOY), d_model=255)
+    with pytest.raises(ValueError, match='d_model=255 is odd: sizes="lama" halves it'):
+        PTuning(3).parameters(odd)
+    assert PTuning(3, sizes="few-shot").parameters(odd) > 0

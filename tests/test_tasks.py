@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -754,3 +754,12 @@ def test_facts_of_few_new_people_ask_the_same_of_known_ones():
     for people in (0, 51, -1, True):
         with pytest.raises(ValueError, match="people=.*allowed is 1 to 50"):
             load("facts", people=people)
+
+
+def test_a_batch_of_nothing_and_a_cloze_of_two_tokens_are_refused():
+    task, bert = peftlab.tasks.load("sentiment"), peftlab.load("tiny-bert")
+    with pytest.raises(ValueError, match="at least one example"):
+        task.batch([], bert.tokenizer, kind="encoder")
+    long = replace(task.train[0], target=" good good")
+    with pytest.raises(ValueError, match="an encoder fills one token; ' good good' is not one"):
+        task.batch([long], bert.tokenizer, kind="encoder")

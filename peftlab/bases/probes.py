@@ -178,24 +178,9 @@ def nearest_tokens(
     ]
 
 
-def prompt_distance(prompt: Float[Tensor, "virtual d_model"], base: Base) -> dict[str, float]:
-    """Mean Euclidean norms of the prompt's vectors and of the vocabulary's embeddings."""
-    table = base.anatomy.embedding.weight.detach()
-    return {
-        "prompt": prompt.detach().norm(dim=1).mean().item(),
-        "vocabulary": table.norm(dim=1).mean().item(),
-    }
-
-
 def spectrum(delta_weight: Float[Tensor, "d_out d_in"]) -> Float[Tensor, " rank"]:
     """Singular values of an update ΔW, largest first, in float64 and on the CPU."""
     return torch.linalg.svdvals(delta_weight.detach().double().cpu())
-
-
-def energy(singular_values: Float[Tensor, " rank"], r: int) -> float:
-    """The share of ‖ΔW‖² that the best rank-r approximation keeps, from 0 to 1."""
-    squares = singular_values.square()
-    return (squares[:r].sum() / squares.sum()).item()
 
 
 def numerical_rank(delta_weight: Float[Tensor, "d_out d_in"]) -> int:

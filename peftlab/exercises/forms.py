@@ -91,7 +91,7 @@ def a_count(made: Any, what: str = "a count") -> int:
 
 def digits(given: float, right: float) -> tuple[str, str]:
     """Two numbers with as many digits as it takes to tell them apart, three at least."""
-    for count in range(3, 17):
+    for count in range(3, 18):  # 17 tell any two apart
         words = f"{given:.{count}g}", f"{right:.{count}g}"
         if words[0] != words[1]:
             break

@@ -112,7 +112,7 @@ def gate_of(p, t):
          "virtual token alone: λ is that of all of them"),
         (lambda p, t: torch.cat([p, t], -1).softmax(-1)[..., : p.shape[-1]],
          "that is a share for each virtual token: add them up, one λ for each query",
-         lambda given, right: given.ndim == right.ndim + 1 and given.shape[-1] > 1)),
+         lambda given, right: given.ndim == right.ndim + 1)),
     otherwise=unlike, again=(5, 7, 4), atol=1e-5,
     praise="one number between 0 and 1 for each query, however large the scores are",
 )  # fmt: skip
@@ -237,7 +237,7 @@ def fold(table, mlp, layers, kv_heads):
          lambda given, right: same(*(torch.cat([*map(torch.flatten, made[:2])]).sort().values
                                      for made in (given, right))))),
     otherwise=lambda given, right: "keys and values are (layers, kv_heads, P, head_dim): "
-        f"{unlike(given[:2], right[:2])}",
+        f"{unlike(given, right)}",
     praise="keys and values of every layer, and the MLP is not needed any more",
     again=(7, 9, 5, 3, 5),
 )  # fmt: skip

@@ -8,7 +8,7 @@ from math import sqrt
 
 from peftlab.bench.results import Result
 from peftlab.exercises import Verdict, exercise, question
-from peftlab.exercises.forms import a_number, expect, several
+from peftlab.exercises.forms import a_number, expect
 
 RUNNERS = (
     "Prompt tuning",
@@ -232,10 +232,8 @@ def paired(answer, a=A, b=B):
 
 def several_numbers(made, words: str) -> list[float]:
     """Two numbers that an answer returned; else the words are said."""
-    if isinstance(made, list | tuple):
-        expect(len(made) == 2, words)
-        return [float(a_number(each)) for each in made]
-    return [float(each) for each in several(made, 2, words)]
+    expect(isinstance(made, list | tuple) and len(made) == 2, words)
+    return [float(a_number(each)) for each in made]
 
 
 # --- who is beaten -----------------------------------------------------------------------------

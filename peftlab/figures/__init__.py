@@ -69,7 +69,7 @@ from peftlab.figures.low_rank import (
     narrow_road,
 )
 from peftlab.figures.masks import masked_matrix, usual_masks
-from peftlab.figures.memory import PARTS, by_layer, memory_bars, memory_traces
+from peftlab.figures.memory import PARTS, memory_bars, memory_traces
 from peftlab.figures.prefix import (
     positions,
     prefix_shares,

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import plotly.graph_objects as go
 
-from peftlab.figures.style import GREY, OLIVE, PURPLE, SKY, VERMILLION, figure, styles
+from peftlab.figures.style import GREY, OLIVE, PURPLE, SKY, VERMILLION, figure
 
 PARTS = {  # of the memory of a training step
     "weights": GREY,
@@ -32,32 +32,3 @@ def memory_traces(moments: Mapping[str, Mapping[str, Mapping[str, int | float]]]
     pairs = [(label, moment) for label, held in moments.items() for moment in held]
     x = [[label for label, _ in pairs], [moment for _, moment in pairs]]
     return [dict(x=x, y=[moments[a][b].get(part, 0) for a, b in pairs]) for part in PARTS]
-
-
-def by_layer(
-    tables: Mapping[str, Mapping[str, int | float]],
-    title: str,
-    y_title: str,
-    x_title: str = "layer",
-) -> go.Figure:
-    """One number a layer for each label, in the order of the layers; a missing one is zero."""
-    places = list(dict.fromkeys(place for table in tables.values() for place in table))
-    places.sort(key=_depth)
-    fig = figure(title, x_title, y_title)
-    for label, style in styles(tables).items():
-        fig.add_scatter(
-            x=[place.removeprefix("layers.") for place in places],
-            y=[tables[label].get(place, 0) for place in places],
-            mode="lines+markers",
-            line=dict(color=style["colour"], dash=style["dash"]),
-            marker=dict(symbol=style["marker"], size=9),
-            name=label,
-        )
-    return fig.update_xaxes(type="category").update_yaxes(rangemode="tozero", tickformat="~s")
-
-
-def _depth(place: str) -> tuple:
-    """Encoder before decoder, input before layers, output behind them."""
-    last = place.rsplit(".", 1)[-1]
-    inside = {"input": -1, "output": 10**6}.get(last, int(last) if last.isdigit() else 10**6)
-    return place.startswith(("decoder", "output")), inside

@@ -6,7 +6,7 @@ import plotly.graph_objects as go
 
 from peftlab.figures.described import describe
 from peftlab.figures.draw import render
-from peftlab.figures.sheet import NORMAL, SMALL, Number, Sheet
+from peftlab.figures.sheet import NORMAL, SMALL, Sheet
 from peftlab.figures.style import COLOURS
 from peftlab.methods import Method
 from peftlab.methods.bottleneck import Bottleneck
@@ -61,9 +61,3 @@ def adapter_places(base, methods: Mapping[str, Method], dark: bool | None = None
         with attach(base, method) as tuned:
             figures[label] = render(describe(tuned), dark)
     return figures
-
-
-def _vector(sheet: Sheet, x: Number, y: Number, h: Number, name: str, size: int) -> None:
-    """A token's numbers: a column with its name and its size."""
-    sheet.columns(x - 4, y - h / 2, 1, 8, h)
-    sheet.text(x, y + h / 2 + 12, f"<b>{name}</b> {size:,}", NORMAL, align="center")

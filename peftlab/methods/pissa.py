@@ -35,7 +35,6 @@ class PrincipalDelta(nn.Module):
         return self.scale * (self.B @ self.A - self.B0 @ self.A0)
 
 
-@torch.no_grad()
 def principal(
     W: Float[Tensor, "d_out d_in"], r: int
 ) -> tuple[Float[Tensor, "r d_in"], Float[Tensor, "d_out r"]]:

@@ -10,17 +10,20 @@ written in 8 bits. Dettmers et al. 2023, arXiv:2305.14314, section 3.
 The tie rule: a value exactly halfway between two levels takes the lower one. The scaled value is
 w · (1/m) and the halfway points are (a + b)/2, both in float32, so near a tie the codes are those
 of bitsandbytes and not always those of w / m.
+
+On a GPU kernels can do the same with the same bits, for those who ask for them: `kernels.py`.
 """
 
 import functools
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Float32, Shaped, UInt8
+from jaxtyping import Float, Float32, Int32, Shaped, UInt8
 from torch import Tensor
-from torch.nn.functional import embedding, pad
+from torch.nn.functional import pad
 
-from peftlab.bases.plain import plain
+from peftlab.bases.plain import has_numbers, plain
+from peftlab.sites import kernels
 
 Levels = Float32[Tensor, " levels"]
 
@@ -119,7 +122,24 @@ def nearest(values: Float32[Tensor, "*size"], levels: Levels) -> UInt8[Tensor, "
     """
     ordered, order = levels.sort(stable=True)
     halfway = (ordered[:-1] + ordered[1:]) / 2
-    return order[torch.bucketize(values, halfway)].to(torch.uint8)
+    found = order.to(torch.uint8).index_select(0, below(values, halfway).flatten())
+    return found.view(values.shape)
+
+
+def below(
+    values: Float32[Tensor, "*size"], halfway: Float32[Tensor, " points"]
+) -> Int32[Tensor, "*size"]:
+    """How many of the points, in rising order, lie below each value.
+
+    A search in a table for each value. If the points are few, a CPU passes faster over all values
+    once for each point.
+    """
+    if len(halfway) > 15 or values.device.type != "cpu" or not has_numbers(values):
+        return torch.bucketize(values, halfway, out_int32=True)
+    count = torch.zeros(values.shape, dtype=torch.uint8)
+    for point in halfway:
+        count += values > point
+    return count.int()
 
 
 def blockwise(
@@ -164,6 +184,10 @@ class Quantised:
     block_size: int
     levels: Levels
 
+    def __post_init__(self):
+        with plain():  # a kernel is told the levels as numbers: it has its own copy on the device
+            object.__setattr__(self, "numbers", tuple(self.levels.tolist()))
+
     @property
     def tensors(self) -> dict[str, Tensor]:
         """All tensors held here, but for the table of levels, which has 64 bytes."""
@@ -195,8 +219,13 @@ class Quantised:
 
     def dequantise(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:
         """m · T[c], computed in float32. Each byte looks up its two levels at once."""
+        if kernels.take(self.packed, self.block_size):
+            held = self.packed, self.absmax, self.scale, self.mean
+            size = self.numbers, self.shape, self.block_size
+            return torch.ops.peftlab.dequantise(*held, *size, dtype)
         pairs = torch.cartesian_prod(*[pad(self.levels, (0, 16 - len(self.levels)))] * 2)
-        values = embedding(self.packed.int(), _there(pairs, self.packed.device)).view(-1)
+        both = _there(pairs, self.packed.device).view(torch.int64).flatten()  # two levels' bits
+        values = both.index_select(0, self.packed.int()).view(torch.float32)
         values = values[: self.shape.numel()].view(-1, self.block_size)
         return values.mul_(self.scales[:, None]).view(self.shape).to(dtype)
 
@@ -229,16 +258,24 @@ def quantise(
             f"{weight.dtype} has no codes: numbers of a floating-point type are needed"
         )
     check_block_size(block_size, weight.numel())
-    flat = weight.detach().float().reshape(-1)
-    codes, absmax = blockwise(flat, block_size, levels)
-    if not absmax.isfinite().all():
-        raise ValueError("a weight that is infinite or not a number has no code")
-    scale = mean = None
-    if double_quant:
-        mean = absmax.mean()
-        mean = torch.where(mean.isfinite(), mean, absmax.double().mean().float())  # the sum is not
+    flat = weight.detach().reshape(-1)
+    if by_kernel := kernels.take(flat, block_size):
+        packed, absmax = torch.ops.peftlab.quantise(flat, levels.tolist(), block_size)
+    else:
+        codes, absmax = blockwise(flat.float(), block_size, levels)
+        packed = pack(codes)
+    mean = absmax.mean()
+    if not mean.isfinite():  # a weight is not finite, or only the sum of the m's is not
+        if not absmax.isfinite().all():
+            raise ValueError("a weight that is infinite or not a number has no code")
+        mean = absmax.double().mean().float()
+    if not double_quant:
+        return Quantised(packed, absmax, None, None, weight.shape, block_size, levels)
+    if by_kernel:
+        absmax, scale = torch.ops.peftlab.quantise_scales(absmax - mean)
+    else:
         absmax, scale = blockwise(absmax - mean, ABSMAX_BLOCK, _dynamic_table())
-    return Quantised(pack(codes), absmax, scale, mean, weight.shape, block_size, levels)
+    return Quantised(packed, absmax, scale, mean, weight.shape, block_size, levels)
 
 
 def check_block_size(block_size: int, n: int = 0, where: str = "the tensor") -> None:

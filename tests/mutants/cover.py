@@ -1,4 +1,8 @@
-"""Which test runs which line, by coverage.py's contexts: a data file for each test file."""
+"""Which test runs which line, by coverage.py's contexts: a data file for each test file.
+
+The lessons run too, as they do under nbval: what they run counts as run, but they are no tests,
+because a mutant would wait minutes for one.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +18,28 @@ from mutants.workshop import Workshop
 LIMIT = 1800  # seconds for one test file
 
 
+CELLS = ["--noconftest", "tests/mutants/lessons.py"]  # without the checks of annotations
+
+
 def stem(name: str) -> str:
     return name.removesuffix(".py").replace("/", ".")
 
 
 def cover(workshop: Workshop, only: list[str]) -> None:
-    """Run the test files that have no data yet, or those in `only` again."""
+    """Run the test files and lessons that have no data yet, or those in `only` again."""
     folder = workshop.folder / "coverage"
     folder.mkdir(exist_ok=True)
-    for name in workshop.test_files():
+    for name in [*workshop.test_files(), *workshop.lessons()]:
         data, rows = folder / f"{stem(name)}.data", folder / f"{stem(name)}.json"
         if name not in only and (only or rows.exists()):
             continue
         data.unlink(missing_ok=True)
-        options = ["--cov", "--cov-context=test", "--cov-report=", name]
-        ended = workshop.pytest(options, LIMIT, environment={"COVERAGE_FILE": str(data)})
-        row = {"status": ended.status, "seconds": round(ended.seconds, 1), "tests": ended.tests}
+        lesson = name.endswith(".ipynb")
+        options = ["--cov", "--cov-context=test", "--cov-report=", *(CELLS if lesson else [name])]
+        environment = {"COVERAGE_FILE": str(data)} | ({"LESSON": name} if lesson else {})
+        ended = workshop.pytest(options, LIMIT, environment=environment)
+        tests = {} if lesson else ended.tests
+        row = {"status": ended.status, "seconds": round(ended.seconds, 1), "tests": tests}
         rows.write_text(json.dumps(row, indent=1, ensure_ascii=False), encoding="utf-8")
         print(f"{name}: {len(ended.tests)} tests, {ended.seconds:.0f} s, status {ended.status}")
         if ended.failed or ended.status not in (0, 5):
@@ -44,10 +54,12 @@ class Touched:
     def __init__(self, workshop: Workshop):
         self.folder = workshop.folder / "coverage"
         self.tests: dict[str, dict] = {}
+        self.ended: set[str] = set()  # stems of the files that pytest came to the end of
         self.lines: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
         for path in sorted(self.folder.glob("*.json")):
-            found = json.loads(path.read_text(encoding="utf-8"))["tests"]
-            self.tests |= found
+            row = json.loads(path.read_text(encoding="utf-8"))
+            self.tests |= (found := row["tests"])
+            self.ended |= {path.stem} if row["status"] in (0, 1, 5) else set()
             data = CoverageData(str(path.with_suffix(".data")))
             data.read()
             for name in data.measured_files():

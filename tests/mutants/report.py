@@ -9,7 +9,7 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
-from mutants.cover import Touched
+from mutants.cover import Touched, stem
 from mutants.draw import Mutant
 from mutants.run import Trials
 from mutants.workshop import LEFT_OUT, Workshop
@@ -47,7 +47,10 @@ def write(workshop: Workshop, mutants: list[Mutant], options) -> None:
         "tests": len(tests),
         "tests left out": list(LEFT_OUT),
         "test files not measured": [
-            name for name in workshop.test_files() if name not in {t.split("::")[0] for t in tests}
+            name for name in workshop.test_files() if stem(name) not in touched.ended
+        ],
+        "lessons whose own run counts": [
+            Path(name).stem for name in workshop.lessons() if stem(name) in touched.ended
         ],
         "tests that failed without a mutant": sorted(
             name for name, test in tests.items() if test["outcome"] == "failed"

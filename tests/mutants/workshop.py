@@ -28,7 +28,6 @@ LEFT_OUT = (
     "tests/browser/",
     "tests/notebooks/",
     "tests/test_colab.py",
-    "tests/test_doctor.py",
     "tests/test_recipe.py",
     "tests/test_wheel.py",
 )
@@ -101,6 +100,10 @@ class Workshop:
         names = [path.relative_to(self.tree).as_posix() for path in paths]
         return [name for name in names if not name.startswith(LEFT_OUT)]
 
+    def lessons(self) -> list[str]:
+        paths = sorted(self.tree.glob("notebooks/*.ipynb"))
+        return [path.relative_to(self.tree).as_posix() for path in paths]
+
     def settle(self) -> None:
         """What `tests/conftest.py` sets before it imports anything, and then the libraries."""
         here = {str(CHECKOUT), str(CHECKOUT / "tests"), ""}
@@ -172,6 +175,7 @@ class Workshop:
 
     def _child(self, options: list[str], plugin: Outcomes, environment: dict) -> None:
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the background ignores Ctrl-C
         log = os.open(self.folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1), os.dup2(log, 2)
         os.environ |= environment
