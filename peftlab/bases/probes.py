@@ -183,6 +183,12 @@ def spectrum(delta_weight: Float[Tensor, "d_out d_in"]) -> Float[Tensor, " rank"
     return torch.linalg.svdvals(delta_weight.detach().double().cpu())
 
 
+def energy(singular_values: Float[Tensor, " rank"], r: int) -> float:
+    """The share of ‖ΔW‖² that the best rank-r approximation keeps, from 0 to 1."""
+    squares = singular_values.square()
+    return (squares[:r].sum() / squares.sum()).item()
+
+
 def numerical_rank(delta_weight: Float[Tensor, "d_out d_in"]) -> int:
     """How many singular values exceed float32 rounding: σ > σ₁ · max(d_out, d_in) · ε."""
     values = spectrum(delta_weight)
