@@ -10,6 +10,13 @@ from pathlib import Path
 import pandas as pd
 
 from peftlab.bases.data import data_path
+from peftlab.bench.contest import HEAD_RATE, KEYS
+
+# columns of a run that are no score
+BESIDE = {
+    *KEYS, "trained", "stored", "head", "file_bytes", "last_loss", "curve", "problem", "blocks",
+    "outputs", "plain_loss", "train seconds", "score seconds",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,26 @@ class Result:
     def main(self) -> str:
         """The headline metric."""
         return self.facts["main"]
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """The metrics, the headline first."""
+        others = (column for column in self.runs.columns if column not in BESIDE)
+        return (self.main, *(each for each in others if each != self.main))
+
+    def search(self, label: str) -> pd.DataFrame:
+        """The runs that chose an entry's rate, with the rate as "rate": on a task with a head those
+        with the head's first guess; of a head alone, all of them, with the head's rates."""
+        tried = self.tried[self.tried.label == label]
+        if self.facts["entries"][label]["methods"]:
+            guessed = tried.head_lr.isna() | (tried.head_lr == HEAD_RATE)
+            return tried[guessed].assign(rate=tried.lr[guessed]).sort_values("rate")
+        return tried.assign(rate=tried.head_lr).sort_values("rate")
+
+    def rate(self, label: str) -> float:
+        """The rate that an entry took; of a head alone the head's."""
+        entry = self.facts["entries"][label]
+        return entry["lr"] if entry["methods"] else entry["head_lr"]
 
     def peaks(self, length: int = 32, labels: Collection[str] | None = None) -> dict[str, int]:
         """The peak memory in bytes of one training step of each entry, by `memory.predict`.
@@ -88,5 +115,7 @@ def read(name: str, path: Path | None = None) -> Result:
     """A contest that was written. Raises FileNotFoundError if it was not."""
     path = path or data_path("results", f"bench_{name}.json")
     facts = json.loads(path.read_text(encoding="utf-8"))
-    parts = ("tried", "runs", "pairs", "comparisons", "references")
-    return Result(facts, *(pd.DataFrame(facts.pop(part)) for part in parts))
+    parts = ("tried", "runs", "pairs", "comparisons")
+    tables = [pd.DataFrame(facts.pop(part)) for part in parts]
+    references = facts.pop("references") or {"label": [], "seed": []}  # a head has none
+    return Result(facts, *tables, pd.DataFrame(references))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import torch
+import transformers
 
 from peftlab.bases import Base, load
 from peftlab.bases.data import data_path
 from peftlab.bench.contest import Contest, Entry, Try
 from peftlab.bench.replay import Replay, started
 from peftlab.tasks import Example, Task
+from peftlab.training import precision_for
 from peftlab.tuned import Tuned
 
 BLOCKS = 20  # of the test items: a verdict leaves one out at a time
@@ -21,6 +24,17 @@ SCORED = {True: 256, False: 128}  # examples at a time, generated and not
 def plain_texts() -> list[str]:
     """Paragraphs that have nothing to do with any task."""
     return data_path("texts", "plain.txt").read_text(encoding="utf-8").splitlines()
+
+
+def made_with(device: str) -> dict[str, str]:
+    """What every run on this device has in common: the device, the precision, the versions."""
+    cores = f"CPU, {os.cpu_count()} cores"
+    return {
+        "device": cores if device == "cpu" else torch.cuda.get_device_name(device),
+        "precision": precision_for(device),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 _TASKS: dict[str, Task] = {}
@@ -89,7 +103,8 @@ def run_together(contest: Contest, entry: Entry, jobs: list[Try], device: str) -
         seconds = round(time.perf_counter() - begun, 2)
         if device != "cpu":
             torch.cuda.empty_cache()
-        rows = [row_of(replay, i, task, seconds) for i in range(len(jobs))]
+        kept = made_with(device)
+        rows = [row_of(replay, i, task, seconds) | kept for i in range(len(jobs))]
     del replay
     if device != "cpu":
         torch.cuda.empty_cache()

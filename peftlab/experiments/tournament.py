@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -27,12 +26,11 @@ from pathlib import Path
 from random import Random
 
 import torch
-import transformers
 
 from peftlab.bases import load
 from peftlab.bases.data import data_path
 from peftlab.bench.contest import SEEDS, Contest, Entry
-from peftlab.bench.runs import answers, blocks, plain_texts, run_together
+from peftlab.bench.runs import answers, blocks, made_with, plain_texts, run_together
 from peftlab.bench.tournament import Progress, Rows, play
 from peftlab.bench.verdicts import comparisons, pairs
 from peftlab.experiments.compare_real import take_a_gpu
@@ -52,7 +50,6 @@ from peftlab.methods import (
     QLoRA,
 )
 from peftlab.tasks import Task
-from peftlab.training import precision_for
 
 COMMAND = "python -m peftlab.experiments.tournament"
 ADAPTER = dict(r=8, alpha=16, target_modules="all-linear")
@@ -139,8 +136,9 @@ def few_shot(task: Task, seed: int) -> list:
     return [replace(example, prompt=front + example.prompt) for example in task.test]
 
 
-def references(contest: Contest, device: str) -> dict:
-    """The untuned base, few-shot prompting, and the commonest target of the training split."""
+def references(contest: Contest, device: str, draws: int = len(SEEDS)) -> dict:
+    """The untuned base, few-shot prompting with so many draws of its examples, and the commonest
+    target of the training split."""
     task = contest.load_task()
     commonest = Counter(example.target for example in task.train).most_common(1)[0][0]
     found, plain = [], None
@@ -157,7 +155,7 @@ def references(contest: Contest, device: str) -> dict:
                     answers(base, task, few_shot(task, s)),
                     s,
                 )
-                for s in SEEDS
+                for s in SEEDS[:draws]
             ]
     return {"references": found, "plain_loss": plain}
 
@@ -168,16 +166,12 @@ def references(contest: Contest, device: str) -> dict:
 def facts_of(progress: Progress, options, command: str = COMMAND) -> dict:
     """What is said of a contest beside its rows."""
     contest = progress.contest
-    cpu = f"CPU, {options.workers} processes on {os.cpu_count()} cores"
     shape = load(contest.base).anatomy.shape
     return {
         "command": f"{command} --contests {contest.name} --device {options.device} "
-        f"--workers {options.workers}",
-        "precision": precision_for(options.device),
-        "device": cpu if options.device == "cpu" else torch.cuda.get_device_name(),
+        f"--workers {options.workers}" + f" --draws {options.draws}" * (options.draws < len(SEEDS)),
+        **made_with(options.device),
         "date": date.today().isoformat(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
         "seeds": SEEDS,
         "tuning seeds": progress.tuning,
         "rule": "the rate, then the head's rate, with the best mean score on dev over the tuning "
@@ -198,9 +192,21 @@ def whole(facts: dict, progress: list[Progress]) -> dict:
         }
         for each in progress
     }
-    tried = [row for each in progress for row in each.tried]
-    runs = [each.rows.found[job.key] for each in progress for job in each.final]
-    return {**facts, "entries": chosen, "tried": tried, "runs": runs}
+    tried = [dict(row) for each in progress for row in each.tried]
+    runs = [dict(each.rows.found[job.key]) for each in progress for job in each.final]
+    return {**facts, **made(facts, tried + runs), "entries": chosen, "tried": tried, "runs": runs}
+
+
+def made(facts: dict, rows: list[dict]) -> dict:
+    """What the rows were made with, taken out of them; and, where another device wrote the file and
+    answered for the references, that one's name."""
+    found = {}
+    for key in ("device", "precision", "torch", "transformers"):
+        values = sorted({row.pop(key) for row in rows if key in row})
+        if values and values != [facts.get(key)]:
+            found[key] = ", ".join(values)
+            found[f"references {key}"] = facts.get(key)
+    return found
 
 
 def write(path: Path, contest: dict) -> None:
@@ -227,6 +233,9 @@ def parser_of(about: str, contests: Iterable[str]) -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=1, help="processes at a time")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="then begin no more")
+    parser.add_argument(
+        "--draws", type=int, default=len(SEEDS), help="of the examples in few-shot prompts"
+    )
     parser.add_argument("--smoke", action="store_true", help="two steps a run, few examples")
     parser.add_argument("--judge", action="store_true", help="the verdicts again, from the rows")
     parser.add_argument("--out", type=Path, default=data_path("results"))
@@ -285,7 +294,7 @@ def play_all(
                 and not any(e.needed() for e in several)
             ):
                 facts = facts_of(several[0], options, command) | references(
-                    several[0].contest, options.device
+                    several[0].contest, options.device, options.draws
                 )
                 write(options.out / f"{kind}_{name}.json", whole(facts, several))
                 print(f"{name}: whole", flush=True)
