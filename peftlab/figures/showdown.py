@@ -8,7 +8,18 @@ from plotly.subplots import make_subplots
 
 from peftlab.bench.results import Result
 from peftlab.figures.sheet import NORMAL, SMALL, WIDTH, Sheet, number
-from peftlab.figures.style import BLUE, COLOURS, DASHES, GREEN, GREY, figure, method_key, styles
+from peftlab.figures.style import (
+    BLACK,
+    BLUE,
+    COLOURS,
+    DASHES,
+    GREEN,
+    GREY,
+    VERMILLION,
+    figure,
+    method_key,
+    styles,
+)
 from peftlab.figures.theme import theme
 
 LEFT = 14
@@ -316,6 +327,71 @@ def turned(knobs: Mapping[str, Mapping[str, Result]], title: str) -> go.Figure:
     return fig.update_layout(
         template=theme().template, title_text=title, height=470, margin_b=130,
         legend=dict(orientation="h", y=-0.22, yanchor="top", x=0),
+    )  # fmt: skip
+
+
+# --- several contests side by side -------------------------------------------------------------
+
+
+def apart_from(results: Mapping[str, Result], label: str, title: str) -> go.Figure:
+    """What every other entry differs by from one entry, in points of the score: a panel a contest.
+
+    A bar is the 95% interval of the paired difference. Filled points are told apart once all pairs
+    of the contest are corrected together; open ones are not. The entries are in the order of their
+    mean place over the contests, the best on top.
+    """
+    tables = {}
+    for name, result in results.items():
+        others = [each for each in result.facts["entries"] if each != label]
+        found = {each: result.difference(each, label) for each in others}
+        tables[name] = {
+            each: (100 * row["mean"], 100 * row.low, 100 * row.high, row.verdict)
+            for each, row in found.items()
+        }
+    places: dict[str, list[float]] = {}
+    for table in tables.values():
+        for at, each in enumerate(sorted(table, key=lambda each: -table[each][0])):
+            places.setdefault(each, []).append(at / len(table))
+    order = sorted(places, key=lambda each: np.mean(places[each]))
+    fig = make_subplots(
+        1, len(tables), shared_yaxes=True, horizontal_spacing=0.03, subplot_titles=list(tables)
+    )
+    looks = {
+        "better": (GREEN, "circle", "better"),
+        "worse": (VERMILLION, "circle", "worse"),
+        "not told apart": (GREY, "circle-open", "not told apart"),
+    }
+    for column, table in enumerate(tables.values(), 1):
+        fig.add_vline(x=0, line=dict(color=theme().line(BLACK), width=1), row=1, col=column)
+        for word, (colour, symbol, told) in looks.items():
+            mine = [each for each in order if each in table and table[each][3] == word]
+            mean, low, high = ([table[each][i] for each in mine] for i in range(3))
+            ink = theme().line(colour)
+            fig.add_scatter(
+                x=mean, y=mine, mode="markers", name=told, legendgroup=told, showlegend=False,
+                marker=dict(color=ink, symbol=symbol, size=10, line=dict(color=ink, width=1.5)),
+                error_x=dict(
+                    symmetric=False, color=ink, thickness=1.5, width=3,
+                    array=np.subtract(high, mean), arrayminus=np.subtract(mean, low),
+                ),
+                hovertemplate="%{y}: %{x:+.1f} points", row=1, col=column,
+            )  # fmt: skip
+    for word, (colour, symbol, told) in looks.items():  # the legend, whoever is in which panel
+        if any(row[3] == word for table in tables.values() for row in table.values()):
+            fig.add_scatter(
+                x=[None], y=[order[0]], mode="markers", name=told, legendgroup=told,
+                marker=dict(color=theme().line(colour), symbol=symbol, size=10),
+            )  # fmt: skip
+    fig.update_xaxes(title_text="points", zeroline=False)
+    fig.update_yaxes(
+        categoryorder="array",
+        categoryarray=order[::-1],
+        automargin=True,
+        range=[-0.6, len(order) - 0.4],
+    )
+    return fig.update_layout(
+        template=theme().template, title_text=title, height=110 + 27 * len(order) + 60,
+        margin=dict(t=96, b=92), legend=dict(orientation="h", y=-0.19, yanchor="top", x=0),
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from peftlab import figures
+from peftlab.bases.data import data_path
 from peftlab.bench import results
 from peftlab.bench.results import Result
 from peftlab.figures.showdown import WORDS
@@ -25,14 +26,6 @@ SHOWN = 3  # answers
 @lru_cache(maxsize=8)
 def _read(name: str) -> Result:
     return results.read(name)
-
-
-def scores(result: Result) -> tuple[str, ...]:
-    """The metrics of a contest, the headline first."""
-    others = [
-        column for column in result.references.columns if column not in ("label", "seed", "blocks")
-    ]
-    return (result.main, *(each for each in others if each != result.main))
 
 
 def _offered(values) -> list[tuple[str, str]]:
@@ -53,7 +46,7 @@ class ShowdownView:
     def __post_init__(self):
         allowed = {
             "name": results.names(),
-            "score": scores(self.result),
+            "score": self.result.scores,
             "cost": (*COSTS, *(["peak"] if self.peaks else [])),
             "opened": list(self.result.facts["entries"]),
         }
@@ -92,12 +85,12 @@ class ShowdownView:
         fig.add_traces(traces)
         look = styles(result.facts["entries"])[opened]
         mark = dict(color=look["colour"], symbol=look["marker"])
-        tried = result.tried[result.tried.label == opened].sort_values("lr")
+        tried = result.search(opened)
         fig.add_scatter(
-            x=tried.lr, y=tried[result.main], mode="markers", marker=mark | dict(size=9),
+            x=tried.rate, y=tried[result.main], mode="markers", marker=mark | dict(size=9),
             xaxis="x2", yaxis="y2", showlegend=False, hovertemplate="rate %{x}: %{y:.0%}",
         )  # fmt: skip
-        rate = result.settled.lr[opened]
+        rate = result.rate(opened)
         fig.add_shape(
             type="line", x0=rate, x1=rate, y0=0, y1=1, xref="x2", yref="y2 domain",
             line=dict(color=GREY, dash="dot"),
@@ -115,14 +108,18 @@ class ShowdownView:
                 type="line", x0=0, x1=1, xref="x domain", y0=score, y1=score, yref="y",
                 line=dict(color=GREY, dash="dash", width=1),
             )  # fmt: skip
-        return fig.update_layout(**self._axes(rate, sorted(set(tried.lr))))
+        return fig.update_layout(**self._axes(rate, sorted(set(tried.rate))))
 
     def _axes(self, rate: float, rates: list[float]) -> dict:
         shares = dict(tickformat=".0%", range=[-0.06, 1.08])
+        lowest = self.result.runs[self.score].min()
+        near = min([lowest, *self._references().values()]) > 0.5  # all of them in the upper half
+        above = dict(range=[lowest - 0.05, 1.02 * self.result.runs[self.score].max()] if near
+                     else shares["range"], tickformat=".0%")  # fmt: skip
         small = dict(font=dict(size=13))
         return dict(
             xaxis=dict(type="log", domain=[0, 0.76], anchor="y", title=small),
-            yaxis=shares | dict(domain=[0.44, 1], title=dict(text=self.score.replace("_", " "))),
+            yaxis=above | dict(domain=[0.44, 1], title=dict(text=self.score.replace("_", " "))),
             xaxis2=dict(
                 type="log", domain=[0, 0.44], anchor="y2", tickvals=rates,
                 ticktext=[f"{each:g}" for each in rates],
@@ -145,7 +142,8 @@ class ShowdownView:
 
     def _references(self) -> dict[str, float]:
         """What nobody was trained for: the mean score by label."""
-        return self.result.references.groupby("label")[self.score].mean().to_dict()
+        known = self.result.references
+        return known.groupby("label")[self.score].mean().to_dict() if len(known) else {}
 
     def _notes(self) -> list[dict]:
         """The line over the two lower plots, and the names of the references."""
@@ -174,18 +172,27 @@ class ShowdownView:
             f"<td>{escape(example.target.strip())}</td><td>{escape(answer.strip())}</td></tr>"
             for example, answer in zip(_test(self.name), first.outputs, strict=False)
         )
-        shares = ", ".join(f"{s.replace('_', ' ')} {mine[s].mean():.0%}" for s in scores(result))
+        table = (
+            "<table><tr><th>asked</th><th>wanted</th><th>answered by seed 0</th></tr>"
+            f"{said}</table>"
+        )
+        if not said:
+            table = (
+                f"<p>The examples of {escape(result.facts['task'])} do not ship with peftlab.</p>"
+            )
+        shares = ", ".join(f"{s.replace('_', ' ')} {mine[s].mean():.0%}" for s in result.scores)
         return (
             f"<p><b>{escape(self.opened)}</b>: {shares}; trained {first.trained:,} numbers, "
-            f"stored {first.stored:,}.</p><table><tr><th>asked</th><th>wanted</th>"
-            f"<th>answered by seed 0</th></tr>{said}</table>"
+            f"stored {first.stored:,}.</p>{table}"
         )
 
 
 @lru_cache(maxsize=8)
 def _test(name: str) -> tuple:
-    """The first examples of a contest's test."""
+    """The first examples of a contest's test; none of a data set that does not ship."""
     facts = _read(name).facts
+    if not data_path("tasks", facts["task"]).is_dir():
+        return ()
     return tuple(load(facts["task"], **facts["options"]).test[:SHOWN])
 
 
@@ -193,12 +200,11 @@ class Showdown(Panel):
     """See `showdown`."""
 
     def __init__(self, view: ShowdownView):
-        self.view, self.peaks = view, view.peaks
-        costs = [(WORDS[c], c) for c in (*COSTS, *(["peak"] if view.peaks else []))]
+        self.view, self.peaks, self.measured = view, view.peaks, view.result
         offered = {
             "name": ("contest", results.names()),
-            "score": ("score", _offered(scores(view.result))),
-            "cost": ("cost", costs),
+            "score": ("score", _offered(view.result.scores)),
+            "cost": ("cost", self._costs(view.result)),
             "opened": ("open", _offered(view.result.facts["entries"])),
         }
         wide = dict(style={"description_width": "60px"}, layout=widgets.Layout(width="340px"))
@@ -219,6 +225,17 @@ class Showdown(Panel):
         asked = widgets.GridBox(list(self.choices.values()), layout=grid)
         self.widget = widgets.VBox([asked, self.plot, self.answers])
 
+    def _peaks(self, result: Result) -> Mapping[str, int] | None:
+        """The peaks, if they hold for this contest: the same base and batch."""
+        same = all(result.facts[k] == self.measured.facts[k] for k in ("base", "batch size"))
+        there = self.peaks and set(result.facts["entries"]) <= set(self.peaks)
+        return self.peaks if same and there else None
+
+    def _costs(self, result: Result) -> list[tuple[str, str]]:
+        """The costs that a contest can be seen by, as the menu shows them."""
+        kinds = (*COSTS, "peak") if self._peaks(result) else COSTS
+        return [(WORDS[kind], kind) for kind in kinds]
+
     def _clicked(self, label: str) -> None:
         if label in self.view.result.facts["entries"]:
             self.choices["opened"].value = label
@@ -230,13 +247,18 @@ class Showdown(Panel):
         if given["name"] != self.view.name:  # another contest has scores and entries of its own
             self._busy = True
             other = _read(given["name"])
-            known = {"score": scores(other), "opened": list(other.facts["entries"])}
-            for key, values in known.items():
+            known = {
+                "score": _offered(other.scores),
+                "cost": self._costs(other),
+                "opened": _offered(other.facts["entries"]),
+            }
+            for key, offered in known.items():
+                values = [value for _, value in offered]
                 kept = given[key] if given[key] in values else values[0]
-                self.choices[key].options = _offered(values)
+                self.choices[key].options = offered
                 self.choices[key].value = given[key] = kept
             self._busy = False
-        self.view = ShowdownView(**given, peaks=self.peaks)
+        self.view = ShowdownView(**given, peaks=self._peaks(_read(given["name"])))
         self.answers.value = self.view.html()
         self.plot.draw(self.view.figure())
 
