@@ -1,7 +1,9 @@
 """Figures carry the numbers they were given, a title, axes with names, and the course's colours."""
 
+import colorsys
 import json
 import re
+from itertools import combinations
 
 import nbformat
 import numpy as np
@@ -149,6 +151,16 @@ def test_a_curve_that_lies_under_others_is_wider_than_they_are():
     assert a > c > d == b
     a, b, c, d = (trace.marker.size for trace in drawn)
     assert a > c > d == b
+
+
+def test_five_curves_of_no_method_have_five_hues():
+    figure = figures.learning_curves({name: history() for name in "ABCDE"})
+    hues = []
+    for trace in figure.data:
+        rgb = (int(trace.line.color[i : i + 2], 16) / 255 for i in (1, 3, 5))
+        hues.append(360 * colorsys.rgb_to_hsv(*rgb)[0])
+    apart = [abs((a - b + 180) % 360 - 180) for a, b in combinations(hues, 2)]
+    assert len(hues) == 5 and min(apart) > 25
 
 
 def test_two_settings_of_one_method_differ_in_dash():

@@ -41,7 +41,7 @@ def _last_state(table, lstm, first, second):
         (lambda table, lstm, first, second: second(first(lstm(table[None])[0][0])),
          "there is no ReLU between the linear layers: the MLP is linear"),
         (after(encode, torch.relu), "with a ReLU at the end a prompt cannot be negative anywhere"),
-        (lambda E, lstm, first, second: second(torch.relu(first(lstm(E[:, None])[0][:, 0]))),
+        (lambda Z, lstm, first, second: second(torch.relu(first(lstm(Z[:, None])[0][:, 0]))),
          "each virtual token is a sequence of its own: you put them on the batch axis, so no one "
          "sees its neighbours. Check batch_first"),
         (_last_state, "every virtual token is the same row: you took one state for all. The LSTM "
@@ -51,7 +51,7 @@ def _last_state(table, lstm, first, second):
          lambda given, right: given[1])),
     otherwise=lambda given, right: f"{unlike(given[0], right[0])}. Is the order LSTM, linear, "
         "ReLU, linear?",
-    again=(7, 10), praise="table, LSTM, linear, ReLU, linear: P = g(E)",
+    again=(7, 10), praise="table, LSTM, linear, ReLU, linear: P = g(Z)",
 )  # fmt: skip
 def write_the_encoder(answer, P=5, d=6):
     """The prompt, and whether another LSTM makes the same."""
@@ -255,7 +255,7 @@ def _encoder(kind: str) -> PromptEncoder:
 
 
 @question(
-    "The prompt is made by an MLP, each virtual token alone: row i of P from row i of E. A step of "
+    "The prompt is made by an MLP, each virtual token alone: row i of P from row i of Z. A step of "
     "gradient descent is taken to change row 1 of P, and no other. Which rows of P change?",
     {
         "a": ("row 1 alone", "Row 1 of the table is its own. The network is not: every row goes "

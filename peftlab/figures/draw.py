@@ -201,6 +201,7 @@ def _strip(sheet: Sheet, drawing: Drawing, y: Number, kind: str, boxes: list[Box
     y += 24
     longest = max(n for box in boxes for n in box.shape)
     unit = 40 / min(longest, 4 * max(rows for rows, _ in drawing.weights[first, "down"]))
+    tall = min(40.0, max(3, max(box.shape[0] for box in boxes) * unit))
     for box in boxes:
         ink = t.text(colour_of(box)) if box.trained else t.quiet
         name = f"{box.stack} {box.name}".strip().replace("_embeddings", "")
@@ -209,15 +210,15 @@ def _strip(sheet: Sheet, drawing: Drawing, y: Number, kind: str, boxes: list[Box
         w, h = (min(40.0, max(3, side * unit)) for side in (cols, rows))
         step = max(width_of(name, SMALL), width_of(size, SMALL), w) + 14
         if x + step > sheet.width:
-            x, y = 14.0, y + 40 + 2 * LINE + 8
+            x, y = 14.0, y + tall + 2 * LINE + 8
         sheet.matrix(x, y, w, h, "", colour_of(box), box.made, f"{name}: {size}")
         if rows * unit > 40:  # a break: it is longer than drawn
             for k in (18, 23):
                 sheet.line([(x - 2, y + k + 2), (x + w + 2, y + k - 2)], t.paper, 2)
-        sheet.text(x, y + 40 + 8, name, SMALL, ink)
-        sheet.text(x, y + 40 + 8 + LINE, size, SMALL, ink)
+        sheet.text(x, y + tall + 8, name, SMALL, ink)
+        sheet.text(x, y + tall + 8 + LINE, size, SMALL, ink)
         x += step
-    return y + 40 + 2 * LINE + 6
+    return y + tall + 2 * LINE + 6
 
 
 def _key(sheet: Sheet, y: Number, drawing: Drawing) -> Number:

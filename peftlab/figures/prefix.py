@@ -127,14 +127,14 @@ def thrown_away(tuned: Tuned, dark: bool | None = None) -> go.Figure:
     weights = [tensor for name, tensor in tensors.items() if name.endswith("weight")]
     if not names or len(weights) != 2:
         raise ValueError("draw an MLP prefix: PrefixTuning(P, prefix_projection=True)")
-    E, (W_1, W_2) = tensors[names["table"]], weights
+    Z, (W_1, W_2) = tensors[names["table"]], weights
     layers, heads, P, d_head = tuned.prefix[0].shape
     trained = sum(tensor.numel() for tensor in tensors.values())
     stored, d_kv = 2 * layers * heads * P * d_head, heads * d_head
     sheet = Sheet(
         f"{trained:,} numbers train; {stored:,} are kept",
         360,
-        f"Above, while it trains: a table E ({P} × {E.shape[1]}) goes through W1 "
+        f"Above, while it trains: a table Z ({P} × {Z.shape[1]}) goes through W1 "
         f"({W_1.shape[0]} × {W_1.shape[1]}), tanh and W2 ({W_2.shape[0]} × {W_2.shape[1]}), and "
         f"what comes out is cut into {layers} pairs of keys and values ({P} × {d_kv} each). Below, "
         "after training: the same pairs, and the table and the network are crossed out.",
@@ -144,7 +144,7 @@ def thrown_away(tuned: Tuned, dark: bool | None = None) -> go.Figure:
     for y, words, kept in ((96, "while it trains", False), (268, "in the file", True)):
         sheet.text(14, y - 76, f"<b>{words}</b>", NORMAL)
         x = 60.0
-        for name, tensor in (("E", E), ("W₁", W_1), ("W₂", W_2)):
+        for name, tensor in (("Z", Z), ("W₁", W_1), ("W₂", W_2)):
             rows, cols = tensor.shape
             w, h = max(cols * unit, 3), max(rows * unit, 3)
             hover = f"{name}: {rows:,} × {cols:,}"

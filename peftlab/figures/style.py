@@ -102,7 +102,7 @@ def styles(labels: Iterable[str]) -> dict[str, dict]:
 
     The colour is that of a line on the paper in use.
     """
-    spare, seen, styles = [VERMILLION, SKY, PURPLE, GREEN, BLUE, ORANGE], {}, {}
+    spare, seen, styles = [VERMILLION, SKY, PURPLE, GREEN, OLIVE, BLUE, ORANGE], {}, {}
     for label in labels:
         key = method_key(label)
         times = seen[key] = seen.get(key, -1) + 1

@@ -18,9 +18,9 @@ SIZES = ("lama", "few-shot", "peft")
 class PTuning(Method):
     """P-tuning, the first version.
 
-        P = g(E)      E (num_virtual_tokens, d_model) and g train, all else is frozen
+        P = g(Z)      Z (num_virtual_tokens, d_model) and g train, all else is frozen
 
-    Trained: the table E and the network g. Stored: only P, num_virtual_tokens · d_model numbers;
+    Trained: the table Z and the network g. Stored: only P, num_virtual_tokens · d_model numbers;
     g runs one last time and is thrown away. Only the input layer changes.
 
     `encoder` is g: "lstm" (two directions, then an MLP), "mlp", "attention" (a variant that some

@@ -23,8 +23,8 @@ class PrefixTuning(Method):
     `attention.with_prefix` computes [P_k; K] and [P_v; V]; nothing else in the base changes.
 
     Trained: P_k and P_v, 2 · P · d_kv numbers for each attention sublayer; T5's decoder has two
-    in each layer. With `prefix_projection` an MLP makes them from a table E (P, d_model):
-    W₂ tanh(W₁ E + b₁) + b₂ with hidden width `encoder_hidden_size`. It trains in their place and
+    in each layer. With `prefix_projection` an MLP makes them from a table Z (P, d_model):
+    tanh(Z W₁ᵀ + b₁) W₂ᵀ + b₂ with hidden width `encoder_hidden_size`. It trains in their place and
     is thrown away afterwards. Stored: P_k and P_v either way.
 
     `init` chooses the initial values of a flat prefix: "text" uses the keys and values of

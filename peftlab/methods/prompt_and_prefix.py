@@ -14,11 +14,11 @@ from peftlab.sites import InputEmbeddings, KeysValues
 
 @dataclass(frozen=True)
 class PromptAndPrefix(Method):
-    """One table E is the virtual tokens at the input, and an MLP makes keys and values from it.
+    """One table Z is the virtual tokens at the input, and an MLP makes keys and values from it.
 
-        x = [E; E(tokens)],   [P_k; P_v] = W₂ tanh(W₁ E + b₁) + b₂ in every attention
+        x = [Z; E(tokens)],   [P_k; P_v] = tanh(Z W₁ᵀ + b₁) W₂ᵀ + b₂ in every attention
 
-    Trained: the table (P, d_model) and the MLP. Stored: E, P_k and P_v. Without
+    Trained: the table (P, d_model) and the MLP. Stored: Z, P_k and P_v. Without
     `prefix_projection` all three train directly. One source calls this P-tuning v2; the paper of
     that name has neither the input tokens nor, by default, the MLP.
     """

@@ -32,7 +32,7 @@ class Flat(nn.Module):
 class PrefixMLP(nn.Module):
     r"""One MLP makes the keys and values of every sublayer from one table.
 
-    [P_k; P_v] = W₂ tanh(W₁ E + b₁) + b₂      E (P, d_model), W₁ (m, d_model), W₂ (2·S·d_kv, m)
+    [P_k; P_v] = tanh(Z W₁ᵀ + b₁) W₂ᵀ + b₂    Z (P, d_model), W₁ (m, d_model), W₂ (2·S·d_kv, m)
 
     S is the number of attention sublayers. With `with_prompt` the table is also the virtual tokens
     of the input and is returned as the prompt.
@@ -53,7 +53,7 @@ class PrefixMLP(nn.Module):
 
 
 class PromptEncoder(nn.Module):
-    """P = g(E): a table E (P, d_model) and the network g that makes the prompt from it.
+    """P = g(Z): a table Z (P, d_model) and the network g that makes the prompt from it.
 
     lstm       two directions, `layers` deep, then an MLP
     mlp        an MLP on each virtual token alone
