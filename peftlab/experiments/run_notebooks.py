@@ -3,6 +3,7 @@
     python -m peftlab.experiments.run_notebooks                    # every notebook, written back
     python -m peftlab.experiments.run_notebooks 06_lora --check    # run only, write nothing
     python -m peftlab.experiments.run_notebooks --stored           # run nothing, store again
+    python -m peftlab.experiments.run_notebooks --stored --redraw  # and draw every picture anew
 
 A stored lesson shows its figures where no kernel runs. Chromium draws a PNG beside the data of
 each Plotly figure, with the plotly.js that the plotly package carries, so nothing is fetched. A
@@ -102,8 +103,9 @@ def camera() -> Iterator[Camera]:
 def small(png: str) -> str:
     """A base64 PNG with at most 64 colours, a quarter of the bytes, as a card with round corners.
 
-    Words stay sharp. The corners are transparent, so that on dark paper it lies as a card and does
-    not end like a hole. What is small already stays as it is.
+    Words stay sharp, and a colour that only a few marks have stays what it is. The corners are
+    transparent, so that on dark paper it lies as a card and does not end like a hole. What is
+    small already stays as it is.
     """
     from PIL import Image, ImageDraw
     from PIL.Image import open as picture_in
@@ -112,7 +114,8 @@ def small(png: str) -> str:
     if "transparency" in image.info:
         return png
     colours, steps, fine, size = 64, 4, 4, image.size  # an edge has 4 shades, from clear on
-    few = image.convert("RGB").quantize(colours, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    cover, hard = Image.Quantize.MAXCOVERAGE, Image.Dither.NONE
+    few = image.convert("RGB").quantize(colours, cover, kmeans=3, dither=hard)
     card = Image.new("L", (size[0] * fine, size[1] * fine))
     whole = (0, 0, card.width - 1, card.height - 1)
     ImageDraw.Draw(card).rounded_rectangle(whole, CORNER * SCALE * fine, fill=steps)
@@ -207,16 +210,17 @@ def add_pictures(notebook, picture: Camera, drawn: dict[str, str]) -> None:
             output.setdefault("metadata", {})[PNG] = about
 
 
-def run(path: Path, picture: Camera | None, again: bool = True) -> float:
+def run(path: Path, picture: Camera | None, again: bool = True, redraw: bool = False) -> float:
     """Execute one notebook; write it back only where a camera is given. Returns seconds.
 
-    Without `again` nothing runs, and the outputs it has are what is stored.
+    Without `again` nothing runs, and the outputs it has are what is stored. Without `redraw` a
+    figure whose data are as they were keeps its picture.
     """
     notebook = nbformat.read(path, as_version=4)
     drawn = {
         json.dumps(figure_in(data), sort_keys=True): small(data[PNG])
         for data in outputs_with_data(notebook)
-        if PNG in data and figure_in(data)
+        if PNG in data and figure_in(data) and not redraw
     }
     seconds = execute(notebook, path.parent) if again else 0.0
     if picture is not None:
@@ -262,20 +266,23 @@ def main(arguments: list[str] | None = None) -> int:
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--check", action="store_true", help="run, and write nothing")
     instead.add_argument("--stored", action="store_true", help="write the outputs, and run nothing")
+    parser.add_argument("--redraw", action="store_true", help="draw the unchanged figures anew too")
     options = parser.parse_args(arguments)
     paths = find_notebooks(options.names, options.folder)
     if options.check:
         return run_all(paths, None)
     with camera() as picture:
-        return run_all(paths, picture, again=not options.stored)
+        return run_all(paths, picture, not options.stored, options.redraw)
 
 
-def run_all(paths: list[Path], picture: Camera | None, again: bool = True) -> int:
+def run_all(
+    paths: list[Path], picture: Camera | None, again: bool = True, redraw: bool = False
+) -> int:
     """Run each notebook; one that fails keeps its stored text. Returns how many failed."""
     failed = 0
     for path in paths:
         try:
-            print(f"{path}: {run(path, picture, again):.1f} s", flush=True)
+            print(f"{path}: {run(path, picture, again, redraw):.1f} s", flush=True)
         except CellExecutionError as error:
             failed += 1
             print(f"{path}: not written, a cell failed\n{error}", file=sys.stderr, flush=True)
