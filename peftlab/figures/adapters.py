@@ -292,9 +292,9 @@ def factors_by_layer(factors: Mapping[str, Tensor], title: str) -> go.Figure:
             fillcolor=f"rgba({red},{green},{blue},{opacity})", offsetgroup=place, **look,
         )  # fmt: skip
     for level, dash in ((1, "solid"), (0, "dash")):
-        fig.add_hline(y=level, line=dict(color=GREY, dash=dash, width=1.5), layer="between")
+        fig.add_hline(y=level, line=dict(color=GREY, dash=dash, width=1.5), layer="below")
     fig.update_layout(boxmode="group", legend=dict(orientation="h", y=-0.22, x=0), margin_b=80)
-    return fig.update_xaxes(dtick=1)
+    return fig.update_xaxes(dtick=1).update_yaxes(showgrid=False)  # a grid would hide both lines
 
 
 def forward_costs(times: pd.DataFrame, title: str) -> go.Figure:
