@@ -136,6 +136,7 @@ def test_every_lesson_says_what_it_took_of_a_gpu():
         assert f'lesson_on_gpu("{path.stem}")' in cell.source
         assert said.strip() == memory.lesson_on_gpu(path.stem)
         assert "GB of GPU memory at the peak, of 15 GiB" in said
+        assert max(map(len, said.splitlines())) <= 83  # a page of 900 pixels breaks inside a word
     assert "no run of 99_none" in memory.lesson_on_gpu("99_none")
 
 

@@ -187,6 +187,18 @@ def test_a_gguf_base_in_16_bits(tmp_path):
         assert torch.equal(tensor, base.model.get_parameter(name).bfloat16())
 
 
+def test_a_gguf_file_is_unpacked_without_a_bar(tmp_path, monkeypatch, capsys):
+    """In a notebook the reader's bar is a widget, of which '0%' is stored and nothing else."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    def bar(tensors, **_):
+        raise AssertionError("a progress bar was drawn")
+
+    monkeypatch.setattr(reader, "tqdm", bar)
+    peftlab.load(write_gguf(tmp_path / "tiny.gguf", llama(), coded=True))
+    assert reader.tqdm is bar and not capsys.readouterr().err
+
+
 @pytest.mark.parametrize("share", [0, 0.02, 0.5, 0.99])
 def test_a_truncated_gguf_file_is_refused(tmp_path, share):
     path = write_gguf(tmp_path / "tiny.gguf", llama())

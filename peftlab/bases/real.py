@@ -241,8 +241,7 @@ def read_gguf(path: Path, dtype: torch.dtype):
     options = {"quantization_config": config(dequantize=True)} if config else {}
     where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     try:
-        # There is a progress bar that cannot be turned off.
-        with contextlib.redirect_stderr(io.StringIO()), _reading_once():
+        with _reading_once(), _without_a_bar():
             model, report = transformers.AutoModelForCausalLM.from_pretrained(
                 **where, **options, dtype=dtype, output_loading_info=True
             )
@@ -277,6 +276,17 @@ def _reading_once():
         for name in ("GGUFReader", "get_tensor_name_map"):
             once = functools.cache(getattr(gguf, name))
             stack.enter_context(mock.patch.object(gguf, name, once))
+        yield
+
+
+@contextlib.contextmanager
+def _without_a_bar():
+    """Inside, transformers unpacks a GGUF file without its progress bar, which has no switch: on a
+    terminal it goes to stderr, in a notebook it is a widget, and what is stored of it says 0%."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    plain = mock.patch.object(reader, "tqdm", lambda tensors, **_: tensors, create=True)
+    with contextlib.redirect_stderr(io.StringIO()), plain:
         yield
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from peftlab.figures.sheet import LARGE, NORMAL, SMALL, Number, Sheet
 from peftlab.figures.style import BLACK, BLUE, COLOURS, DASHES, GREY, figure, styles
+from peftlab.figures.theme import theme
 
 PURPLE = COLOURS["houlsby"]
 CELL = 36
@@ -281,9 +282,10 @@ def factors_by_layer(factors: Mapping[str, Tensor], title: str) -> go.Figure:
     table = pd.DataFrame(rows)
     table["where"] = table["where"].replace(WHERE)
     fig = figure(title, "layer", "factor l")
+    edge = theme().text(PURPLE)  # the median must show in the fullest box
     for place, (where, rows) in enumerate(table.groupby("where", sort=False)):
-        look = dict(marker_color=PURPLE, line=dict(color=PURPLE, width=1.5), whiskerwidth=0.6)
-        opacity = (0.15, 0.45, 0.85)[place % 3]
+        look = dict(marker_color=PURPLE, line=dict(color=edge, width=1.5), whiskerwidth=0.6)
+        opacity = (0.1, 0.35, 0.7)[place % 3]
         red, green, blue = (int(PURPLE[i : i + 2], 16) for i in (1, 3, 5))
         fig.add_box(
             x=rows["layer"], y=rows["factor"].round(4), name=str(where), boxpoints=False,
@@ -291,10 +293,8 @@ def factors_by_layer(factors: Mapping[str, Tensor], title: str) -> go.Figure:
         )  # fmt: skip
     for level, dash in ((1, "solid"), (0, "dash")):
         fig.add_hline(y=level, line=dict(color=GREY, dash=dash, width=1.5), layer="below")
-    fig.update_layout(
-        boxmode="group", legend=dict(orientation="h", y=1.0, x=1, xanchor="right", yanchor="bottom")
-    )
-    return fig.update_xaxes(dtick=1)
+    fig.update_layout(boxmode="group", legend=dict(orientation="h", y=-0.22, x=0), margin_b=80)
+    return fig.update_xaxes(dtick=1).update_yaxes(showgrid=False)  # a grid would hide both lines
 
 
 def forward_costs(times: pd.DataFrame, title: str) -> go.Figure:

@@ -120,6 +120,7 @@ def fused_adapter(tuned: Tuned, layer: str = "layers.0", dark: bool | None = Non
         s.text(x - 12, y + tall / 2, f"<b>{name}</b>", LARGE, align="right")
         part(x, y, thin, tall, fill)
         part(x + thin + 26, y + (tall - thin) / 2, wide, thin, fill)
+        s.text(x + thin + 13, y + tall / 2, "×", LARGE, align="center")
         s.text(x + thin / 2, y + tall + 12, f"B<sub>{name}</sub> {d} × {r}", SMALL, ink, "center")
         s.text(x + thin + 26 + wide / 2, y + (tall + thin) / 2 + 12,
                f"A<sub>{name}</sub> {r} × {d_in}", SMALL, ink, "center")  # fmt: skip
@@ -135,7 +136,7 @@ def fused_adapter(tuned: Tuned, layer: str = "layers.0", dark: bool | None = Non
     part(a, middle - thin, wide, thin, strong)
     part(a, middle, wide, thin, pale)
     s.text(a + wide / 2, middle + thin + 12, f"A {2 * r} × {d_in}", SMALL, ink, "center")
-    s.text(x + 2 * thin + 20, middle, "·", LARGE, align="center")
+    s.text(x + 2 * thin + 20, middle, "×", LARGE, align="center")
     s.text(a + wide + 20, middle - 8, "an empty block is zero: q reads", SMALL, t.quiet)
     s.text(a + wide + 20, middle + 8, f"the first {r} numbers, v the last {r}", SMALL, t.quiet)
     ours, theirs = 2 * r * (d_in + d), 2 * r * (d_in + 3 * d)

@@ -520,15 +520,17 @@ def gpu_peak(kind: str = "allocated") -> int:
 
 def lesson_on_gpu(lesson: str) -> str:
     """What a lesson takes of a GPU: its run up to here, if that is on one, and the recorded run,
-    which is of `python -m peftlab.experiments.measure_lessons --device cuda`."""
+    which is of `python -m peftlab.experiments.measure_lessons --device cuda`. No line of it is
+    longer than a page of 900 pixels shows."""
     path = data_path("results", "lessons_cuda.json")
     rows = json.loads(path.read_text(encoding="utf-8"))["lessons"] if path.exists() else []
     row = next((row for row in rows if row["lesson"] == lesson), None)
-    here = f"{gpu_peak() / 1e9:.2f} GB of GPU memory at the peak here; " if gpu_peak() else ""
+    here = f"{gpu_peak() / 1e9:.2f} GB of GPU memory at the peak here;\n" if gpu_peak() else ""
     if row is None:
         return f"{here}no run of {lesson} on a GPU is recorded"
     return (
-        f"{here}recorded on one {row['device']}, {row['date']}: {row['wall seconds']:.0f} seconds, "
+        f"{here}recorded on one {row['device']}, {row['date']}: "
+        f"{row['wall seconds']:.0f} seconds,\n"
         f"{row['peak gpu bytes'] / 1e9:.2f} GB of GPU memory at the peak, of "
         f"{row['gpu gigabytes allowed']:g} GiB that it was allowed"
     )

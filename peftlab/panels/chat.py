@@ -62,7 +62,7 @@ def transcript(turns: list[Turn]) -> go.Figure:
         [turn.adapter for turn in turns],
         [escape(turn.answer).replace("\n", "<br>") for turn in turns],
     ]
-    title = f"{len(turns)} answers of one base, which adapter is on decides"
+    title = f"{len(turns)} answers of one base: the adapter that is on decides"
     lines = sum(max(2, turn.answer.count("\n") + 1 + len(turn.answer) // 60) for turn in turns)
     table = go.Table(
         columnwidth=[30, 20, 50],

@@ -19,6 +19,7 @@ from PIL import Image
 import peftlab
 from peftlab.experiments import run_notebooks
 from peftlab.experiments.run_notebooks import FIGURE, PNG, RAN, STILL, WIDGET
+from peftlab.figures.style import COLOURS
 
 CONFTEST = Path(__file__).parents[1] / "conftest.py"
 
@@ -264,3 +265,17 @@ def test_a_stored_picture_has_few_colours_and_looks_the_same():
     moved = np.abs(np.asarray(few.convert("RGB")).astype(int) - noise)
     assert moved[:, 15:-15].max() <= 12  # beside the corners, which are clear
     assert len(base64.b64decode(stored)) < len(file.getvalue())
+
+
+def test_a_colour_that_a_few_marks_have_is_kept():
+    """A method's marks are a few hundred pixels of a plot, the edges of its letters all greys."""
+    pixels = np.full((200, 300, 3), 255, dtype=np.uint8)
+    pixels[40:160:2, 40:260] = np.linspace(0, 250, 220).astype(np.uint8)[:, None]  # letters' edges
+    marks = [tuple(bytes.fromhex(colour[1:])) for colour in dict.fromkeys(COLOURS.values())]
+    for i, colour in enumerate(marks):
+        pixels[20:28, 20 + 20 * i : 28 + 20 * i] = colour
+    Image.fromarray(pixels).save(file := io.BytesIO(), "PNG")
+    stored = run_notebooks.small(base64.b64encode(file.getvalue()).decode())
+    few = np.asarray(Image.open(io.BytesIO(base64.b64decode(stored))).convert("RGB")).astype(int)
+    for i, colour in enumerate(marks):
+        assert np.abs(few[20:28, 20 + 20 * i : 28 + 20 * i] - colour).max() <= 8, colour
