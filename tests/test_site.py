@@ -311,14 +311,18 @@ DARK_OR_LIGHT = """async (mode) => {
     await Promise.all(document.getAnimations().map((moving) => moving.finished));
 }"""
 
+# Style sheets are read again for one rule alone, an experimental one that is off by default, and
+# what they import is asked for at a wrong address.
+AXE = {"resultTypes": ["violations"], "preload": False}
+
 
 def faults(page: Page) -> str:
-    """What axe finds on the page, in light with all its rules on, and in dark, where nothing but
+    """What axe finds on the page: in light with all its rules on, in dark, where nothing but
     colours is different, with the rule for those."""
     told = []
     for mode, rules in {"light": {}, "dark": {"runOnly": ["color-contrast"]}}.items():
         page.evaluate(DARK_OR_LIGHT, mode)
-        found = Axe().run(page, options={"resultTypes": ["violations"]} | rules)
+        found = Axe().run(page, options=AXE | rules)
         assert found.response["passes"]  # it looked
         if found.violations_count:
             told.append(f"{mode}: {found.generate_report()}")
@@ -370,7 +374,8 @@ def test_the_other_pages_are_without_fault(opened, site):
         assert len(found["panels"]) == (4 if path == site / "panels.html" else 0)
         assert found["empty"] == found["raw"] == 0
         assert not found["broken"] and not found["faulty"] and not complaints, path
-        assert faults(page) == "", path
+        if path.parent.name != "reference" or path.stem in ("index", "methods"):  # one of a kind
+            assert faults(page) == "", path
 
 
 @pytest.mark.browser
