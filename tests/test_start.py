@@ -9,9 +9,11 @@ import time
 import urllib.request
 from pathlib import Path
 
+import nbformat
 import pytest
 
 from peftlab import __main__ as front
+from peftlab.experiments.run_notebooks import execute
 
 ROOT = Path(__file__).parent.parent
 
@@ -163,3 +165,47 @@ def address_of(runtime: Path, server: subprocess.Popen, said: Path) -> str:
                 pass
         time.sleep(0.2)
     raise AssertionError(said.read_text())
+
+
+@pytest.fixture
+def clone(tmp_path) -> Path:
+    """A git repository of its own that has what this checkout has."""
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    found = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=False)
+    if found.returncode:
+        pytest.skip("this is no git checkout")
+    folder = tmp_path / "peftlab"
+    for name in filter(None, found.stdout.split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    git(folder, "init", "-q")
+    git(folder, "add", ".")
+    who = ("-c", "user.name=peftlab", "-c", "user.email=peftlab@example.org")
+    git(folder, *who, "commit", "-q", "-m", "As it is")
+    return folder
+
+
+def git(folder: Path, *command: str) -> str:
+    ran = subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True, check=True)
+    return ran.stdout
+
+
+def test_a_lesson_that_ran_changes_nothing_that_git_has(clone, monkeypatch):
+    """Run from the first cell to the last and saved, in the folder where `start` puts it."""
+    monkeypatch.setenv("PYTHONPATH", str(clone), prepend=os.pathsep)
+    command = [sys.executable, "-m", "peftlab", "start", "--no-lab"]
+    subprocess.run(command, cwd=clone, check=True, capture_output=True)
+    rows = json.loads((clone / "data/results/lessons_cpu.json").read_text())["lessons"]
+    shortest = min(rows, key=lambda row: row["wall seconds"])["lesson"] + ".ipynb"
+    mine, theirs = clone / "lessons" / shortest, clone / "notebooks" / shortest
+    assert mine.read_bytes() == theirs.read_bytes()
+    lesson = nbformat.read(mine, as_version=4)
+    lesson.cells.append(nbformat.v4.new_code_cell("pl.__file__"))
+    execute(lesson, mine.parent)
+    assert str(clone / "peftlab") in lesson.cells.pop().outputs[0].data["text/plain"]
+    nbformat.write(lesson, mine)
+    assert mine.read_bytes() != theirs.read_bytes()
+    assert git(clone, "status", "--porcelain") == ""
+    shutil.copy(mine, theirs)  # as it was before there was `start`
+    assert git(clone, "status", "--porcelain") == f" M notebooks/{shortest}\n"

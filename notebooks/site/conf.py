@@ -1,5 +1,6 @@
 """The site's settings for Sphinx. `build.py` gathers the pages and calls it."""
 
+import accessible
 import docstrings
 
 import peftlab
@@ -11,6 +12,7 @@ version = release = peftlab.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.mathjax"]
 exclude_patterns = ["parts"]
+templates_path = ["templates"]
 
 # The lessons are shown as they are stored.
 nb_execution_mode = "off"
@@ -44,3 +46,5 @@ mathjax_path = "tex-svg-full.js"
 
 def setup(app):
     app.connect("autodoc-process-docstring", docstrings.process)
+    app.connect("html-page-context", accessible.on_page, priority=900)
+    app.set_translator("html", accessible.Translator)

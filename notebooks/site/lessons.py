@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 import nbformat
+from accessible import without_empty_headings
 
 import peftlab
 from peftlab import panels
@@ -82,8 +83,10 @@ def drawing(figure: dict, picture: str, words: str) -> str:
 
 def shown(cell, output, name: str, folder: Path) -> None:
     """Replace a figure among an output's data by what the page draws; its picture goes to a file
-    of this name."""
+    of this name. In a table, only what heads something is a heading."""
     data = output["data"]
+    if "text/html" in data:
+        data["text/html"] = without_empty_headings(data["text/html"])
     figure = figure_in(data)
     if figure is None or PNG not in data:
         return
