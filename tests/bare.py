@@ -209,7 +209,9 @@ def measure(options: argparse.Namespace, folder: Path) -> dict:
     models = sum(size for name, size in sizes.items() if name.startswith(MODELS))
     python = "cd peftlab; .venv/bin/python"
     lesson = time.time()
-    bare.ask(f"{python} -m papermill -q lessons/{FIRST} /tmp/ran.ipynb --cwd lessons")
+    bare.ask(
+        f"{python} -m papermill --no-progress-bar lessons/{FIRST} /tmp/ran.ipynb --cwd lessons"
+    )
     row = {
         "build": options.build,
         "date": date.today().isoformat(),
@@ -254,7 +256,10 @@ def keep(row: dict) -> None:
     if "tests" in old.get(row["build"], {}):
         row = {"tests": old[row["build"]]["tests"]} | row
     old[row["build"]] = row
-    record = {"command": "python tests/bare.py BUILD --tests", "rows": [old[k] for k in sorted(old)]}
+    record = {
+        "command": "python tests/bare.py BUILD --tests",
+        "rows": [old[k] for k in sorted(old)],
+    }
     RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
