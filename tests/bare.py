@@ -230,7 +230,6 @@ def measure(options: argparse.Namespace, folder: Path) -> dict:
             "models": round(models / 1e6),
             "environment on disk": round(folder_bytes(clone / ".venv") / 1e6),
             "clone on disk": round((folder_bytes(clone) - folder_bytes(clone / ".venv")) / 1e6),
-            "pip's cache on disk": round(folder_bytes(bare.upper / "root/.cache/pip") / 1e6),
         },
         "seconds": seconds | {"the first lesson, run to its end": round(time.time() - lesson)},
     }
