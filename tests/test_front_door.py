@@ -7,6 +7,7 @@ import subprocess
 import tomllib
 from pathlib import Path
 
+import bare
 import pytest
 import versions
 import yaml
@@ -86,18 +87,26 @@ def test_the_sizes_in_the_readme_are_those_of_the_records():
         re.S,
     )
     windows, mac, models, cuda, cpu, disk = (1000 * float(size) for size in said.groups())
-    bare = {row["build"]: row["megabytes"] for row in json.loads(page("tests/bare.json"))["rows"]}
+    built = {row["build"]: row["megabytes"] for row in json.loads(page("tests/bare.json"))["rows"]}
     for python in versions.PYTHONS:
         asked = {p: row(p, python, "learner")["megabytes"] for p in versions.PLATFORMS}
         assert windows == pytest.approx(asked["Windows x64"], rel=0.1)
         assert mac == pytest.approx(asked["macOS 14 arm64"], rel=0.1)
         assert cuda == pytest.approx(asked["Linux x86_64"], rel=0.1)
-    assert cpu == pytest.approx(bare["cpu"]["packages"], rel=0.1)
-    assert disk == pytest.approx(bare["cpu"]["environment on disk"], rel=0.1)
-    for measured in bare.values():
+    assert cpu == pytest.approx(built["cpu"]["packages"], rel=0.1)
+    assert disk == pytest.approx(built["cpu"]["environment on disk"], rel=0.1)
+    for measured in built.values():
         assert models == pytest.approx(measured["models"], rel=0.1)
-    if "cuda" in bare:
-        assert cuda == pytest.approx(bare["cuda"]["packages"], rel=0.1)
+    if "cuda" in built:
+        assert cuda == pytest.approx(built["cuda"]["packages"], rel=0.1)
+
+
+def test_the_bare_system_is_given_the_lines_of_the_readme():
+    start, test, cpu = bare.lines(page("README.md"))
+    assert start.startswith("git clone ") and start.endswith("python -m peftlab start\n")
+    assert test.endswith("pytest -n 2\n") and cpu.startswith("export PIP_EXTRA_INDEX_URL=https")
+    log = "  Downloading https://x/a-1.whl (1.5 MB)\n  Downloading b-2.whl (20 kB)\n"
+    assert bare.packages(log) == {"a-1.whl": 1.5e6, "b-2.whl": 2e4}
 
 
 # --- versions ----------------------------------------------------------------------------------
