@@ -239,6 +239,8 @@ def open_lab(root: Path, lesson: Path, browser: bool) -> int:
     """JupyterLab until it ends, which it asks about at Ctrl+C; returns its status."""
     address = quote(f"/lab/tree/{lesson.relative_to(root).as_posix()}")
     options = [f"--ServerApp.root_dir={root}", f"--LabApp.default_url={address}"]
+    if hasattr(os, "geteuid") and os.geteuid() == 0:  # as in a container, which has no other user
+        options.append("--ServerApp.allow_root=True")
     command = [sys.executable, "-m", "jupyterlab", *options]
     process = subprocess.Popen(command if browser else [*command, "--no-browser"])
     while True:

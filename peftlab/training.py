@@ -128,7 +128,8 @@ def train(
     compiled code, and any other that this process has compiled, is dropped at the end.
 
     Raises ValueError for a setting out of range, a split without examples, a batch that does not
-    fit the context, and for `compile` with an LSTM, a weight held as codes or several processes.
+    fit the context, and for `compile` with an LSTM, a weight held as codes or several processes,
+    or without a C++ compiler.
     """
     least = {"steps": 1, "batch_size": 1, "eval_every": 0, "warmup": 0, "patience": 0}
     for name, value in zip(least, (steps, batch_size, eval_every, warmup, patience), strict=True):

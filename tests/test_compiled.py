@@ -4,11 +4,13 @@ A real compile by inductor takes some ten seconds, so few cases have one. The ki
 traced whole, without a break, by the same front end with an eager back end.
 """
 
+import shutil
+
 import pytest
 import torch
 from models import CASES, PLAIN, U32, adapted, letters, put, surroundings, tiny
 
-from peftlab import PTuning, QLoRA, attach, train
+from peftlab import LoRA, PTuning, QLoRA, attach, train
 from peftlab.methods.heads import Classification, Spans
 from peftlab.tuned.compiled import padded
 
@@ -49,6 +51,10 @@ def test_it_is_traced_whole_and_equal(case, family):
     torch.compiler.reset()
 
 
+@pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++", "cl"))),
+    reason="no C++ compiler, which torch.compile needs",
+)
 @pytest.mark.parametrize("case", ["lora", "prefix"])
 def test_a_compiled_run_is_the_plain_one(case):
     """Through inductor, on a family without dropout. Each loss is as near to the plain one as 4 E,
@@ -90,3 +96,11 @@ def test_what_is_refused(method, what):
     with attach(tiny("gpt2"), method) as tuned:
         with pytest.raises(ValueError, match=f"torch.compile cannot follow {what}"):
             train(tuned, letters(), steps=1, compile=True)
+
+
+def test_without_a_compiler_it_says_what_to_install():
+    torch.compiler.reset()
+    nowhere = {"cpp.cxx": (None, "no-such-compiler"), "force_disable_caches": True}
+    with torch._inductor.config.patch(nowhere), attach(tiny("llama"), LoRA(r=2)) as tuned:
+        with pytest.raises(ValueError, match=r"install one \(on Linux g\+\+\), or train without"):
+            train(tuned, letters(), steps=1, compile=True, progress=False, evaluate=False)

@@ -8,6 +8,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import bare
 import pytest
 import versions
 import yaml
@@ -77,16 +78,36 @@ def test_the_platforms_that_the_readme_names_are_those_that_resolve():
     assert "Intel Macs, older macOS and Windows on ARM cannot install it" in text
 
 
-def test_the_sizes_in_the_readme_are_those_of_the_record():
+def test_the_sizes_in_the_readme_are_those_of_the_records():
+    """Within 10%: on Linux as downloaded (`tests/bare.py`), elsewhere as the package index says."""
     said = re.search(
-        r"a download of ([\d.]+) GB \(([\d.]+) GB on macOS\).*?brings CUDA, ([\d.]+) GB",
+        r"a download of ([\d.]+) GB on Windows, ([\d.]+) GB on macOS, and "
+        r"([\d.]+) GB for the models.*?brings CUDA: ([\d.]+) GB.*?first: "
+        r"([\d.]+) GB, and ([\d.]+) GB on disk",
         page("README.md"),
         re.S,
     )
+    windows, mac, models, cuda, cpu, disk = (1000 * float(size) for size in said.groups())
+    built = {row["build"]: row["megabytes"] for row in json.loads(page("tests/bare.json"))["rows"]}
     for python in versions.PYTHONS:
-        for platform, size in zip(("Windows x64", "macOS 14 arm64"), said.groups(), strict=False):
-            assert f"{row(platform, python, 'learner')['megabytes'] / 1000:.1f}" == size
-        assert f"{row('Linux x86_64', python, 'learner')['torch megabytes'] / 1000:.1f}" == said[3]
+        asked = {p: row(p, python, "learner")["megabytes"] for p in versions.PLATFORMS}
+        assert windows == pytest.approx(asked["Windows x64"], rel=0.1)
+        assert mac == pytest.approx(asked["macOS 14 arm64"], rel=0.1)
+        assert cuda == pytest.approx(asked["Linux x86_64"], rel=0.1)
+    assert cpu == pytest.approx(built["cpu"]["packages"], rel=0.1)
+    assert disk == pytest.approx(built["cpu"]["environment on disk"], rel=0.1)
+    for measured in built.values():
+        assert models == pytest.approx(measured["models"], rel=0.1)
+    if "cuda" in built:
+        assert cuda == pytest.approx(built["cuda"]["packages"], rel=0.1)
+
+
+def test_the_bare_system_is_given_the_lines_of_the_readme():
+    start, test, cpu = bare.lines(page("README.md"))
+    assert start.startswith("git clone ") and start.endswith("python -m peftlab start\n")
+    assert test.endswith("pytest -n 2\n") and cpu.startswith("export PIP_EXTRA_INDEX_URL=https")
+    log = "  Downloading https://x/a-1.whl (1.5 MB)\n  Downloading b-2.whl (20 kB)\n"
+    assert bare.packages(log) == {"a-1.whl": 1.5e6, "b-2.whl": 2e4}
 
 
 # --- versions ----------------------------------------------------------------------------------

@@ -125,8 +125,8 @@ def test_jupyterlab_opens_the_copy_and_shows_the_package(tmp_path):
     (course / "data").symlink_to(ROOT / "data")
     (course / "notebooks").mkdir()
     shutil.copy(ROOT / "notebooks" / front.FIRST, course / "notebooks")
-    # A container's only user is root, and tests run beside each other.
-    settings = {"ServerApp": {"allow_root": True, "port": 0, "token": "a-token"}}
+    # Tests run beside each other. Root may start it as well: a container has no other user.
+    settings = {"ServerApp": {"port": 0, "token": "a-token"}}
     (tmp_path / "jupyter_server_config.json").write_text(json.dumps(settings))
     environment = {**os.environ, "JUPYTER_CONFIG_DIR": str(tmp_path), "PYTHONUNBUFFERED": "1"}
     environment["JUPYTER_RUNTIME_DIR"] = str(tmp_path / "runtime")

@@ -26,7 +26,15 @@ class CompiledLoss:
         batch = padded(batch, self.tuned.tokenizer.pad_token_id, self.tuned.context)
         torch.compiler.cudagraph_mark_step_begin()  # the last step's loss and gradients are used
         with self.accelerator.autocast():
-            return self.loss(batch)
+            try:
+                return self.loss(batch)
+            except Exception as error:
+                if "No working C++ compiler" not in str(error):
+                    raise
+                what = (
+                    "compile=True: torch.compile finds no C++ compiler: install one (on Linux g++)"
+                )
+                raise ValueError(f"{what}, or train without it") from error
 
 
 def padded(batch: dict[str, Tensor], pad: int, context: int) -> dict[str, Tensor]:
