@@ -2,11 +2,12 @@
 
 Python imports a module of this name at start-up, so a test run that puts this folder on
 PYTHONPATH blocks the network in each Python process it starts: notebook kernels, JupyterLab,
-commands. Loopback addresses and Unix sockets stay open; kernels and browsers talk over them.
+commands. Each starts a second earlier too, see the end. Loopback addresses and Unix sockets stay open; kernels and browsers talk over them.
 """
 
 import ipaddress
 import socket
+import sys
 
 
 class NetworkBlocked(OSError):
@@ -64,3 +65,6 @@ def block() -> None:
 
 
 block()
+# nbformat's validator would build a grammar of Unicode addresses, a second of every kernel's start,
+# that no notebook's schema asks for. It does without where this package cannot be imported.
+sys.modules["rfc3987_syntax"] = None
