@@ -2,7 +2,7 @@
 
 Python imports a module of this name at start-up, so a test run that puts this folder on
 PYTHONPATH blocks the network in each Python process it starts: notebook kernels, JupyterLab,
-commands. Each starts a second earlier too, see the end. Loopback addresses and Unix sockets stay open; kernels and browsers talk over them.
+commands. Loopback addresses and Unix sockets stay open; kernels and browsers talk over them.
 """
 
 import ipaddress
