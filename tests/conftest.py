@@ -5,6 +5,7 @@ every process that a test starts.
 """
 
 import base64
+import gc
 import importlib.util
 import math
 import os
@@ -12,6 +13,10 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
+
+# Modules and collected tests stay to the end: the collector neither looks at them while they are
+# made nor ever again, see `pytest_collection_finish`.
+gc.disable()
 
 # The network ends at this machine, here and in every child process.
 os.environ["PYTHONPATH"] = os.pathsep.join(
@@ -104,6 +109,11 @@ def pytest_collection_modifyitems(config, items):
     if hasattr(config, "workerinput"):  # one of several workers
         longest_first(items)
     skip_without_the_real_model(items)
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 
 def skip_without_the_real_model(items):

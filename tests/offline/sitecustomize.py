@@ -7,6 +7,7 @@ commands. Loopback addresses and Unix sockets stay open; kernels and browsers ta
 
 import ipaddress
 import socket
+import sys
 
 
 class NetworkBlocked(OSError):
@@ -64,3 +65,6 @@ def block() -> None:
 
 
 block()
+# nbformat's validator would build a grammar of Unicode addresses, a second of every kernel's start,
+# that no notebook's schema asks for. It does without where this package cannot be imported.
+sys.modules["rfc3987_syntax"] = None
