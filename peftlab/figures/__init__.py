@@ -100,6 +100,7 @@ from peftlab.figures.roads import adapter_places, bottleneck
 from peftlab.figures.scores import score_matrix
 from peftlab.figures.sheet import Sheet, alt_text
 from peftlab.figures.showdown import (
+    apart_from,
     best_under,
     contest_course,
     domination,

@@ -362,7 +362,6 @@ def apart_from(results: Mapping[str, Result], label: str, title: str) -> go.Figu
         "not told apart": (GREY, "circle-open", "not told apart"),
     }
     for column, table in enumerate(tables.values(), 1):
-        fig.add_vline(x=0, line=dict(color=theme().line(BLACK), width=1), row=1, col=column)
         for word, (colour, symbol, told) in looks.items():
             mine = [each for each in order if each in table and table[each][3] == word]
             mean, low, high = ([table[each][i] for each in mine] for i in range(3))
@@ -376,6 +375,7 @@ def apart_from(results: Mapping[str, Result], label: str, title: str) -> go.Figu
                 ),
                 hovertemplate="%{y}: %{x:+.1f} points", row=1, col=column,
             )  # fmt: skip
+        fig.add_vline(x=0, line=dict(color=theme().line(BLACK), width=1), row=1, col=column)
     for word, (colour, symbol, told) in looks.items():  # the legend, whoever is in which panel
         if any(row[3] == word for table in tables.values() for row in table.values()):
             fig.add_scatter(
