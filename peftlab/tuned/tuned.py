@@ -14,11 +14,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
+from peftlab.attention import cache_name
 from peftlab.bases import Base, LanguageModel
 from peftlab.methods import Attachment, Method, check_composition
 from peftlab.methods.heads import Head
-from peftlab.sites import Site, Source, sweep
+from peftlab.sites import KeysValues, Site, Source, sweep
 from peftlab.sites.quantisation import Quantised
 from peftlab.tuned import kept, layouts, saving
 from peftlab.tuned.identity import numbers_of
@@ -196,6 +198,13 @@ class Tuned(LanguageModel):
             for source in self.sources.values():
                 stack.enter_context(source.once())
             return super().generate(prompts, max_new_tokens)
+
+    def _cache(self) -> dict[str, Cache]:
+        """See `LanguageModel`; one that puts a prefix in front of the first keys, and no others."""
+        found = [site.cache() for site in self._sites if isinstance(site, KeysValues)]
+        if found and found[0] is not None:
+            return {cache_name(self.model): found[0]}
+        return super()._cache()
 
     def _head_logits(self, hidden: Tensor, mask: Tensor) -> Tensor:
         return self.head.logits(self._linear_now, hidden, mask)

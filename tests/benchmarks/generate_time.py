@@ -195,10 +195,11 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} core",
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
-        **{key: getattr(args, key) for key in ("dtype", "batch", "length", "new", "padded", "pairs")},
+        **{key: vars(args)[key] for key in ("dtype", "batch", "length", "new", "padded", "pairs")},
         "runs": [],
     }
-    for args.name in args.base.split(","):
+    for name in args.base.split(","):
+        args.name = name
         for case in CASES:
             if args.only in case:
                 report["runs"].append(measured(case, args))
