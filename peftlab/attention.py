@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from functools import cache
 from inspect import signature
 from typing import Any, Protocol, runtime_checkable
 
@@ -22,11 +23,10 @@ from transformers import (
     AttentionMaskInterface,
     Cache,
     DynamicCache,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.cache_utils import DynamicLayer
-from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers.masking_utils import sdpa_mask
 
 NAME = "peftlab"
 CACHES = ("cache", "past_key_values")  # the argument's name since transformers 5.24, and before
@@ -34,7 +34,12 @@ CACHES = ("cache", "past_key_values")  # the argument's name since transformers 
 
 def cache_name(module: nn.Module) -> str:
     """The name of the forward argument for the cached keys and values; "" if there is none."""
-    taken = signature(module.forward).parameters
+    return _cache_name(type(module))
+
+
+@cache
+def _cache_name(kind: type[nn.Module]) -> str:
+    taken = signature(kind.forward).parameters
     return next((name for name in CACHES if name in taken), "")
 
 
@@ -118,15 +123,15 @@ def attend(
         raise ValueError(f"{type(module).__name__} caps its scores: peftlab does not")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     prefix, recorder = vars(module).get(PREFIX), vars(module).get(RECORDER)
-    virtual = 0 if prefix is None else prefix.count
-    if virtual and not prefilled:
+    if prefix is not None and not prefilled:
         key, value = with_prefix(key, value, *prefix.read(key.dtype))
-    added = added_scores(attention_mask, position_bias, query, key.shape[2] - virtual, prefix)
+    added = added_scores(attention_mask, position_bias, query, key, prefix)
     if recorder is None:
         output = fused_attention(query, key, value, added, scaling, dropout)
         return output.transpose(1, 2).contiguous(), None
     weights = attention_weights(query, key, added, scaling)
     output = weighted_sum(F.dropout(weights, dropout, module.training), value)
+    virtual = 0 if prefix is None else prefix.count
     recorder(module, Record(query, key, value, added, scaling, virtual, weights, output))
     return output.transpose(1, 2).contiguous(), weights
 
@@ -151,10 +156,10 @@ def added_scores(
     mask: Tensor | None,
     position_bias: Tensor | None,
     query: Float[Tensor, "batch heads queries head_dim"],
-    real: int,
+    key: Float[Tensor, "batch kv_heads keys head_dim"],
     prefix: Prefix | None,
 ) -> Tensor | None:
-    """The mask plus the bias for the scores of virtual and `real` keys; None if there is neither.
+    """The mask plus the bias for the scores of all keys; None if there is neither.
 
     Only this function gives masks and biases their columns for the virtual keys: zeros, so that
     each query sees the whole prefix, or the bias that the prefix has there.
@@ -165,6 +170,7 @@ def added_scores(
     if prefix is not None and mask is not None:
         mask = prefix.widened(mask)
     if prefix is not None and position_bias is not None:
+        real = key.shape[2] - prefix.count
         position_bias = position_bias[..., :real]
         columns = prefix.bias(query.shape[2], real)
         if columns is None:
@@ -220,15 +226,20 @@ def weighted_sum(
     return weights @ value.repeat_interleave(weights.shape[1] // value.shape[1], dim=1)
 
 
-def explicit_mask(*args, dtype: torch.dtype = torch.float32, **kwargs) -> Tensor | None:
-    """transformers' own explicit mask; None if it hides no key.
+def explicit_mask(dtype: torch.dtype = torch.float32, **kwargs) -> Tensor | None:
+    """transformers' own mask as numbers to add to scores; None if it hides no key.
 
-    While a CUDA graph is recorded nothing may be copied to the GPU, which some versions do for it.
+    One query at the end of its text may read all that is no padding. Whether there is padding, a
+    GPU has to be asked, and while a CUDA graph is recorded nothing can be.
     """
-    if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
-        return eager_mask(*args, dtype=dtype, **kwargs)
-    kept = sdpa_mask(*args, **kwargs | {"allow_is_causal_skip": False})
-    return None if kept is None else torch.where(kept, 0.0, torch.finfo(dtype).min).to(dtype)
+    recording = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    one = kwargs["q_length"] == 1 and not recording
+    kwargs["allow_is_causal_skip"] = one and kwargs.get("allow_is_causal_skip", False)
+    kept = sdpa_mask(**kwargs)
+    if kept is None:
+        return None
+    nothing = torch.zeros((), dtype=dtype, device=kept.device)
+    return nothing.masked_fill(~kept, torch.finfo(dtype).min)
 
 
 AttentionInterface.register(NAME, attend)
@@ -241,10 +252,11 @@ class Prefilled(DynamicCache):
     Its length is that of the text, so masks and positions are made as without a prefix.
     """
 
-    def __init__(self, prefixes: dict[int, Prefix], config: PreTrainedConfig):
-        super().__init__(config=config)
-        for layer, prefix in prefixes.items():
-            self.layers[layer] = PrefilledLayer(prefix)
+    def __init__(self, prefixes: dict[int, Prefix]):
+        super().__init__()
+        for layer in range(1 + max(prefixes)):
+            own = PrefilledLayer(prefixes[layer]) if layer in prefixes else DynamicLayer()
+            self.layers.append(own)
 
 
 class PrefilledLayer(DynamicLayer):

@@ -213,7 +213,7 @@ class LanguageModel:
             start = torch.tensor([self.decoder_start], device=self.device)
             batch["decoder_input_ids"] = start.expand(len(prompts), -1)
             length = start.shape[1]
-        with self._evaluating(), self._greedy(max_new_tokens):
+        with self._answering(), self._greedy(max_new_tokens):
             out = self.model.generate(**batch, **self._cache())
         return self.tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
 
@@ -280,12 +280,23 @@ class LanguageModel:
     @contextlib.contextmanager
     def _evaluating(self):
         """Inside, dropout is off; afterwards it is as before."""
+        if not any(module.training for root in self._roots() for module in root.modules()):
+            yield  # switching hundreds of modules takes as long as a token
+            return
         training = self.model.training
         self.train(False)
         try:
             yield
         finally:
             self.train(training)
+
+    def _answering(self) -> contextlib.AbstractContextManager:
+        """Inside, `generate` runs: nothing trains."""
+        return self._evaluating()
+
+    def _roots(self) -> list[nn.Module]:
+        """The modules that `train` switches, each with those below it."""
+        return [self.model]
 
     def train(self, mode: bool = True) -> LanguageModel:
         """Switch dropout on or off. Never changes a weight."""

@@ -1,5 +1,7 @@
 """Virtual keys and values in attention."""
 
+from functools import cached_property
+
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -78,17 +80,17 @@ class KeysValues(Site):
             self.wide.set(known)
         return known[1]
 
-    def cache(self) -> attention.Prefilled | None:
-        """An empty cache for an answer, in which the first keys get the prefix in front.
+    @cached_property
+    def prefilling(self) -> bool:
+        """Whether the prefix can be read from a cache: in a decoder without a sliding window, which
+        would leave the prefix behind."""
+        config = self.anatomy.model.config
+        return self.anatomy.kind == "decoder" and not any(DynamicCache(config=config).is_sliding)
 
-        None where the prefix cannot be read from a cache: in an encoder-decoder, and with a window
-        that slides over the text and would leave the prefix behind.
-        """
-        model = self.anatomy.model
-        if model.config.is_encoder_decoder or any(DynamicCache(config=model.config).is_sliding):
-            return None
-        prefixes = {site.layer: vars(site.module)[attention.PREFIX] for site in self.sites}
-        return attention.Prefilled(prefixes, model.config)
+    def cache(self) -> attention.Prefilled:
+        """An empty cache for an answer, in which the first keys get the prefix in front."""
+        held = {site.layer: vars(site.module)[attention.PREFIX] for site in self.sites}
+        return attention.Prefilled(held)
 
     def _begin(self, stack, args, kwargs):
         self.wide.set(None)

@@ -93,14 +93,14 @@ def plain(name: str, dtype: str, device: str) -> Base:
 
 def theirs(model: torch.nn.Module, base: Base, args) -> Callable[[list[str]], list[str]]:
     """The continuations by a model's own `generate`, from text to text like `Base.generate`."""
-    options = dict(max_new_tokens=args.new, do_sample=False, pad_token_id=0)
+    options = dict(do_sample=False, pad_token_id=0)
     model.eval()
 
     @torch.no_grad()
     def generate(prompts: list[str]) -> list[str]:
         batch = base.tokenizer(prompts, padding_side="left")
         batch = {key: tensor.to(args.device) for key, tensor in batch.items()}
-        out = model.generate(**batch, **options)
+        out = model.generate(**batch, max_new_tokens=args.new, **options)
         return base.tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :])
 
     return generate
