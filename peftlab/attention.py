@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from functools import cache
 from inspect import signature
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,8 +18,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
-from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    Cache,
+    DynamicCache,
+    PreTrainedModel,
+)
+from transformers.cache_utils import DynamicLayer
+from transformers.masking_utils import sdpa_mask
 
 NAME = "peftlab"
 CACHES = ("cache", "past_key_values")  # the argument's name since transformers 5.24, and before
@@ -26,7 +34,12 @@ CACHES = ("cache", "past_key_values")  # the argument's name since transformers 
 
 def cache_name(module: nn.Module) -> str:
     """The name of the forward argument for the cached keys and values; "" if there is none."""
-    taken = signature(module.forward).parameters
+    return _cache_name(type(module))
+
+
+@cache
+def _cache_name(kind: type[nn.Module]) -> str:
+    taken = signature(kind.forward).parameters
     return next((name for name in CACHES if name in taken), "")
 
 
@@ -51,7 +64,9 @@ class AttentionSite:
 
 @runtime_checkable
 class Prefix(Protocol):
-    """Virtual keys and values that one attention module reads."""
+    """Virtual keys and values that one attention module reads; `count` is P."""
+
+    count: int
 
     def read(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """P_k and P_v in this type, each (kv_heads, P, head_dim), or with one pair for each row
@@ -60,6 +75,9 @@ class Prefix(Protocol):
     def bias(self, queries: int, keys: int) -> Tensor | None:
         """The position bias of the prefix columns, (1, heads, queries, P); None if the family has
         no such bias or the prefix no positions."""
+
+    def widened(self, mask: Tensor) -> Tensor:
+        """This mask of scores with P columns of zeros in front, from which nothing is hidden."""
 
 
 @dataclass
@@ -94,28 +112,26 @@ def attend(
     scaling: float | None = None,
     dropout: float = 0.0,
     position_bias: Tensor | None = None,
+    prefilled: bool = False,
     **kwargs,
 ) -> tuple[Float[Tensor, "batch queries heads head_dim"], Tensor | None]:
-    """Softmax attention over [virtual keys; keys], in the form that transformers calls."""
+    """Softmax attention over [virtual keys; keys], in the form that transformers calls.
+
+    `prefilled`: the keys come from a cache that begins with the virtual ones (`Prefilled`).
+    """
     if kwargs.get("softcap") is not None:
         raise ValueError(f"{type(module).__name__} caps its scores: peftlab does not")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     prefix, recorder = vars(module).get(PREFIX), vars(module).get(RECORDER)
-    real, columns = key.shape[2], None
-    if prefix is not None:
+    if prefix is not None and not prefilled:
         key, value = with_prefix(key, value, *prefix.read(key.dtype))
-        columns = None if position_bias is None else prefix.bias(query.shape[2], real)
-    virtual = key.shape[2] - real
-    added = added_scores(attention_mask, position_bias, query.dtype, real, virtual, columns)
+    added = added_scores(attention_mask, position_bias, query, key, prefix)
     if recorder is None:
-        if (groups := query.shape[1] // key.shape[1]) > 1:
-            key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
-        output = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=added, dropout_p=dropout, scale=scaling
-        )
+        output = fused_attention(query, key, value, added, scaling, dropout)
         return output.transpose(1, 2).contiguous(), None
     weights = attention_weights(query, key, added, scaling)
     output = weighted_sum(F.dropout(weights, dropout, module.training), value)
+    virtual = 0 if prefix is None else prefix.count
     recorder(module, Record(query, key, value, added, scaling, virtual, weights, output))
     return output.transpose(1, 2).contiguous(), weights
 
@@ -139,29 +155,55 @@ def with_prefix(
 def added_scores(
     mask: Tensor | None,
     position_bias: Tensor | None,
-    dtype: torch.dtype,
-    real: int,
-    virtual: int,
-    columns: Tensor | None = None,
+    query: Float[Tensor, "batch heads queries head_dim"],
+    key: Float[Tensor, "batch kv_heads keys head_dim"],
+    prefix: Prefix | None,
 ) -> Tensor | None:
-    """The mask plus the bias for the scores of `virtual` and `real` keys; None if there is neither.
+    """The mask plus the bias for the scores of all keys; None if there is neither.
 
     Only this function gives masks and biases their columns for the virtual keys: zeros, so that
-    each query sees the whole prefix, or the bias's own `columns`.
+    each query sees the whole prefix, or the bias that the prefix has there.
     """
     if mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
-    if virtual and mask is not None:
-        mask = F.pad(mask, (virtual, 0))
-    if virtual and position_bias is not None:
+        least = torch.finfo(query.dtype).min
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, least)
+    if prefix is not None and mask is not None:
+        mask = prefix.widened(mask)
+    if prefix is not None and position_bias is not None:
+        real = key.shape[2] - prefix.count
         position_bias = position_bias[..., :real]
+        columns = prefix.bias(query.shape[2], real)
         if columns is None:
-            position_bias = F.pad(position_bias, (virtual, 0))
+            position_bias = F.pad(position_bias, (prefix.count, 0))
         else:
             position_bias = torch.cat([columns.to(position_bias), position_bias], dim=-1)
     if mask is None or position_bias is None:
         return position_bias if mask is None else mask
     return position_bias + mask
+
+
+def fused_attention(
+    query: Float[Tensor, "batch heads queries head_dim"],
+    key: Float[Tensor, "batch kv_heads keys head_dim"],
+    value: Float[Tensor, "batch kv_heads keys head_dim"],
+    added: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+) -> Float[Tensor, "batch heads queries head_dim"]:
+    """`weighted_sum(attention_weights(...), value)` in one call of torch's.
+
+    The heads of a group read the same keys. One query of each is as good as several queries of one
+    head, so that while decoding no key is copied.
+    """
+    heads, groups = query.shape[1], query.shape[1] // key.shape[1]
+    if packed := groups > 1 and query.shape[2] == 1 and (added is None or added.shape[1] == 1):
+        query = query.reshape(len(query), -1, groups, query.shape[3])
+    elif groups > 1:
+        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    output = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=added, dropout_p=dropout, scale=scaling
+    )
+    return output.reshape(len(query), heads, 1, -1) if packed else output
 
 
 def attention_weights(
@@ -184,19 +226,54 @@ def weighted_sum(
     return weights @ value.repeat_interleave(weights.shape[1] // value.shape[1], dim=1)
 
 
-def explicit_mask(*args, dtype: torch.dtype = torch.float32, **kwargs) -> Tensor | None:
-    """transformers' own explicit mask; None if it hides no key.
+def explicit_mask(dtype: torch.dtype = torch.float32, **kwargs) -> Tensor | None:
+    """transformers' own mask as numbers to add to scores; None if it hides no key.
 
-    While a CUDA graph is recorded nothing may be copied to the GPU, which some versions do for it.
+    One query at the end of its text may read all that is no padding. Whether there is padding, a
+    GPU has to be asked, and while a CUDA graph is recorded nothing can be.
     """
-    if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
-        return eager_mask(*args, dtype=dtype, **kwargs)
-    kept = sdpa_mask(*args, **kwargs | {"allow_is_causal_skip": False})
-    return None if kept is None else torch.where(kept, 0.0, torch.finfo(dtype).min).to(dtype)
+    recording = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    one = kwargs["q_length"] == 1 and not recording
+    kwargs["allow_is_causal_skip"] = one and kwargs.get("allow_is_causal_skip", False)
+    kept = sdpa_mask(**kwargs)
+    if kept is None:
+        return None
+    nothing = torch.zeros((), dtype=dtype, device=kept.device)
+    return nothing.masked_fill(~kept, torch.finfo(dtype).min)
 
 
 AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, explicit_mask)
+
+
+class Prefilled(DynamicCache):
+    """An empty cache of a decoder whose first keys get the prefixes in front, once for an answer.
+
+    Its length is that of the text, so masks and positions are made as without a prefix.
+    """
+
+    def __init__(self, prefixes: dict[int, Prefix]):
+        super().__init__()
+        for layer in range(1 + max(prefixes)):
+            own = PrefilledLayer(prefixes[layer]) if layer in prefixes else DynamicLayer()
+            self.layers.append(own)
+
+
+class PrefilledLayer(DynamicLayer):
+    """The keys and values of one attention: [P_k; K] and [P_v; V], of which only K is counted."""
+
+    def __init__(self, prefix: Prefix):
+        super().__init__()
+        self.prefix = prefix
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:
+            made = self.prefix.read(key_states.dtype)
+            key_states, value_states = with_prefix(key_states, value_states, *made)
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def get_seq_length(self) -> int:
+        return max(super().get_seq_length() - self.prefix.count, 0)
 
 
 class Dispatched:

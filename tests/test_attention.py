@@ -60,12 +60,16 @@ class Fixed:
 
     def __init__(self, P_k, P_v):
         self.pair = P_k, P_v
+        self.count = P_k.shape[-2]
 
     def read(self, dtype):
         return self.pair
 
     def bias(self, queries, keys):
         return None
+
+    def widened(self, mask):
+        return torch.nn.functional.pad(mask, (self.count, 0))
 
 
 @pytest.mark.parametrize("kind", BATCHES)

@@ -18,7 +18,7 @@ import transformers
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig
+from transformers import Cache, DynamicCache, EncoderDecoderCache, GenerationConfig
 
 from peftlab.attention import cache_name
 from peftlab.bases.anatomy import FAMILIES, TARGETS, Anatomy, Linear, Sublayer, fused
@@ -213,11 +213,18 @@ class LanguageModel:
             start = torch.tensor([self.decoder_start], device=self.device)
             batch["decoder_input_ids"] = start.expand(len(prompts), -1)
             length = start.shape[1]
-            # transformers' own cache has as many layers as the encoder, too few for some decoders
-            batch[cache_name(self.model)] = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        with self._evaluating(), self._greedy(max_new_tokens):
-            out = self.model.generate(**batch)
+        with self._answering(), self._greedy(max_new_tokens):
+            out = self.model.generate(**batch, **self._cache())
         return self.tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
+
+    def _cache(self) -> dict[str, Cache]:
+        """The empty cache that `generate` is given, as an argument; none if its own will do.
+
+        transformers' own for T5 has as many layers as the encoder, too few for some decoders.
+        """
+        if self.kind == "decoder":
+            return {}
+        return {cache_name(self.model): EncoderDecoderCache(DynamicCache(), DynamicCache())}
 
     @contextlib.contextmanager
     def _greedy(self, max_new_tokens: int):
@@ -273,12 +280,23 @@ class LanguageModel:
     @contextlib.contextmanager
     def _evaluating(self):
         """Inside, dropout is off; afterwards it is as before."""
+        if not any(module.training for root in self._roots() for module in root.modules()):
+            yield  # switching hundreds of modules takes as long as a token
+            return
         training = self.model.training
         self.train(False)
         try:
             yield
         finally:
             self.train(training)
+
+    def _answering(self) -> contextlib.AbstractContextManager:
+        """Inside, `generate` runs: nothing trains."""
+        return self._evaluating()
+
+    def _roots(self) -> list[nn.Module]:
+        """The modules that `train` switches, each with those below it."""
+        return [self.model]
 
     def train(self, mode: bool = True) -> LanguageModel:
         """Switch dropout on or off. Never changes a weight."""

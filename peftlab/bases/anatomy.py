@@ -191,11 +191,11 @@ class Linear:
 
         A fused output is changed in place, so that q, k and v can be added one after another.
         """
-        if self.whole:
+        if output.shape == delta.shape:
             return output + delta
         if isinstance(self.rows, Tensor):
             return output.index_add_(-1, self.rows.to(output.device), delta)
-        output[..., self.index] += delta
+        output[..., slice(*self.rows)].add_(delta)
         return output
 
     def scale(

@@ -35,10 +35,12 @@ class LowRankDelta(nn.Module):
         self.B.zero_()
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
-        if not torch.is_autocast_enabled(x.device.type):  # autocast chooses the precision itself
-            x = x.to(self.A.dtype)  # a base in 16 bits still trains factors in 32
-        low = nn.functional.linear(self.dropout(x), self.A) * self.scale  # *batch r
-        return nn.functional.linear(low, self.B)
+        A = self.A
+        if x.dtype != A.dtype and not torch.is_autocast_enabled(x.device.type):
+            x = x.to(A.dtype)  # a base in 16 bits still trains factors in 32; autocast chooses
+        if self.training:
+            x = self.dropout(x)
+        return nn.functional.linear(nn.functional.linear(x, A) * self.scale, self.B)
 
     def delta_weight(self) -> Float[Tensor, "d_out d_in"]:
         return self.scale * self.B @ self.A

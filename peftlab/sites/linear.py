@@ -24,6 +24,7 @@ class LinearWeight(Site):
     def __init__(self, linear: Linear, delta: nn.Module):
         super().__init__(linear.name, [part.name for part in linear.parts])
         self.linear, self.delta = linear, delta
+        self.of_output = getattr(delta, "of_output", False)
 
     def __enter__(self):
         self.unhook()
@@ -55,7 +56,7 @@ class LinearWeight(Site):
 
     def _add(self, module, args, output):
         x = (args[0],)
-        if getattr(self.delta, "of_output", False):
+        if self.of_output:
             x += (self.linear.product(output),)
         if self.instead is None:
             added = self.added(self.delta, *x)

@@ -8,17 +8,19 @@ tuned.detach()        # the base is bit for bit what it was
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
+from peftlab.attention import cache_name
 from peftlab.bases import Base, LanguageModel
 from peftlab.methods import Attachment, Method, check_composition
 from peftlab.methods.heads import Head
-from peftlab.sites import Site, Source, sweep
+from peftlab.sites import KeysValues, Site, Source, sweep
 from peftlab.sites.quantisation import Quantised
 from peftlab.tuned import kept, layouts, saving
 from peftlab.tuned.identity import numbers_of
@@ -183,19 +185,28 @@ class Tuned(LanguageModel):
 
     def train(self, mode: bool = True) -> Tuned:
         """Switch the dropout of base and methods on or off. Never changes a weight."""
-        self._check_attached()
-        self.model.train(mode)
-        for module in self.modules.values():
+        for module in self._roots():
             module.train(mode)
         return self
 
-    @torch.no_grad()
-    def generate(self, prompts: list[str], max_new_tokens: int = 32) -> list[str]:
-        """Generate as a base does; a network that makes a soft prompt runs once for the batch."""
+    def _roots(self) -> list[nn.Module]:
+        self._check_attached()
+        return [self.model, *self.modules.values()]
+
+    @contextmanager
+    def _answering(self):
+        """Inside, a network that makes a soft prompt has run, once for the whole answer."""
         with ExitStack() as stack, self._evaluating():
             for source in self.sources.values():
                 stack.enter_context(source.once())
-            return super().generate(prompts, max_new_tokens)
+            yield
+
+    def _cache(self) -> dict[str, Cache]:
+        """See `LanguageModel`. A prefix goes into the cache, in front of the first keys."""
+        for site in self._sites:
+            if isinstance(site, KeysValues) and site.prefilling:
+                return {cache_name(self.model): site.cache()}
+        return super()._cache()
 
     def _head_logits(self, hidden: Tensor, mask: Tensor) -> Tensor:
         return self.head.logits(self._linear_now, hidden, mask)

@@ -30,7 +30,7 @@ from pathlib import Path
 
 import peft
 import torch
-from pairs import arguments, base_of, seconds
+from pairs import arguments, base_of, command, seconds
 
 import peftlab
 from peftlab.bases.data import data_path
@@ -213,13 +213,6 @@ def stepping(args) -> dict:
     return found | {"calls": in_turns(ways, args)}
 
 
-def command(arguments: list[str]) -> str:
-    """The line that measures it again, without the place where the figures were put."""
-    words = ["python", "tests/benchmarks/nf4_time.py", *arguments]
-    at = words.index("--out") if "--out" in words else len(words)
-    return " ".join(words[:at] + words[at + 2 :])
-
-
 def installed(name: str) -> str | None:
     try:
         return version(name)
@@ -246,7 +239,7 @@ def main() -> None:
     out = Path(args.out) if args.out else data_path("results", f"nf4_time_{args.device}.json")
     gpu = args.device == "cuda"
     report = {
-        "command": command(sys.argv[1:]),
+        "command": command("nf4_time.py", sys.argv[1:]),
         "date": date.today().isoformat(),
         "device": torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} core",
         "python": platform.python_version(),

@@ -31,7 +31,7 @@ def arguments(description: str, **defaults) -> argparse.Namespace:
 
 def base_of(name: str, device: str) -> Base:
     """The base that ships, or one of random weights in the shape of a known model."""
-    if name == "tiny-gpt":
+    if name.startswith("tiny-"):
         return peftlab.load(name).to(device)
     config = named_config(name)
     config = transformers.AutoConfig.for_model(config.pop("model_type"), **config)
@@ -40,14 +40,25 @@ def base_of(name: str, device: str) -> Base:
     return Base(name, kind.from_config(config).to(device), Words(config.vocab_size))
 
 
-def seconds(work: Callable[[], object], device: str) -> float:
-    """How long one call takes, until all that it left to a GPU is done."""
-    clock = time.perf_counter if device == "cuda" else time.process_time
-    start = clock()
+def both_clocks(work: Callable[[], object], device: str) -> tuple[float, float]:
+    """Seconds that pass, and of the processor, until all that one call left to a GPU is done."""
+    start = time.perf_counter(), time.process_time()
     work()
     if device == "cuda":
         torch.cuda.synchronize()
-    return clock() - start
+    return time.perf_counter() - start[0], time.process_time() - start[1]
+
+
+def seconds(work: Callable[[], object], device: str) -> float:
+    """The one of the two clocks that counts on this device."""
+    return both_clocks(work, device)[0 if device == "cuda" else 1]
+
+
+def command(script: str, arguments: list[str]) -> str:
+    """The line that measures it again, without the place where the figures were put."""
+    words = ["python", f"tests/benchmarks/{script}", *arguments]
+    at = words.index("--out") if "--out" in words else len(words)
+    return " ".join(words[:at] + words[at + 2 :])
 
 
 def compare(
