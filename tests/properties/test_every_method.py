@@ -334,6 +334,7 @@ def test_an_interrupt_while_it_is_attached_leaves_nothing_behind(case, family, e
     """Wherever attaching touches the model: in each place that it looks for the first time."""
     for place in ("embedding", "last block", "mode"):
         base = tiny(family)
+        base.train(place == "mode")  # a base with dropout on is switched, to look at it
         before = surroundings(base)
 
         def raising(*_, **__):
