@@ -364,6 +364,8 @@ def apart_from(results: Mapping[str, Result], label: str, title: str) -> go.Figu
     for column, table in enumerate(tables.values(), 1):
         for word, (colour, symbol, told) in looks.items():
             mine = [each for each in order if each in table and table[each][3] == word]
+            if not mine:
+                continue
             mean, low, high = ([table[each][i] for each in mine] for i in range(3))
             ink = theme().line(colour)
             fig.add_scatter(
