@@ -74,7 +74,9 @@ class KeysValues(Site):
         return self.read()["P_k"].shape[-2]
 
     def widened(self, mask: Tensor) -> Tensor:
-        """The mask with P columns of zeros in front, made once a forward pass."""
+        """The mask with P columns of zeros in front; made once a pass, where nothing is learned."""
+        if torch.is_grad_enabled():
+            return nn.functional.pad(mask, (self.count, 0))
         if (known := self.wide.get()) is None or known[0] is not mask:
             known = mask, nn.functional.pad(mask, (self.count, 0))
             self.wide.set(known)
