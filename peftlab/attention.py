@@ -10,42 +10,16 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from functools import cache
-from inspect import signature
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    Cache,
-    DynamicCache,
-    PreTrainedModel,
-)
-from transformers.cache_utils import DynamicLayer
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
 NAME = "peftlab"
-CACHES = ("cache", "past_key_values")  # the argument's name since transformers 5.24, and before
-
-
-def cache_name(module: nn.Module) -> str:
-    """The name of the forward argument for the cached keys and values; "" if there is none."""
-    return _cache_name(type(module))
-
-
-@cache
-def _cache_name(kind: type[nn.Module]) -> str:
-    taken = signature(kind.forward).parameters
-    return next((name for name in CACHES if name in taken), "")
-
-
-def cache_in(kwargs: dict[str, Any]) -> Cache | None:
-    """The cached keys and values among the arguments of a forward pass, or None."""
-    return next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
 
 
 @dataclass(frozen=True)
@@ -75,9 +49,6 @@ class Prefix(Protocol):
     def bias(self, queries: int, keys: int) -> Tensor | None:
         """The position bias of the prefix columns, (1, heads, queries, P); None if the family has
         no such bias or the prefix no positions."""
-
-    def widened(self, mask: Tensor) -> Tensor:
-        """This mask of scores with P columns of zeros in front, from which nothing is hidden."""
 
 
 @dataclass
@@ -115,10 +86,7 @@ def attend(
     prefilled: bool = False,
     **kwargs,
 ) -> tuple[Float[Tensor, "batch queries heads head_dim"], Tensor | None]:
-    """Softmax attention over [virtual keys; keys], in the form that transformers calls.
-
-    `prefilled`: the keys come from a cache that begins with the virtual ones (`Prefilled`).
-    """
+    """Softmax attention over [virtual keys; keys], which a cache may hold already (`prefilled`)."""
     if kwargs.get("softcap") is not None:
         raise ValueError(f"{type(module).__name__} caps its scores: peftlab does not")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -168,7 +136,7 @@ def added_scores(
         least = torch.finfo(query.dtype).min
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, least)
     if prefix is not None and mask is not None:
-        mask = prefix.widened(mask)
+        mask = F.pad(mask, (prefix.count, 0))
     if prefix is not None and position_bias is not None:
         real = key.shape[2] - prefix.count
         position_bias = position_bias[..., :real]
@@ -182,14 +150,7 @@ def added_scores(
     return position_bias + mask
 
 
-def fused_attention(
-    query: Float[Tensor, "batch heads queries head_dim"],
-    key: Float[Tensor, "batch kv_heads keys head_dim"],
-    value: Float[Tensor, "batch kv_heads keys head_dim"],
-    added: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-) -> Float[Tensor, "batch heads queries head_dim"]:
+def fused_attention(query, key, value, added, scaling, dropout: float = 0.0) -> Tensor:
     """`weighted_sum(attention_weights(...), value)` in one call of torch's.
 
     The heads of a group read the same keys. One query of each is as good as several queries of one
@@ -229,8 +190,7 @@ def weighted_sum(
 def explicit_mask(dtype: torch.dtype = torch.float32, **kwargs) -> Tensor | None:
     """transformers' own mask as numbers to add to scores; None if it hides no key.
 
-    One query at the end of its text may read all that is no padding. Whether there is padding, a
-    GPU has to be asked, and while a CUDA graph is recorded nothing can be.
+    While a CUDA graph is recorded, a GPU cannot be asked whether one query has padding before it.
     """
     recording = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
     one = kwargs["q_length"] == 1 and not recording
@@ -238,42 +198,11 @@ def explicit_mask(dtype: torch.dtype = torch.float32, **kwargs) -> Tensor | None
     kept = sdpa_mask(**kwargs)
     if kept is None:
         return None
-    nothing = torch.zeros((), dtype=dtype, device=kept.device)
-    return nothing.masked_fill(~kept, torch.finfo(dtype).min)
+    return torch.zeros_like(kept, dtype=dtype).masked_fill(~kept, torch.finfo(dtype).min)
 
 
 AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, explicit_mask)
-
-
-class Prefilled(DynamicCache):
-    """An empty cache of a decoder whose first keys get the prefixes in front, once for an answer.
-
-    Its length is that of the text, so masks and positions are made as without a prefix.
-    """
-
-    def __init__(self, prefixes: dict[int, Prefix]):
-        super().__init__()
-        for layer in range(1 + max(prefixes)):
-            own = PrefilledLayer(prefixes[layer]) if layer in prefixes else DynamicLayer()
-            self.layers.append(own)
-
-
-class PrefilledLayer(DynamicLayer):
-    """The keys and values of one attention: [P_k; K] and [P_v; V], of which only K is counted."""
-
-    def __init__(self, prefix: Prefix):
-        super().__init__()
-        self.prefix = prefix
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        if not self.is_initialized:
-            made = self.prefix.read(key_states.dtype)
-            key_states, value_states = with_prefix(key_states, value_states, *made)
-        return super().update(key_states, value_states, *args, **kwargs)
-
-    def get_seq_length(self) -> int:
-        return max(super().get_seq_length() - self.prefix.count, 0)
 
 
 class Dispatched:

@@ -28,8 +28,8 @@ from peftlab import (
     attention,
     probes,
 )
-from peftlab.attention import cache_in, cache_name
 from peftlab.bases.anatomy import Anatomy
+from peftlab.bases.caches import cache_in, cache_name
 
 EVERY = ("gpt2", "llama", "qwen2", "gpt_neox", "bert", "roberta", "distilbert", "t5", "t5 gated")
 BATCHES = ("whole", "left", "right")

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Cache, DynamicCache, EncoderDecoderCache, GenerationConfig
 
-from peftlab.attention import cache_name
 from peftlab.bases.anatomy import FAMILIES, TARGETS, Anatomy, Linear, Sublayer, fused
+from peftlab.bases.caches import cache_name
 from peftlab.bases.data import data_path
 from peftlab.bases.files import check_fetched, read_json, shortened, unusable
 from peftlab.bases.plain import has_numbers, plain

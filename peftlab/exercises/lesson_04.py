@@ -17,7 +17,7 @@ from transformers import (
 from transformers.masking_utils import eager_mask
 
 from peftlab.accounting import count
-from peftlab.attention import cache_name
+from peftlab.bases.caches import cache_name
 from peftlab.bases.shapes import Shape
 from peftlab.exercises import after, exercise, expect, question
 from peftlab.exercises.clinic import Ward, course, distance

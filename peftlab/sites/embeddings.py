@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import StaticCache
 
-from peftlab.attention import cache_in
 from peftlab.bases import Anatomy
+from peftlab.bases.caches import cache_in
 from peftlab.sites.site import PerThread, Shown, Site
 
 Read = Callable[[], dict[str, Tensor]]  # returns the current tensors of a soft prompt

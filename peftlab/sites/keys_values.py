@@ -1,14 +1,12 @@
 """Virtual keys and values in attention."""
 
-from functools import cached_property
-
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from peftlab import attention
 from peftlab.attention import AttentionSite
 from peftlab.bases import Anatomy
+from peftlab.bases.caches import Prefilled, cache_in
 from peftlab.sites.embeddings import Read
 from peftlab.sites.site import PerThread, Shown, Site
 
@@ -30,7 +28,6 @@ class KeysValues(Site):
         self.anatomy, self.sites, self.read, self.shift = anatomy, sites, read, shift_positions
         self.inside: list[attention.Prefixed | attention.Dispatched] = []
         self.apart = PerThread()  # this pass's prefix, its type, and what each sublayer reads
-        self.wide = PerThread()  # this pass's mask, and the same with columns for the prefix
 
     def __enter__(self):
         prefixes = {s.module: LayerPrefix(self, i, s) for i, s in enumerate(self.sites)}
@@ -47,7 +44,6 @@ class KeysValues(Site):
             context.__exit__()
         self.inside = []
         self.apart.set(None)
-        self.wide.set(None)
 
     def shown(self) -> list[Shown]:
         """The virtual keys and values, those of each attention at its place."""
@@ -73,40 +69,16 @@ class KeysValues(Site):
         """The current number of virtual tokens."""
         return self.read()["P_k"].shape[-2]
 
-    def widened(self, mask: Tensor) -> Tensor:
-        """The mask with P columns of zeros in front; made once a pass, where nothing is learned."""
-        if torch.is_grad_enabled():
-            return nn.functional.pad(mask, (self.count, 0))
-        if (known := self.wide.get()) is None or known[0] is not mask:
-            known = mask, nn.functional.pad(mask, (self.count, 0))
-            self.wide.set(known)
-        return known[1]
-
-    @cached_property
-    def prefilling(self) -> bool:
-        """Whether the prefix can be read from a cache: in a decoder without a sliding window, which
-        would leave the prefix behind."""
-        config = self.anatomy.model.config
-        return self.anatomy.kind == "decoder" and not any(DynamicCache(config=config).is_sliding)
-
-    def cache(self) -> attention.Prefilled:
-        """An empty cache for an answer, in which the first keys get the prefix in front."""
-        held = {site.layer: vars(site.module)[attention.PREFIX] for site in self.sites}
-        return attention.Prefilled(held)
-
     def _begin(self, stack, args, kwargs):
-        self.wide.set(None)
-        if isinstance(attention.cache_in(kwargs), attention.Prefilled):
+        if isinstance(cache_in(kwargs), Prefilled):
             kwargs = {**kwargs, "prefilled": True}  # the model hands it on to `attend`
-        shifts = self.shift and self.anatomy.takes_positions
-        return self._shift_positions(args, kwargs) if shifts else (args, kwargs)
-
-    def _shift_positions(self, args, kwargs):
+        if not (self.shift and self.anatomy.takes_positions):
+            return args, kwargs
         positions = kwargs.get("position_ids")
         if positions is None:
             ids = args[0] if args else kwargs.get("input_ids")
             ids = kwargs.get("inputs_embeds") if ids is None else ids
-            cache = attention.cache_in(kwargs)
+            cache = cache_in(kwargs)
             start = cache.get_seq_length() if cache is not None else 0
             positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
             positions = positions + self.anatomy.first_position
@@ -127,14 +99,7 @@ class LayerPrefix:
         """P_k and P_v, each (kv_heads, P, head_dim), or with a leading batch axis."""
         return self.site.parts(dtype)[self.index]
 
-    @property
-    def count(self) -> int:
-        """The current number of virtual tokens."""
-        return self.site.count
-
-    def widened(self, mask: Tensor) -> Tensor:
-        """The mask with columns for the prefix, the same for all modules."""
-        return self.site.widened(mask)
+    count = property(lambda self: self.site.count)  # of virtual tokens, as of now
 
     def bias(self, queries: int, keys: int) -> Tensor | None:
         """T5's learned bias between the last `queries` of `keys` and the prefix before them."""

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor, nn
 
-from peftlab.attention import cache_in
 from peftlab.bases import FAMILIES, Anatomy, Linear, Shape, fused
+from peftlab.bases.caches import cache_in
 from peftlab.bases.plain import plain
 from peftlab.bases.shapes import ATTENTION
 from peftlab.sites.site import PerThread, Site

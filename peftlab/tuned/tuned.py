@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from peftlab.attention import cache_name
 from peftlab.bases import Base, LanguageModel
+from peftlab.bases.caches import prefilled
 from peftlab.methods import Attachment, Method, check_composition
 from peftlab.methods.heads import Head
 from peftlab.sites import KeysValues, Site, Source, sweep
@@ -204,8 +204,8 @@ class Tuned(LanguageModel):
     def _cache(self) -> dict[str, Cache]:
         """See `LanguageModel`. A prefix goes into the cache, in front of the first keys."""
         for site in self._sites:
-            if isinstance(site, KeysValues) and site.prefilling:
-                return {cache_name(self.model): site.cache()}
+            if isinstance(site, KeysValues) and self.kind == "decoder":
+                return prefilled(self.model, site.sites)
         return super()._cache()
 
     def _head_logits(self, hidden: Tensor, mask: Tensor) -> Tensor:

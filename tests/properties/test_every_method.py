@@ -47,7 +47,7 @@ from models import (
 from safetensors.torch import load_file
 
 from peftlab import LoRA, PrefixTuning, PromptTuning, PTuning, attach, attention
-from peftlab.attention import cache_name
+from peftlab.bases.caches import cache_name
 from peftlab.methods.heads import Spans
 
 FLOAT32, FLOAT64 = torch.float32, torch.float64

@@ -32,8 +32,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from peftlab.attention import cache_name
 from peftlab.bases import LanguageModel, Linear
+from peftlab.bases.caches import cache_name
 from peftlab.bases.files import FLOATS, is_finite
 from peftlab.methods import (
     IA3,
