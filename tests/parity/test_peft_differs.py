@@ -37,8 +37,8 @@ from models import (
 )
 
 from peftlab import PrefixTuning, PromptTuning, attach
-from peftlab.attention import cache_name
 from peftlab.bases import Base
+from peftlab.bases.caches import cache_name
 
 from .twins import GENERATES, CachePrefix, fitting_t5, greedy, twins
 
