@@ -83,12 +83,19 @@ def test_the_sizes_in_the_readme_are_those_of_the_records():
     said = re.search(
         r"a download of ([\d.]+) GB on Windows, ([\d.]+) GB on macOS, and "
         r"([\d.]+) GB for the models.*?brings CUDA: ([\d.]+) GB.*?first: "
-        r"([\d.]+) GB, and ([\d.]+) GB on disk",
+        r"([\d.]+) GB, and ([\d.]+) GB on disk. On two cores the three lines took (\d+) seconds, "
+        r"with CUDA (\d+)",
         page("README.md"),
         re.S,
     )
-    windows, mac, models, cuda, cpu, disk = (1000 * float(size) for size in said.groups())
-    built = {row["build"]: row["megabytes"] for row in json.loads(page("tests/bare.json"))["rows"]}
+    *sizes, seconds, with_cuda = map(float, said.groups())
+    windows, mac, models, cuda, cpu, disk = (1000 * size for size in sizes)
+    rows = {row["build"]: row for row in json.loads(page("tests/bare.json"))["rows"]}
+    built = {build: row["megabytes"] for build, row in rows.items()}
+    for build, told in (("cpu", seconds), ("cuda", with_cuda)):
+        lines = [took for line, took in rows[build]["seconds"].items() if "&&" in line]
+        assert len(lines) == 3 and rows[build]["cores"] == 2
+        assert told == pytest.approx(sum(lines), rel=0.1)
     for python in versions.PYTHONS:
         asked = {p: row(p, python, "learner")["megabytes"] for p in versions.PLATFORMS}
         assert windows == pytest.approx(asked["Windows x64"], rel=0.1)
