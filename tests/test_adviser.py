@@ -216,3 +216,18 @@ def test_every_question_can_rule_out_and_can_let_through():
         for step in advise(Need(**scenario["need"]), []).path:
             said[step.key].add(bool(step.out))
     assert all(both == {True, False} for both in said.values()), said
+
+
+def test_no_recorded_contest_counts_for_eight_billion():
+    """As lesson 14 says; for a base ten times SmolLM2's size its contests count."""
+    rows = comparisons()
+    assert not any(near(row, "llama-3-8b") for row in rows)
+    assert any(near(row, "tinyllama-1.1b") for row in rows)
+
+
+@pytest.mark.parametrize("task", ["classification", "tagging", "generation"])
+@pytest.mark.parametrize("model", ["bert-base", "smollm2-135m", "llama-3-8b"])
+def test_every_recorded_contest_can_be_read_for_every_model(model, task):
+    """Whatever base it was held on; MiniLM is none of the models that one can ask for."""
+    assert advise(Need(model=model, task=task)).outcome in adviser.OUTCOMES
+    assert {row["base"] for row in comparisons()} >= {"minilm", "smollm2-135m", "tiny-gpt"}

@@ -1,8 +1,9 @@
 """What recorded comparisons say about a choice.
 
 Each is a dict: `task`, `base`, `label` (a method's name as in `calculator.KINDS`), `better_than`
-and `worse_than` (labels), `n` (seeds) and `interval` (two numbers: 95% of the mean score). They lie
-in `data/results/bench_*.json` under "comparisons".
+and `worse_than` (labels), `n` (seeds) and `interval` (two numbers: 95% of the mean score), and
+where it is known `parameters` (of the base). They lie in `data/results/bench_*.json` under
+"comparisons".
 """
 
 from __future__ import annotations
@@ -31,9 +32,12 @@ def comparisons(folder: Path | None = None) -> list[dict]:
     folder = folder or data_path("results")
     found = []
     for path in sorted(folder.glob("bench_*.json")):
-        for row in json.loads(path.read_text(encoding="utf-8")).get("comparisons", []):
+        contest = json.loads(path.read_text(encoding="utf-8"))
+        for row in contest.get("comparisons", []):
             if missing := FIELDS - row.keys():
                 raise ValueError(f"{path.name}: a row without {', '.join(sorted(missing))}")
+            if "base parameters" in contest:
+                row = row | {"parameters": contest["base parameters"]}
             found.append(row)
     return found
 
@@ -50,7 +54,8 @@ def about(rows: Iterable[dict], task: str, labels: Iterable[str]) -> list[dict]:
 
 def near(row: dict, model: str) -> bool:
     """Whether a comparison may decide for this model: seeds enough, and a base of a like size."""
-    sizes = [Shape.named(name).parameters() for name in (row["base"], model)]
+    own = row.get("parameters") or Shape.named(row["base"]).parameters()
+    sizes = [own, Shape.named(model).parameters()]
     return row["n"] >= ENOUGH and max(sizes) <= FAR * min(sizes)
 
 
