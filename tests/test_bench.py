@@ -368,3 +368,19 @@ def test_a_difference_reads_the_same_from_either_side():
     assert (one.verdict, other.verdict) == ("better", "worse") and one.p == other.p
     with pytest.raises(ValueError, match="no verdict on 'LoRA' and 'none'"):
         found.difference("LoRA", "none")
+
+
+def test_a_file_says_what_its_runs_were_made_with_wherever_it_was_written():
+    """Rows of one GPU and a file of a CPU: both stand there, and no row says it again."""
+    from peftlab.experiments.tournament import made
+
+    gpu = {"device": "a GPU", "precision": "bf16", "torch": "2", "transformers": "5"}
+    cpu = gpu | {"device": "a CPU", "precision": "fp32"}
+    rows = [{"seed": 0} | gpu, {"seed": 1} | gpu]
+    told = {"device": "a GPU", "precision": "bf16"}
+    told |= {"references device": "a CPU", "references precision": "fp32"}
+    assert made(cpu, rows) == told and rows == [{"seed": 0}, {"seed": 1}]
+    assert (
+        made(gpu, [{"seed": 0} | gpu]) == {} == made(gpu, [{"seed": 0}])
+    )  # older rows say nothing
+    assert made(gpu, [dict(gpu), dict(cpu)])["device"] == "a CPU, a GPU"
