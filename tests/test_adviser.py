@@ -225,9 +225,8 @@ def test_no_recorded_contest_counts_for_eight_billion():
     assert any(near(row, "tinyllama-1.1b") for row in rows)
 
 
-@pytest.mark.parametrize("task", ["classification", "tagging", "generation"])
-@pytest.mark.parametrize("model", ["bert-base", "smollm2-135m", "llama-3-8b"])
-def test_every_recorded_contest_can_be_read_for_every_model(model, task):
+def test_every_recorded_contest_can_be_read_for_every_model():
     """Whatever base it was held on; MiniLM is none of the models that one can ask for."""
-    assert advise(Need(model=model, task=task)).outcome in adviser.OUTCOMES
-    assert {row["base"] for row in comparisons()} >= {"minilm", "smollm2-135m", "tiny-gpt"}
+    rows = comparisons()
+    assert {row["base"] for row in rows} >= {"minilm", "smollm2-135m", "tiny-gpt"}
+    assert {near(row, model) for row in rows for model in MODELS} == {True, False}
