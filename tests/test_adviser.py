@@ -192,6 +192,7 @@ def test_which_comparisons_decide():
     assert about(rows, "classification", ["LoRA"]) == [row(task="sst2_smollm2")]
     assert near(row(), "smollm2-360m") and not near(row(n=4), "smollm2-360m")
     assert not near(row(), "llama-3-8b")
+    assert near(row(dev=100), "smollm2-360m") and not near(row(dev=68), "smollm2-360m")
     labels = ["LoRA", "DoRA", "(IA)³"]
     assert unbeaten([row(better_than=["DoRA"])], labels) == ["LoRA", "(IA)³"]
     assert unbeaten([row(worse_than=["DoRA"])], labels) == ["DoRA", "(IA)³"]

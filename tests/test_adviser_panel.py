@@ -7,7 +7,8 @@ import pytest
 
 from peftlab import figures, panels
 from peftlab.figures.sheet import overlaps, pale
-from peftlab.memory.adviser import FLOW, RECIPES, Need, advise
+from peftlab.memory.adviser import FLOW, RECIPES, TASKS, Need, advise
+from peftlab.memory.calculator import MODELS
 from peftlab.panels.adviser import MEGABYTES, OPTIONS, TICKS, outcome
 
 NEEDS = [
@@ -49,6 +50,15 @@ def test_the_answer_says_all():
     row = dict(task="e2e", base="smollm2-135m", label="LoRA", better_than=["DoRA"], worse_than=[])
     html = panels.advice_html(advise(Need(), [row | dict(n=5, interval=[0.25, 0.5])]))
     assert "n = 5, 0.25 to 0.5" in html and "yours has 59.7 times as many" in html
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_what_is_recorded_can_be_shown_for_every_model(task):
+    """Also where the contest was held on a base that is none of these models."""
+    for model in MODELS:
+        advice = advise(Need(model=model, task=task))
+        html = panels.advice_html(advice)
+        assert all(f"{row['label']} on {row['task']}, {row['base']}" in html for row in advice.rows)
 
 
 def test_every_control_is_a_constraint():

@@ -524,7 +524,8 @@ def contest(scores, inside=True, curves=None):
         for n, score in enumerate(several)
     ]
     entries = {label: {"lr": 0.1, "inside": {"lr": inside}} for label in scores}
-    return {"main": "exact", "steps": 100, "runs": runs, "entries": entries}
+    known = {"main": "exact", "steps": 100, "dev examples": 100}
+    return known | {"runs": runs, "entries": entries}
 
 
 @pytest.fixture
@@ -548,6 +549,8 @@ def test_a_contest_decides_by_its_corrected_verdicts(held):
     assert held(contest({"best": ABOVE, "last": FIVE}, inside=False), this="best", that="last") is (
         UNTOLD
     )
+    few = contest({"best": ABOVE, "last": FIVE}) | {"dev examples": 99}
+    assert held(few, this="best", that="last") is UNTOLD
     with pytest.raises(ValueError, match="at least 5"):
         held(contest({"best": ABOVE[:4], "last": FIVE[:4]}), this="best", that="last")
 

@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 from peftlab import figures
 from peftlab.bases.shapes import Shape
 from peftlab.memory.adviser import GOALS, RECIPES, SERVERS, SKILLS, TASKS, Advice, Need, advise
+from peftlab.memory.adviser.evidence import size
 from peftlab.memory.calculator import GPUS, MODELS
 from peftlab.panels.panel import Panel
 from peftlab.panels.plot import Plot
@@ -71,7 +72,7 @@ def _recorded(advice: Advice) -> str:
     own = Shape.named(advice.need.model).parameters()
     rows = []
     for row in advice.rows:
-        times = own / Shape.named(row["base"]).parameters()
+        times = own / size(row)
         low, high = row["interval"]
         better = ", ".join(row["better_than"]) or "none"
         about = (

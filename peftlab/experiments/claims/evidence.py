@@ -1,9 +1,9 @@
 """Comparisons of recorded runs: who scores higher, over how many seeds, at which rates.
 
 The words are narrow. A ranking is firm only with five seeds at least on each side, learning rates
-that were searched and lie inside their grids, and a 95% interval that leaves out zero. With less,
-if every seed of one side is above every seed of the other, it "leans"; else it is not told apart.
-What leans is told and decides nothing.
+that were searched on enough examples and lie inside their grids, and a 95% interval that leaves
+out zero. With less, if every seed of one side is above every seed of the other, it "leans"; else it
+is not told apart. What leans is told and decides nothing.
 
 Contests of `peftlab.bench` are ranked by `played`, pair by pair over seeds and test examples, and
 corrected for all pairs of the contest; an older comparison is asked only where no contest is.
@@ -21,6 +21,7 @@ import math
 import statistics
 
 from peftlab.bases.data import data_path
+from peftlab.bench.contest import LEAST_DEV
 
 SEEDS = 5  # fewer never decide a ranking
 RUNS = 3  # fewer never show that something works
@@ -243,7 +244,7 @@ def played(contest: str, this: str, that: str, times: Number = 1.0) -> tuple[Out
     metric, runs = facts["main"], verdicts.by_label(facts, facts["runs"])
     scaled = [_times(row, metric, times) for row in runs[that]]
     found = verdicts.difference(runs[this], scaled, metric)
-    inside = all(all(facts["entries"][label]["inside"].values()) for label in (this, that))
+    chosen, rates = _chosen(facts, this, that)
     if times == 1:
         kept = {key: facts[key] for key in ("main", "entries", "runs")}
         word = _verdicts(json.dumps(kept))[this, that]
@@ -252,15 +253,23 @@ def played(contest: str, this: str, that: str, times: Number = 1.0) -> tuple[Out
         holds = Outcome.of(found.mean > 0)
     else:
         holds = Outcome.NOT_TOLD_APART
-    outcome = holds if inside else Outcome.NOT_TOLD_APART
+    outcome = holds if chosen else Outcome.NOT_TOLD_APART
     share = "" if times == 1 else f"{times:g} × "
-    rates = "rates inside their grids" if inside else "a rate at the end of its grid"
     ours, theirs = (statistics.fmean(row[metric] for row in side) for side in (runs[this], scaled))
     return outcome, (
         f"{contest}, {metric}: {this} {ours:.3g} against {share}{that} {theirs:.3g}, difference "
         f"{found.low:+.3g} to {found.high:+.3g} (95%, {found.seeds} seeds, {rates}, corrected for "
         f"{math.comb(len(runs), 2)} pairs): {outcome.value}."
     )
+
+
+def _chosen(facts: dict, *labels: str) -> tuple[bool, str]:
+    """Whether a contest's search could choose the rates of these entries, and in words."""
+    if facts["dev examples"] < LEAST_DEV:
+        return False, f"rates chosen on {facts['dev examples']} examples, too few"
+    if all(all(facts["entries"][label]["inside"].values()) for label in labels):
+        return True, "rates inside their grids"
+    return False, "a rate at the end of its grid"
 
 
 @functools.cache
@@ -302,11 +311,10 @@ def learns_sooner(contest: str, this: str, that: str, level: Number) -> tuple[Ou
             ]
         )
     found = verdicts.difference(parts[1], parts[0], "steps")
-    inside = all(all(facts["entries"][label]["inside"].values()) for label in (this, that))
-    firm = inside and (found.low > 0 or found.high < 0)
+    chosen, rates = _chosen(facts, this, that)
+    firm = chosen and (found.low > 0 or found.high < 0)
     outcome = Outcome.of(found.low > 0) if firm else Outcome.NOT_TOLD_APART
     ours, theirs = (statistics.fmean(row["steps"] for row in side) for side in parts)
-    rates = "rates inside their grids" if inside else "a rate at the end of its grid"
     return outcome, (
         f"{contest}: the training loss of {this} is below {level:g} after {ours:.0f} steps, of "
         f"{that} after {theirs:.0f}, {found.low:+.0f} to {found.high:+.0f} steps between them "

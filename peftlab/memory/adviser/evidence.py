@@ -2,8 +2,8 @@
 
 Each is a dict: `task`, `base`, `label` (a method's name as in `calculator.KINDS`), `better_than`
 and `worse_than` (labels), `n` (seeds) and `interval` (two numbers: 95% of the mean score), and
-where it is known `parameters` (of the base). They lie in `data/results/bench_*.json` under
-"comparisons".
+where it is known `parameters` (of the base) and `dev` (examples that the rates were chosen on).
+They lie in `data/results/bench_*.json` under "comparisons".
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from peftlab.bases.data import data_path
 from peftlab.bases.shapes import Shape
+from peftlab.bench.contest import LEAST_DEV
 
 FIELDS = {"task", "base", "label", "better_than", "worse_than", "n", "interval"}
 KIND_OF_TASK = {  # a recorded task stands for its kind
@@ -36,9 +37,8 @@ def comparisons(folder: Path | None = None) -> list[dict]:
         for row in contest.get("comparisons", []):
             if missing := FIELDS - row.keys():
                 raise ValueError(f"{path.name}: a row without {', '.join(sorted(missing))}")
-            if "base parameters" in contest:
-                row = row | {"parameters": contest["base parameters"]}
-            found.append(row)
+            known = {"parameters": "base parameters", "dev": "dev examples"}
+            found.append(row | {k: contest[name] for k, name in known.items() if name in contest})
     return found
 
 
@@ -53,10 +53,16 @@ def about(rows: Iterable[dict], task: str, labels: Iterable[str]) -> list[dict]:
 
 
 def near(row: dict, model: str) -> bool:
-    """Whether a comparison may decide for this model: seeds enough, and a base of a like size."""
-    own = row.get("parameters") or Shape.named(row["base"]).parameters()
-    sizes = [own, Shape.named(model).parameters()]
-    return row["n"] >= ENOUGH and max(sizes) <= FAR * min(sizes)
+    """Whether a comparison may decide for this model: seeds and dev examples enough, and a base of
+    a like size."""
+    sizes = [size(row), Shape.named(model).parameters()]
+    enough = row["n"] >= ENOUGH and row.get("dev", LEAST_DEV) >= LEAST_DEV
+    return enough and max(sizes) <= FAR * min(sizes)
+
+
+def size(row: dict) -> int:
+    """The parameters of the base of a comparison, which need not be a model that one can name."""
+    return row.get("parameters") or Shape.named(row["base"]).parameters()
 
 
 def unbeaten(rows: Iterable[dict], labels: list[str]) -> list[str]:
