@@ -10,6 +10,7 @@ import pytest
 from peftlab import figures, panels
 from peftlab.bases.data import data_path
 from peftlab.bench import results
+from peftlab.bench.contest import LEAST_DEV
 from peftlab.exercises import lesson_13 as lesson
 from peftlab.figures.sheet import alt_text, overlaps, pale
 from peftlab.figures.showdown import front, means
@@ -182,6 +183,46 @@ def test_real_data_hold_the_order():
     prefix = "Prefix tuning (P-tuning v2)"
     assert round(lost[prefix] - lost["LoRA"], 1) == 2.8
     assert 0.45 < learned[prefix] / learned["LoRA"] < 0.55
+
+
+def test_reviews_that_a_decoder_writes_hold_the_order_too():
+    result, full = results.read("sst2-smollm2"), "Full fine-tuning"
+    words = {
+        each: result.difference(each, full) for each in result.facts["entries"] if each != full
+    }
+    for each in ("LoRA", "DoRA", "QLoRA", "Houlsby adapter"):
+        assert words[each].verdict == "not told apart"
+    pruned, prompt = words["Half pruned + LoRA"], words["Prompt tuning"]
+    assert {pruned.verdict, prompt.verdict} == {"worse"}
+    assert round(-100 * pruned["mean"]) == 5 and round(-100 * prompt["mean"]) == 2
+
+
+def test_a_small_dev_cannot_choose_a_rate():
+    result, full = results.read("e2e"), "Full fine-tuning"
+    assert result.facts["dev examples"] < LEAST_DEV <= results.read("sort").facts["dev examples"]
+    ahead = [r for r in result.comparisons.itertuples() if full in r.better_than]
+    assert len(ahead) == 4 and {"Houlsby adapter", "(IA)³"} < {row.label for row in ahead}
+    tried = result.search(full).groupby("rate")[result.main].mean()
+    assert max(tried.index) / min(tried.index) == pytest.approx(100)
+    assert tried.max() - tried.min() < 0.035
+    assert (result.rate("LoRA"), result.rate("DoRA")) == (0.01, 0.0003)
+
+
+def test_few_examples_tell_nobody_apart():
+    full = "Full fine-tuning"
+    sizes = {n: results.read(f"study_data-sst2-minilm-{n}") for n in ("16", "64", "256", "all")}
+    for n, result in sizes.items():
+        assert result.facts["seeds"] == [0, 1, 2, 3, 4]
+        others = [each for each in result.facts["entries"] if each != full]
+        worse = {each for each in others if result.difference(each, full).verdict == "worse"}
+        most = {"Prompt tuning", "Prefix tuning (P-tuning v2)", "Head alone"}
+        assert worse == (most if n == "all" else set())
+        ended = [each for each, inside in result.settled.inside.items() if not all(inside.values())]
+        assert ended == (["LoRA"] if n == "16" else [])
+    figure = figures.turned({"examples": sizes}, "title", lowest=0.5)
+    lora = next(trace for trace in figure.data if trace.name == "LoRA")
+    assert len(lora.y) == 3  # the search with 16 examples did not end inside
+    assert figure.layout.yaxis.range[0] < 0.5 < min(lora.y)
 
 
 def test_differences_are_drawn_as_they_are_recorded():

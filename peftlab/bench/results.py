@@ -112,8 +112,10 @@ def names() -> list[str]:
 
 
 def read(name: str, path: Path | None = None) -> Result:
-    """A contest that was written. Raises FileNotFoundError if it was not."""
-    path = path or data_path("results", f"bench_{name}.json")
+    """A contest that was written, or one of a study as "study_<contest>". Raises FileNotFoundError
+    if it was not."""
+    file = name if name.startswith("study_") else f"bench_{name}"
+    path = path or data_path("results", f"{file}.json")
     facts = json.loads(path.read_text(encoding="utf-8"))
     parts = ("tried", "runs", "pairs", "comparisons")
     tables = [pd.DataFrame(facts.pop(part)) for part in parts]

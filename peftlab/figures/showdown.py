@@ -283,12 +283,13 @@ def best_under(results: Mapping[str, Result], title: str, cost: str = "stored") 
     return fig.update_layout(legend=dict(x=0.99, y=0.05, xanchor="right", yanchor="bottom"))
 
 
-def turned(knobs: Mapping[str, Mapping[str, Result]], title: str) -> go.Figure:
+def turned(knobs: Mapping[str, Mapping[str, Result]], title: str, lowest: float = 0.0) -> go.Figure:
     """Every method's test score while one knob is turned; a panel for each knob.
 
     `knobs` has the settings of each knob in order, with the contest that was held there. A line
     joins the means, and a small point is one seed. Methods that are missing at a setting are left
-    out there.
+    out there, and so are those whose rate is not inside what was searched. The axis begins a little
+    under `lowest`, the score of a guess.
     """
     fig = make_subplots(1, len(knobs), shared_yaxes=True, horizontal_spacing=0.05)
     labels = dict.fromkeys(
@@ -301,7 +302,7 @@ def turned(knobs: Mapping[str, Mapping[str, Result]], title: str) -> go.Figure:
             scores = {
                 place: r.runs[r.runs.label == label].sort_values("seed")[r.main].tolist()
                 for place, r in enumerate(contests.values())
-                if label in r.facts["entries"]
+                if label in r.facts["entries"] and all(r.settled.inside[label].values())
             }
             x = [place + aside for place in scores]
             fig.add_scatter(
@@ -322,7 +323,8 @@ def turned(knobs: Mapping[str, Mapping[str, Result]], title: str) -> go.Figure:
             title_text=knob, tickvals=list(range(len(contests))), ticktext=list(contests),
             range=[-0.25, len(contests) - 0.75], row=1, col=column,
         )  # fmt: skip
-    fig.update_yaxes(range=[-0.04, 1.04], tickformat=".0%")
+    room = 0.04 * (1 - lowest)
+    fig.update_yaxes(range=[lowest - room, 1 + room], tickformat=".0%")
     fig.update_yaxes(title_text="test score", col=1)
     return fig.update_layout(
         template=theme().template, title_text=title, height=470, margin_b=130,
