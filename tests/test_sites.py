@@ -98,6 +98,29 @@ def test_factors_act_on_their_own_rows_only(base):
         assert torch.equal(linear.module(x), plain)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FLOAT64])
+def test_factors_on_parts_have_the_gradients_of_their_formula(dtype):
+    """k and v of a fused weight, bit for bit: in 16 bits the factors' type sums the gradients."""
+    linears = tiny("gpt2", dtype).anatomy.linears
+    parts = [linears[f"layers.0.{target}"] for target in "kv"]
+    module, held = parts[0].module, torch.float32 if dtype == torch.bfloat16 else dtype
+    scales = [Scale(part, Factors(part.d_out).to(held)) for part in parts]
+    factors = [nn.init.uniform_(scale.module.l, -2, 2) for scale in scales]
+    x = torch.randn(2, 9, parts[0].d_in, dtype=dtype)
+    plain = module(x).detach()
+    with scales[0], scales[1]:
+        scaled = module(x)
+        pull = torch.randn_like(scaled)
+        scaled.backward(pull)
+    wanted = plain.clone()
+    for part, factor in zip(parts, factors, strict=True):
+        y = plain[..., part.index]
+        wanted[..., part.index] = (y * factor.detach()).to(dtype)
+        grad = (pull[..., part.index].to(held) * y).sum_to_size(factor.shape)
+        assert torch.equal(factor.grad, grad)
+    assert torch.equal(scaled, wanted)
+
+
 def test_scaled_weights_and_biases_are_restored(base):
     for linear in base.anatomy.linears.values():
         before, kept = base.fingerprint(), (linear.weight.clone(), linear.bias)

@@ -175,6 +175,17 @@ def test_a_network_is_run_once_a_generation_and_never_stale(family):
     assert tuned.generate(["a>", "b>c"], max_new_tokens=4) == before
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_token_is_embedded_once_while_decoding(family):
+    """The prompt reads the embeddings of the first pass alone: later ones are the model's own."""
+    tuned, lengths = adapted("prompt", family), []
+    embedding = tuned.base.anatomy.embedding
+    hook = embedding.register_forward_hook(lambda module, args, out: lengths.append(out.shape[1]))
+    tuned.generate(["a>", "b>c"], max_new_tokens=4)
+    hook.remove()
+    assert lengths == [3, 1, 1, 1]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_soft_prompt_is_where_it_says(family):
     tuned = put("prompt and prefix", tiny(family))

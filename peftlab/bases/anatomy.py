@@ -204,7 +204,10 @@ class Linear:
         """The module's output, with this weight's columns multiplied by `factors`."""
         if self.whole:
             return (output * factors).to(output.dtype)
-        rows = output[..., self.index].clone()  # autograd needs the values before scaling
+        if output.dtype == factors.dtype and isinstance(self.index, slice):
+            output[..., self.index].mul_(factors)  # autograd keeps the values before scaling
+            return output
+        rows = output[..., self.index].clone()  # 16 bits: the gradient sums in the factors' type
         output[..., self.index] = (rows * factors).to(output.dtype)
         return output
 

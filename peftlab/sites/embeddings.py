@@ -70,9 +70,8 @@ class InputEmbeddings(Site):
         kwargs.pop("cache_position", None)
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
         embedded, positions = kwargs.get("inputs_embeds"), kwargs.get("position_ids")
-        if embedded is None:
-            embedded = self.anatomy.embedding(ids)  # batch seq d_model
-        batch, length, _ = embedded.shape
+        given = ids if embedded is None else embedded
+        batch, length = given.shape[:2]
         cache = cache_in(kwargs)
         cached = cache.get_seq_length() if cache is not None else 0
         if isinstance(cache, StaticCache) or (mask is not None and mask.ndim != 2):
@@ -82,7 +81,7 @@ class InputEmbeddings(Site):
             )
         if mask is None:
             real = length + max(cached - self.count, 0)
-            mask = torch.ones(batch, real, dtype=torch.long, device=embedded.device)
+            mask = torch.ones(batch, real, dtype=torch.long, device=given.device)
         if positions is None and self.anatomy.takes_positions:
             positions = self.anatomy.positions(mask)[:, -length:]
         order, at = self._order(mask, ids, inside=not cached)
@@ -91,6 +90,7 @@ class InputEmbeddings(Site):
             if self.anatomy.takes_positions:
                 kwargs["position_ids"] = positions + self.count
             return (), kwargs
+        embedded = self.anatomy.embedding(ids) if embedded is None else embedded
         prompt = self.read()["prompt"]
         first = (prompt[..., 0, :, :] if self.every_layer else prompt).to(embedded.dtype)
         kwargs["inputs_embeds"] = self._arrange(order, embedded, first)
