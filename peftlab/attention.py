@@ -206,15 +206,19 @@ AttentionMaskInterface.register(NAME, explicit_mask)
 
 
 class Dispatched:
-    """Inside, the model's attention calls `attend`; afterwards it is as before."""
+    """Inside, the model's attention calls `attend`, or what else is registered under the name.
 
-    def __init__(self, model: PreTrainedModel):
+    Afterwards it is as before.
+    """
+
+    def __init__(self, model: PreTrainedModel, name: str = NAME):
+        self.name = name
         configs = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
         self.before = [(config, config._attn_implementation) for config in configs]
 
     def __enter__(self):
         for config, _ in self.before:
-            config._attn_implementation = NAME
+            config._attn_implementation = self.name
         return self
 
     def __exit__(self, *_):
