@@ -386,7 +386,7 @@ def apart_from(results: Mapping[str, Result], label: str, title: str) -> go.Figu
                 x=[None], y=[order[0]], mode="markers", name=told, legendgroup=told,
                 marker=dict(color=theme().line(colour), symbol=symbol, size=10),
             )  # fmt: skip
-    fig.update_xaxes(title_text="points", zeroline=False)
+    fig.update_xaxes(title_text="points", zeroline=False, nticks=4, tickangle=0)
     fig.update_yaxes(
         categoryorder="array",
         categoryarray=order[::-1],
