@@ -206,10 +206,7 @@ AttentionMaskInterface.register(NAME, explicit_mask)
 
 
 class Dispatched:
-    """Inside, the model's attention calls `attend`, or what else is registered under the name.
-
-    Afterwards it is as before.
-    """
+    """Inside, the model's attention calls what has the name; afterwards it is as before."""
 
     def __init__(self, model: PreTrainedModel, name: str = NAME):
         self.name = name

@@ -10,10 +10,10 @@ import pytest
 from peftlab import figures, panels
 from peftlab.bases.data import data_path
 from peftlab.bench import results
-from peftlab.bench.contest import LEAST_DEV
 from peftlab.exercises import lesson_13 as lesson
 from peftlab.figures.sheet import alt_text, overlaps, pale
 from peftlab.figures.showdown import front, means
+from peftlab.memory.adviser.evidence import LEAST_DEV
 from peftlab.panels.showdown import COSTS, SHOWN, ShowdownView
 
 SIX = ["LoRA", "DoRA", "(IA)³", "BitFit", "Half pruned + LoRA", "Prompt tuning"]

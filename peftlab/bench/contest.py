@@ -12,7 +12,6 @@ from peftlab.tasks import load as load_task
 SEEDS = (0, 1, 2, 3, 4)
 TUNING_SEEDS = (100, 101)
 HEAD_RATE = 3e-3  # the first guess for a head
-LEAST_DEV = 100  # examples: with fewer on dev chance chose the rates, and nothing is decided
 
 
 @dataclass(frozen=True)

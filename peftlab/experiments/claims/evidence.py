@@ -21,7 +21,7 @@ import math
 import statistics
 
 from peftlab.bases.data import data_path
-from peftlab.bench.contest import LEAST_DEV
+from peftlab.memory.adviser.evidence import LEAST_DEV
 
 SEEDS = 5  # fewer never decide a ranking
 RUNS = 3  # fewer never show that something works

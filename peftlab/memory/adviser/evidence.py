@@ -14,7 +14,6 @@ from pathlib import Path
 
 from peftlab.bases.data import data_path
 from peftlab.bases.shapes import Shape
-from peftlab.bench.contest import LEAST_DEV
 
 FIELDS = {"task", "base", "label", "better_than", "worse_than", "n", "interval"}
 KIND_OF_TASK = {  # a recorded task stands for its kind
@@ -23,6 +22,7 @@ KIND_OF_TASK = {  # a recorded task stands for its kind
     "generation": ("pharmacy", "e2e", "facts", "permute", "descend", "double_histogram"),
 }
 ENOUGH = 5  # seeds: with fewer there is no verdict
+LEAST_DEV = 100  # examples: with fewer on dev chance chose the rates, and nothing is decided
 FAR = (
     10  # times the parameters: a comparison on a model that far away is shown, and decides nothing
 )
