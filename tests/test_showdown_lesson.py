@@ -206,11 +206,15 @@ def test_a_small_dev_cannot_choose_a_rate():
     assert max(tried.index) / min(tried.index) == pytest.approx(100)
     assert tried.max() - tried.min() < 0.035
     assert (result.rate("LoRA"), result.rate("DoRA")) == (0.01, 0.0003)
+    for label, least, most in (("LoRA", 0.015, 0.025), ("DoRA", 0, 0.01)):  # points it was ahead by
+        first, second, *_ = sorted(result.search(label).groupby("rate")[result.main].mean())[::-1]
+        assert least < first - second < most
 
 
 def test_few_examples_tell_nobody_apart():
     full = "Full fine-tuning"
-    sizes = {n: results.read(f"study_data-sst2-minilm-{n}") for n in ("16", "64", "256", "all")}
+    counts = ("16", "64", "256", "all")
+    sizes = {n: results.read(f"data-sst2-minilm-{n}", kind="study") for n in counts}
     for n, result in sizes.items():
         assert result.facts["seeds"] == [0, 1, 2, 3, 4]
         others = [each for each in result.facts["entries"] if each != full]
@@ -219,6 +223,11 @@ def test_few_examples_tell_nobody_apart():
         assert worse == (most if n == "all" else set())
         ended = [each for each, inside in result.settled.inside.items() if not all(inside.values())]
         assert ended == (["LoRA"] if n == "16" else [])
+    won = {n: dict(r.comparisons[["label", "better_than"]].values) for n, r in sizes.items()}
+    assert not any(won["16"].values()) and not any(won["256"].values())
+    assert {k: v for k, v in won["64"].items() if v} == {"LoRA": ["Head alone"]}
+    few = sizes["16"].runs.groupby("label")[sizes["16"].main]  # the seed moves more than the method
+    assert (few.max() - few.min()).min() > few.mean().max() - few.mean().min()
     figure = figures.turned({"examples": sizes}, "title", lowest=0.5)
     lora = next(trace for trace in figure.data if trace.name == "LoRA")
     assert len(lora.y) == 3  # the search with 16 examples did not end inside

@@ -111,11 +111,10 @@ def names() -> list[str]:
     return sorted(path.stem.removeprefix("bench_") for path in found)
 
 
-def read(name: str, path: Path | None = None) -> Result:
-    """A contest that was written, or one of a study as "study_<contest>". Raises FileNotFoundError
-    if it was not."""
-    file = name if name.startswith("study_") else f"bench_{name}"
-    path = path or data_path("results", f"{file}.json")
+def read(name: str, path: Path | None = None, kind: str = "bench") -> Result:
+    """A contest that was written, by the tournament or as one of a study (kind "study"). Raises
+    FileNotFoundError if it was not."""
+    path = path or data_path("results", f"{kind}_{name}.json")
     facts = json.loads(path.read_text(encoding="utf-8"))
     parts = ("tried", "runs", "pairs", "comparisons")
     tables = [pd.DataFrame(facts.pop(part)) for part in parts]
