@@ -9,7 +9,7 @@ import symtable
 import sys
 import time
 import urllib.request
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -203,6 +203,15 @@ def without_outputs(notebook: Path, folder: Path, calls: Collection[str] = ()) -
             cell.outputs, cell.execution_count = [], None
     nbformat.write(copy, folder / notebook.name)
     return folder / notebook.name
+
+
+def soon(page: Page, read: Callable, right: Callable, seconds: float = 20):
+    """What `read` gives, once that is `right` or the seconds are over: the parts of a page change
+    one after the other."""
+    end = time.monotonic() + seconds
+    while not right(seen := read()) and time.monotonic() < end:
+        page.wait_for_timeout(100)
+    return seen
 
 
 class Lesson:

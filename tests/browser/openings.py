@@ -19,14 +19,21 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import date
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
 import ipywidgets
 import nbformat
 import plotly
-from browser.fixtures import Lesson, browser_page, jupyterlab, stop_kernels, without_outputs
-from playwright.sync_api import Page
+from browser.fixtures import (
+    Lesson,
+    browser_page,
+    jupyterlab,
+    soon,
+    stop_kernels,
+    without_outputs,
+)
 
 from peftlab.bases.data import data_path
 from peftlab.experiments.sweep_soft import write
@@ -82,20 +89,13 @@ def whole(shown: list) -> bool:
     return len(shown) == len(PANELS) and all(all(figure) for figure in shown)
 
 
-def wait_for(page: Page, right, seconds: float) -> list:
-    """What is drawn, once it is `right` or the seconds are over."""
-    end = time.monotonic() + seconds
-    while not right(shown := page.evaluate(DRAWN)) and time.monotonic() < end:
-        page.wait_for_timeout(500)
-    return shown
-
-
 def opening(address: str, notebook: Path, seconds: float) -> dict:
     """One page: how many figures came up whole, and how many followed their slider."""
     with browser_page() as (page, _):
         lesson = Lesson(page, address, notebook)
+        drawn = partial(page.evaluate, DRAWN)
         lesson.run_all(seconds)
-        first = wait_for(page, whole, seconds)
+        first = soon(page, drawn, whole, seconds)
         moved = 0
         for at, (_, slider) in enumerate(PANELS.values()):
             if slider is None or at >= len(first):
@@ -105,9 +105,9 @@ def opening(address: str, notebook: Path, seconds: float) -> dict:
             handle.press("ArrowRight")
             if slider == "peftlab-trainer-size":  # its figure is of a training, not of a size
                 continue
-            other = wait_for(page, lambda now: now[at][2] != first[at][2], seconds)  # noqa: B023
+            other = soon(page, drawn, lambda now: now[at][2] != first[at][2], seconds)  # noqa: B023
             moved += other[at][2] != first[at][2] and other[at][0] == first[at][0]
-        last = page.evaluate(DRAWN)
+        last = drawn()
     stop_kernels(address)
     return {
         "figures": len(first),

@@ -2,6 +2,7 @@
 
 import nbformat
 import pytest
+from browser.fixtures import soon
 from playwright.sync_api import expect
 
 from peftlab.panels import gate_view
@@ -38,5 +39,9 @@ def test_each_slider_moves_its_point_and_no_other(open_lesson, tmp_path):
         handle.press("ArrowRight")
         expect(text).to_have_text(view.text)
         expect(plot.locator(".gtitle")).to_contain_text(f"λ = {view.gate:.2f}")
-        after = plot.evaluate(POINTS)
-        assert [i for i in range(5) if after[i] != before[i]] == moved, name
+
+        def other(before=before) -> list[int]:
+            after = plot.evaluate(POINTS)
+            return [i for i in range(5) if after[i] != before[i]]
+
+        assert soon(page, other, lambda now, moved=moved: now == moved) == moved, name

@@ -5,9 +5,11 @@ hand between the page and the server, which reads the messages and keeps some ba
 """
 
 import json
+from functools import partial
 
 import nbformat
 import pytest
+from browser.fixtures import soon
 from browser.openings import busy
 from playwright.sync_api import Page, WebSocketRoute, expect
 
@@ -107,5 +109,6 @@ def test_every_panel_is_right_though_messages_were_lost(open_lesson, tmp_path):
             once = title(page, at)
             handle.press("ArrowRight")
             expect(plot.locator(".gtitle")).not_to_have_text(once)
-        assert page.evaluate(DRAWN) == first
+        drawn = partial(page.evaluate, DRAWN)
+        assert soon(page, drawn, lambda traces: traces == first) == first
         assert line.lost == ["update"] * len(PANELS)
