@@ -120,10 +120,10 @@ class Bare:
         return said.strip()
 
 
-def make(root: Path) -> None:
-    """The bare system, unless it is there."""
+def make(root: Path, suite: str) -> None:
+    """The bare system of this release of Debian, unless it is there."""
     if not (root / "usr/bin/git").exists():
-        command = ("debootstrap", "--variant=minbase", f"--include={PACKAGES}", "stable", root)
+        command = ("debootstrap", "--variant=minbase", f"--include={PACKAGES}", suite, root)
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
@@ -270,13 +270,14 @@ def main() -> int:
     parser.add_argument("build", choices=["cpu", "cuda"])
     parser.add_argument("--tests", action="store_true", help="the README's test line too")
     parser.add_argument("--root", type=Path, default=Path(tempfile.gettempdir(), "bare_root"))
+    parser.add_argument("--suite", default="stable", help="the release, bookworm for instance")
     parser.add_argument("--folder", type=Path, help="where the copy is made, and stays")
     parser.add_argument("--torch", type=Path, help="a folder with the CPU build")
     parser.add_argument("--see", type=Path, action="append", default=[])
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--log", type=Path, default=Path(tempfile.gettempdir(), "bare"))
     options = parser.parse_args()
-    make(options.root)
+    make(options.root, options.suite)
     if options.folder:
         keep(measure(options, options.folder.resolve()))
         return 0
