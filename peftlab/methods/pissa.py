@@ -48,7 +48,8 @@ def principal(
     root = S.sqrt()
     A, B = root[:, None] * sign.T * Vh, U * sign * root
     dtype = torch.promote_types(W.dtype, torch.float32)
-    return A.to(dtype), B.to(dtype)
+    # In the order of memory that a file has: a product's last bit depends on it.
+    return A.to(dtype).contiguous(), B.to(dtype).contiguous()
 
 
 @dataclass(frozen=True)
