@@ -52,6 +52,7 @@ def drawings(base, dark):
     return {
         "scores": figures.prefix_shares(*parts, dark),
         "network": network,
+        "shapes": figures.prefix_shapes(6, 3, 32, dark),
         "positions": figures.positions(seen.tokens[:3], 9, dark),
     }
 

@@ -72,6 +72,7 @@ from peftlab.figures.masks import masked_matrix, usual_masks
 from peftlab.figures.memory import PARTS, memory_bars, memory_traces
 from peftlab.figures.prefix import (
     positions,
+    prefix_shapes,
     prefix_shares,
     rates,
     runs_by_row,

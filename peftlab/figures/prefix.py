@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from peftlab.figures.sheet import NORMAL, SMALL, Sheet
+from peftlab.figures.sheet import LARGE, NORMAL, SMALL, Number, Sheet
 from peftlab.figures.style import AXIS, COLOURS, GREEN, GREY, figure, styles
 from peftlab.figures.theme import theme
 from peftlab.tuned import Tuned
@@ -173,6 +173,71 @@ def thrown_away(tuned: Tuned, dark: bool | None = None) -> go.Figure:
         middle = pairs + ((layers - 1) * step + 58) / 2
         words = "kept" if kept else "the network makes them anew at every step"
         sheet.text(middle, y + 42, f"{P} × {d_kv} each; {words}", SMALL, t.quiet, "center")
+    return sheet.done()
+
+
+def prefix_shapes(T: int, virtual: int, d_head: int, dark: bool | None = None) -> go.Figure:
+    """The shapes in one head of attention with a prefix: a strip for each token, real or virtual.
+
+    T tokens of text, `virtual` of the prefix, heads of d_head numbers. A strip is to scale in
+    neither direction; every box has as many strips as its matrix has tokens.
+    """
+    keys, side, wide = virtual + T, 13, 96
+    foot = 44 + keys * side
+    sheet = Sheet(
+        f"Keys, values and mask get {virtual} more; queries and what comes out do not",
+        foot + 62,
+        f"A line of matrices. q / √d, {T} × {d_head}, times the keys, transposed, "
+        f"{d_head} × {keys}, plus the mask, {T} × {keys}, gives scores. Their softmax times the "
+        f"values, {keys} × {d_head}, gives h, {T} × {d_head}. The first {virtual} of the keys, of "
+        "the mask's columns and of the values are green. The mask is 0 in the green columns and "
+        "up to the diagonal.",
+        dark,
+    )
+    t, middle = sheet.theme, 26 + keys * side / 2
+
+    def strips(x: Number, name: str, size: str, count: int, tall: bool) -> None:
+        """One for each of `count` tokens, those of the prefix first; tall: side by side."""
+        across, down = (count * side, wide) if tall else (wide, count * side)
+        y = middle - down / 2
+        for i in range(count):
+            fill = t.fill(GREEN) if count == keys and i < virtual else t.frozen
+            at = (x + i * side, y) if tall else (x, y + i * side)
+            sheet.box(*at, *((side, down) if tall else (wide, side)), fill, t.paper)
+        sheet.box(x, y, across, down, "rgba(0,0,0,0)")
+        under(x + across / 2, name, size)
+
+    def under(x: Number, name: str, size: str) -> None:
+        sheet.text(x, foot, f"<b>{name}</b>", NORMAL, align="center")
+        sheet.text(x, foot + 18, size, SMALL, t.quiet, "center")
+
+    def sign(x: Number, words: str) -> None:
+        sheet.text(x, middle, words, LARGE, align="center")
+
+    x, grid = 24, keys * side
+    strips(x, "q / √d", f"T × d: {T} × {d_head}", T, False)
+    sign(x := x + wide + 14, "·")
+    strips(x := x + 14, "[P<sub>k</sub>; K]ᵀ", f"d × (P + T): {d_head} × {keys}", keys, True)
+    sign(x := x + grid + 18, "+")
+    top = middle - T * side / 2
+    for row in range(T):
+        for column in range(keys):
+            seen = column - virtual <= row
+            fill = t.fill(GREEN) if column < virtual else t.frozen if seen else t.paper
+            edge = t.paper if seen else t.faint
+            sheet.box(x + 18 + column * side, top + row * side, side, side, fill, edge)
+    sheet.box(x + 18, top, grid, T * side, "rgba(0,0,0,0)")
+    under(x + 18 + grid / 2, "M", f"T × (P + T): {T} × {keys}")
+    x += 18 + grid
+    sheet.text(x + 42, middle - 14, "softmax", SMALL, t.quiet, "center")
+    sheet.arrow([(x + 12, middle), (x + 72, middle)])
+    sign(x := x + 84, "·")
+    strips(x := x + 14, "[P<sub>v</sub>; V]", f"(P + T) × d: {keys} × {d_head}", keys, False)
+    sign(x := x + wide + 16, "=")
+    strips(x + 16, "h", f"T × d: {T} × {d_head}", T, False)
+    sheet.key(24, foot + 44, [(GREEN, "prefix"), ("", "text")])
+    sheet.text(170, foot + 44, "empty: the future, −∞ in the mask; all else in it is 0", SMALL,
+               t.quiet)  # fmt: skip
     return sheet.done()
 
 
