@@ -49,7 +49,8 @@ def test_prefix_and_layer_norm_tuning_depend_on_the_seed():
 def test_the_figure_shows_every_run(name):
     result = results.read(name)
     fig = figures.score_intervals(result, "title")
-    seeds, means = fig.data
+    seeds, means, *references = fig.data
+    assert len(references) == len(fig.layout.shapes)
     assert len(seeds.x) == len(result.runs) and len(means.x) == len(result.facts["entries"])
     assert list(means.x) == sorted(means.x)
 

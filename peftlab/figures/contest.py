@@ -10,7 +10,7 @@ from peftlab.figures.theme import theme
 def score_intervals(result: Result, title: str) -> go.Figure:
     """The test score of every entry, the highest mean on top, one point a seed.
 
-    A bar is the 95% interval of the mean over seeds and test examples. Dashed lines are the
+    A bar is the 95% interval of the mean over seeds and test examples. Broken lines are the
     references: the untuned base and the commonest answer, or others that are recorded.
     """
     told = result.comparisons.sort_values("mean", kind="stable")
@@ -34,13 +34,12 @@ def score_intervals(result: Result, title: str) -> go.Figure:
     )  # fmt: skip
     if len(result.references):
         means = result.references.groupby("label")[result.main].mean()
-        for at, (label, score) in enumerate(means.items()):  # words at two heights: lines lie close
-            fig.add_vline(x=score, line=dict(color=GREY, dash="dash"))
-            fig.add_annotation(
-                x=score, y=1 - 0.5 * (at % 2), yref="paper", text=label, showarrow=False,
-                textangle=-90, xanchor="left", yanchor="top", font=dict(size=12, color=GREY),
-                bgcolor=theme().paper, borderpad=0,
-            )  # fmt: skip
+        for (label, score), dash in zip(means.items(), ("dash", "dot", "dashdot"), strict=False):
+            line = dict(color=GREY, dash=dash)
+            fig.add_vline(x=score, line=line)
+            fig.add_scatter(
+                x=[None], y=[None], mode="lines", line=line, name=f"{label.lower()}, {score:.0%}"
+            )
     fig.update_layout(
         xaxis=dict(range=[-0.05, 1.05], tickformat=".0%"),
         yaxis=dict(categoryorder="array", categoryarray=labels, automargin=True),

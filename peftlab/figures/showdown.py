@@ -1,13 +1,14 @@
 """A comparison explained: how rates were searched, what two methods differ by, who is beaten."""
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise, product
 
 import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from peftlab.bench.results import Result
-from peftlab.figures.sheet import NORMAL, SMALL, WIDTH, Sheet, number
+from peftlab.figures.sheet import NORMAL, SMALL, WIDTH, Sheet, number, width_of
 from peftlab.figures.style import (
     BLACK,
     BLUE,
@@ -207,8 +208,8 @@ def domination(
     result: Result, label: str, title: str, cost: str = "stored", dark: bool | None = None
 ) -> go.Figure:
     """What stands above and to the left of one entry beats it; what no other beats is the front."""
-    table, x0, x1, top, high = means(result, cost), 70, WIDTH - 30, 10, 270
-    s = Sheet(title, high + 70, "", dark)
+    table, x0, x1, top, high = means(result, cost), 70, WIDTH - 30, 24, 270
+    s = Sheet(title, high + 84, "", dark)
     logs = np.log10(table.cost)
     low, up = logs.min() - 0.3, logs.max() + 0.3
 
@@ -240,17 +241,49 @@ def domination(
     for name in table.index:
         s.dot(*place(name), s.theme.line(colour_of(name)),
               f"{name}: {table.score[name]:.0%}, {short(table.cost[name])}")  # fmt: skip
-    named: dict[tuple, list[str]] = {}
-    for name in dict.fromkeys([*best, label]):
-        named.setdefault(place(name), []).append(name)
-    for (at, level), names in named.items():
-        near_end = at > x1 - 130
-        s.text(at + (-9 if near_end else 9), level + 15, ", ".join(names), SMALL,
-               align="right" if near_end else "left")  # fmt: skip
+    taken = [(x0, top, x, y), (x1 - 190, top + high - 22, x1, top + high)]
+    for (xa, ya), (xb, yb) in pairwise(points[1:] + [(x1, points[-1][1])]):
+        taken.append((min(xa, xb) - 2, min(ya, yb) - 2, max(xa, xb) + 2, max(ya, yb) + 2))
+    within = (x0 + 2, 0, WIDTH, top + high - 2)
+    _names(s, {name: place(name) for name in table.index}, taken, within)
     fig = s.done()
     told = "; ".join(f"{n}: {table.score[n]:.0%} for {short(table.cost[n])}" for n in best)
     fig.layout.meta["alt"] = f"{title}. On the front, by {WORDS[cost]}: {told}."
     return fig
+
+
+def _names(s: Sheet, places: Mapping[str, tuple], taken: list[tuple], within: tuple) -> None:
+    """The name of each point beside it, where it covers no point, no name and nothing `taken`.
+
+    Points that lie together share a line of text. What finds no room at its point is written a
+    line or two further away, at the end of a thin line. Boxes are (left, top, right, bottom).
+    """
+
+    def free(box: tuple) -> bool:
+        inside = all(a >= b for a, b in zip(box[:2], within[:2], strict=True))
+        inside &= all(a <= b for a, b in zip(box[2:], within[2:], strict=True))
+        return inside and not any(
+            box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken
+        )
+
+    together: dict[tuple, list[str]] = {}
+    for name, (x, y) in sorted(places.items(), key=lambda pair: pair[1]):
+        near = [at for at in together if abs(at[0] - x) < 12 and abs(at[1] - y) < 6]
+        together.setdefault(near[0] if near else (x, y), []).append(name)
+    taken = taken + [(x - 6, y - 6, x + 6, y + 6) for x, y in places.values()]
+    for (x, y), names in together.items():
+        words = ", ".join(names)
+        wide = width_of(words, SMALL)
+        for up, left in product((0, 12, -12, 29, -29), (x + 8, x - 8 - wide)):
+            box = (left, y + up - 6, left + wide, y + up + 6)
+            low, high = sorted((y + up, y + (7 if up > 0 else -7)))
+            thin = [(x - 1, low, x + 1, high)] if abs(up) > 15 else []
+            if all(free(part) for part in [box, *thin]):
+                break
+        if thin:
+            s.line([(x, y), (x, y + up), (x + (5 if left > x else -5), y + up)], s.theme.quiet, 0.8)
+        s.text(left, y + up, words, SMALL)
+        taken += [box, *thin]
 
 
 def best_under(results: Mapping[str, Result], title: str, cost: str = "stored") -> go.Figure:

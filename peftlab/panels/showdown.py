@@ -147,13 +147,14 @@ class ShowdownView:
 
     def _notes(self) -> list[dict]:
         """The line over the two lower plots, and the names of the references."""
-        beside = [
+        lines = sorted(self._references().items(), key=lambda pair: pair[1])
+        beside = [  # the lowest has its name below it: two lines may lie close
             dict(
                 x=1 - 0.24 * (at % 3), xref="x domain", y=score, yref="y", text=label.lower(),
-                showarrow=False, xanchor="right", yanchor="bottom",
+                showarrow=False, xanchor="right", yanchor="bottom" if at else "top", borderpad=0,
                 font=dict(size=11, color=GREY),
             )
-            for at, (label, score) in enumerate(self._references().items())
+            for at, (label, score) in enumerate(lines)
         ]  # fmt: skip
         head = dict(
             x=0, xref="paper", y=0.31, yref="paper", xanchor="left", yanchor="middle",
