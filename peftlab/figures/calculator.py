@@ -46,7 +46,7 @@ def fits_bars(
         )  # fmt: skip
     fig.update_layout(
         margin=dict(l=190, r=30, t=135, b=100),
-        title=dict(x=0.02, xref="container", y=0.96, font_size=15),
+        title=dict(x=0.02, xref="container", y=0.96, yanchor="top", font_size=15),
     )
     fig.update_layout(legend=dict(orientation="h", y=-0.5, x=0, traceorder="normal"))
     return fig.update_xaxes(range=[0, right], title_standoff=5).update_layout(height=380)
