@@ -164,6 +164,14 @@ def test_zeros_stay_zeros_beside_others():
     assert not quantise(torch.zeros(4, 64)).dequantise().any()
 
 
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_codes_keep_no_graph_of_a_weight_that_trains(double_quant):
+    weight = torch.nn.Parameter(weights(4, 64))
+    q = quantise(weight, 64, double_quant=double_quant)
+    assert not any(tensor.requires_grad for tensor in q.tensors.values())
+    assert not q.dequantise().requires_grad
+
+
 def test_every_error_is_at_most_half_the_widest_gap():
     """|w − m T[c]| ≤ m · gap / 2, and three roundings."""
     weight = weights(64, 64)
