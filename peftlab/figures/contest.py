@@ -1,5 +1,7 @@
 """A comparison of methods: every seed a point, the interval of the mean, and the references."""
 
+from itertools import cycle
+
 import plotly.graph_objects as go
 
 from peftlab.bench.results import Result
@@ -34,7 +36,9 @@ def score_intervals(result: Result, title: str) -> go.Figure:
     )  # fmt: skip
     if len(result.references):
         means = result.references.groupby("label")[result.main].mean()
-        for (label, score), dash in zip(means.items(), ("dash", "dot", "dashdot"), strict=False):
+        for (label, score), dash in zip(
+            means.items(), cycle(("dash", "dot", "dashdot")), strict=False
+        ):
             line = dict(color=GREY, dash=dash)
             fig.add_vline(x=score, line=line)
             fig.add_scatter(
