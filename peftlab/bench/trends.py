@@ -96,6 +96,34 @@ def spread(values: np.ndarray | list[float], level: float = LEVEL) -> Difference
     return Difference(float(mean), float(mean - reach), float(mean + reach), float(p), len(values))
 
 
+def growth(contests: dict[str, dict]) -> pd.DataFrame:
+    """The score of each entry by the size of its base, and its distance from full fine-tuning.
+
+    A last row of each task and entry, `sizes` in its column `base`, is how much that distance
+    changes when the base has ten times the parameters: the slope of each seed over the logarithm of
+    the size, with its interval.
+    """
+    rows, slopes = [], {}
+    for name, facts in contests.items():
+        runs, task = by_label(facts, facts["runs"]), name.rsplit("-", 1)[1]
+        for label in runs:
+            mine, size = level(runs[label], facts["main"]), facts["base parameters"]
+            row = {"task": task, "label": label, "base": facts["base"], "parameters": size}
+            row |= {"score": mine.mean, "low": mine.low, "high": mine.high, "n": mine.seeds}
+            rows.append(row)
+            if label != FULL:
+                gaps = _paired(runs[label], runs[FULL], facts["main"])
+                slopes.setdefault((task, label), []).append((math.log10(size), gaps))
+    for (task, label), several in slopes.items():
+        if len(several) > 2:
+            x = [size for size, _ in several]
+            each = zip(*(gaps for _, gaps in several), strict=True)
+            found = spread([np.polyfit(x, seed, 1)[0] for seed in each])
+            row = {"task": task, "label": label, "base": "sizes", "score": found.mean}
+            rows.append(row | {"low": found.low, "high": found.high, "n": found.seeds})
+    return pd.DataFrame(rows).sort_values(["task", "label", "parameters"], kind="stable")
+
+
 # -- LoRA without regret ----------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ regrets.
     batch        as many examples seen in batches of 8, 32, 128 and 512
     rates        seven rates, five tuning seeds each: the ratio of best rates, by rank
     capacity     random labels learned by heart: bits for each trained number
+    scale        four methods on bases of five sizes (`grow` makes them) and on SmolLM2
 
 A study is a set of contests of `peftlab.bench`, searched, seeded, judged and resumed as those of
 `tournament`, with its options; only the files are called `study_<contest>`. `bench.trends` reads
@@ -83,6 +84,9 @@ TASKS = {
 TOKENS = {"pharmacy": 96, "sst2-smollm2": 48, "sst2-minilm": 48, "facts": 32, "permute": 32}
 
 
+Tasks = tuple[str, ...]  # names in TASKS
+
+
 def named(prefix: str, task: str, suffix: str = "", **changes) -> Contest:
     """The contest of a task under a name of a study, with something changed."""
     name = "-".join(filter(None, (prefix, task, suffix)))
@@ -94,9 +98,9 @@ def named(prefix: str, task: str, suffix: str = "", **changes) -> Contest:
 SIZES = (16, 64, 256, None)
 
 
-def data() -> Iterator[Contest]:
+def data(tasks: Tasks = ("pharmacy", "sst2-minilm", "sst2-smollm2")) -> Iterator[Contest]:
     """Every size with as many steps, so that few examples are seen more often."""
-    for task in ("pharmacy", "sst2-minilm", "sst2-smollm2"):
+    for task in tasks:
         for size in SIZES:
             yield named("data", task, str(size or "all"), examples=size)
 
@@ -146,9 +150,11 @@ def sized(shape: Shape, budget: int) -> dict[str, Method]:
     return found
 
 
-def parameters() -> Iterator[Contest]:
+def parameters(
+    tasks: Tasks = ("pharmacy", "sst2-minilm", "facts", "permute"),
+) -> Iterator[Contest]:
     """Every method in two sizes; what a head trains comes on top, the same for all."""
-    for task in ("pharmacy", "sst2-minilm", "facts", "permute"):
+    for task in tasks:
         contest = TASKS[task]
         guesses = {entry.label: entry.lr for entry in contest.entries}
         guesses["LoRA on q and v"] = guesses["LoRA"]
@@ -181,9 +187,9 @@ def peak(contest: Contest, entry: Entry, rows: int, tokens: int) -> int:
     return memory.predict(list(entry.methods), base, batch=rows, length=tokens, head=head).peak
 
 
-def peaks() -> Iterator[Contest]:
+def peaks(tasks: Tasks = ("pharmacy", "sst2-minilm", "permute")) -> Iterator[Contest]:
     """As many steps for all, each of as many rows as fit into one memory."""
-    for task in ("pharmacy", "sst2-minilm", "permute"):
+    for task in tasks:
         contest, tokens = TASKS[task], TOKENS[task]
         limit = peak(contest, contest.entry(FULL), ROWS, tokens)
         full = replace(contest.entry(FULL), batch_size=ROWS)
@@ -212,10 +218,15 @@ def step_seconds(contest: Contest, entry: Entry, device: str, steps: int = 30) -
     return (timed[-1] - timed[0]) / (len(timed) - 1)
 
 
-def times(device: str, out: Path, steps: int = 30) -> Iterator[Contest]:
+def times(
+    device: str,
+    out: Path,
+    steps: int = 30,
+    tasks: Tasks = ("pharmacy", "sst2-minilm", "permute"),
+) -> Iterator[Contest]:
     """As many steps for each entry as fit into the seconds of full fine-tuning. The seconds of a
     step are measured once and kept in `study_seconds_<task>.json` in the folder `out`."""
-    for task in ("pharmacy", "sst2-minilm", "permute"):
+    for task in tasks:
         contest, path = TASKS[task], out / f"study_seconds_{task}.json"
         if path.exists():
             seconds = json.loads(path.read_text(encoding="utf-8"))["seconds"]
@@ -248,9 +259,9 @@ def present(base: str, targets: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(target for target in targets if target in Shape.named(base).targets)
 
 
-def layers() -> Iterator[Contest]:
+def layers(tasks: Tasks = ("facts", "permute", "pharmacy")) -> Iterator[Contest]:
     """Rank 8 on all linear maps, attention, the MLP; then the two at the count of the first."""
-    for task in ("facts", "permute", "pharmacy"):
+    for task in tasks:
         base, lr = TASKS[task].base, TASKS[task].entry("LoRA").lr
         budget = accounting.count(LoRA(r=8, target_modules="all-linear"), Shape.named(base))
         entries = [TASKS[task].entry(FULL)]
@@ -271,9 +282,9 @@ SEEN = 8192  # examples, in batches of any size
 BATCHES = (8, 32, 128, 512)
 
 
-def batches() -> Iterator[Contest]:
+def batches(tasks: Tasks = ("facts", "permute")) -> Iterator[Contest]:
     """The same number of examples seen in batches that grow; the rate is searched for each."""
-    for task in ("facts", "permute"):
+    for task in tasks:
         lr = TASKS[task].entry("LoRA").lr
         entries = (
             TASKS[task].entry(FULL),
@@ -284,9 +295,9 @@ def batches() -> Iterator[Contest]:
             yield named("batch", task, str(size), **changes)
 
 
-def rates() -> Iterator[Contest]:
+def rates(tasks: Tasks = ("facts", "permute")) -> Iterator[Contest]:
     """Full fine-tuning and LoRA of several ranks at seven rates each; see `bench.trends.ratio`."""
-    for task in ("facts", "permute"):
+    for task in tasks:
         lr = TASKS[task].entry("LoRA").lr
         entries = (
             TASKS[task].entry(FULL),
@@ -315,6 +326,38 @@ def capacities() -> Iterator[Contest]:
         yield Memorising(f"capacity-{number}", "labels", "tiny-gpt", 3000, 64, entries, options)
 
 
+# -- scale ------------------------------------------------------------------------------------
+
+GROWN_TASKS = {
+    "facts": ("facts", {"people": 10}),
+    "sentiment": ("sentiment", {}),
+    "slots": ("slots", {}),
+    "descend": ("letters", {"skill": "descend"}),
+}
+LADDERS = {  # first guesses: of the whole model, of LoRA
+    "grown-0.2m": (3e-3, 1e-2),
+    "grown-0.8m": (3e-3, 1e-2),
+    "grown-3m": (1e-3, 3e-3),
+    "grown-13m": (3e-4, 3e-3),
+    "grown-58m": (1e-4, 1e-3),
+    "smollm2-135m": (1e-4, 1e-3),
+}
+
+
+def scale(tasks: Tasks = tuple(GROWN_TASKS)) -> Iterator[Contest]:
+    """Four tasks on every size: new facts, a known judgement, known sentences, a new order."""
+    for base, (full, factors) in LADDERS.items():
+        for task in tasks:
+            name, options = GROWN_TASKS[task]
+            entries = tuple(
+                replace(entry, lr={FULL: full, "LoRA": factors}.get(entry.label, 3e-2))
+                for entry in tournament.SMALL
+                if entry.label in FEW[:4]
+            )
+            label = f"scale-{base.split('-')[-1]}-{task}"
+            yield Contest(label, name, base, 300, 16, entries, options)
+
+
 # -- the command ------------------------------------------------------------------------------
 
 
@@ -337,13 +380,22 @@ STUDIES = {
     "batch": Study(batches, trends.penalties),
     "rates": Study(rates, trends.best_rates, Ladder),
     "capacity": Study(capacities, trends.capacity),
+    "scale": Study(scale, trends.growth),
 }
 
 
-def made(study: str, device: str = "cpu", out: Path = Path(), steps: int = 30) -> list[Contest]:
-    """The contests of a study. Those of "time" are timed on the device first, so many steps."""
+def made(
+    study: str,
+    device: str = "cpu",
+    out: Path = Path(),
+    steps: int = 30,
+    tasks: Tasks | None = None,
+) -> list[Contest]:
+    """The contests of a study, all or those on some of its tasks. Those of "time" are timed on the
+    device first, so many steps."""
     contests = STUDIES[study].contests
-    return list(contests(device, out, steps) if study == "time" else contests())
+    only = {"tasks": tasks} if tasks else {}
+    return list(contests(device, out, steps, **only) if study == "time" else contests(**only))
 
 
 def fewest(contest: Contest, kind: type[Progress] = Progress) -> int:
@@ -383,6 +435,7 @@ def smoke(contest: Contest) -> Contest:
 def main() -> None:
     parser = tournament.parser_of(__doc__.split("\n\n")[0], ())
     parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--tasks", nargs="*", help="the contests on these tasks alone")
     parser.add_argument("--plan", action="store_true", help="say what it takes, and run nothing")
     parser.add_argument("--read", action="store_true", help="say what the recorded contests show")
     for action in parser._actions:
@@ -399,7 +452,8 @@ def main() -> None:
     if options.read:
         print(study.read(trends.recorded(options.study, options.out)).to_string(index=False))
         return
-    contests = made(options.study, options.device, options.out, 6 if options.smoke else 30)
+    tasks, steps = tuple(options.tasks or ()), 6 if options.smoke else 30
+    contests = made(options.study, options.device, options.out, steps, tasks)
     if options.contests:
         known = {contest.name: contest for contest in contests}
         if unknown := set(options.contests) - set(known):
