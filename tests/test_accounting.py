@@ -372,6 +372,10 @@ def test_bytes_percent_and_ledger():
     assert accounting.file_bytes(method, "gpt2", "bfloat16") == 2 * 294912
     assert accounting.readable_bytes(4 * 294912) == "1.2 MB"
     assert accounting.readable_bytes(12) == "12 bytes"
+    assert (accounting.readable_bytes(999), accounting.readable_bytes(1000)) == (
+        "999 bytes",
+        "1.0 kB",
+    )
     assert accounting.readable_percent(7, 7) == "100%"
     assert accounting.readable_percent(8192, 70_553_706_496) == "0.0000116%"
     assert round(accounting.percent(method, "gpt2"), 3) == 0.237

@@ -317,7 +317,7 @@ def test_a_placement_inside_needs_the_tokens():
     with pytest.raises(ValueError, match="input_ids are needed"):
         tuned.model(inputs_embeds=torch.randn(1, 4, 24))
     with pytest.raises(ValueError, match="row 1 has no token 30 to put virtual tokens at"):
-        tuned(torch.tensor([[3, 30, 4], [5, 6, 7]]))
+        tuned(torch.tensor([[3, 30, 4], [5, 6, 7], [8, 9, 10]]))  # the first of them is named
 
 
 def test_the_cache_is_found_under_either_of_its_names():

@@ -113,6 +113,7 @@ LEARNERS = [
         ),
         "the ids themselves",
     ),
+    (lesson_02.put_in_front, two_places_a_token, "those of what is not padding are"),
     (lesson_03.place_the_prompt, same_half_twice, "you put the same half twice"),
     (lesson_04.attend, bar_heads, "the output is as the queries: its shape"),
     (lesson_05.write_the_attention, without_heads, "one row for each query: the shape"),
@@ -171,6 +172,11 @@ LEARNERS = [
         lesson_09.count_adapters,
         lambda m, layers, d_model, a_block: layers * a_block * 2 * d_model * (m + 1),
         "the bias of W_down has m numbers",
+    ),
+    (
+        lesson_09.start,
+        lambda d, m: (torch.full((m, d), math.nan), torch.zeros(d, m)),
+        "a number is infinite, or none at all",
     ),
     (
         lesson_10.wanda_score,

@@ -15,7 +15,7 @@ from peftlab.bench.contest import SEEDS, Contest, Entry, Try, drawn
 from peftlab.bench.replay import started
 from peftlab.bench.runs import run_together
 from peftlab.bench.tournament import LADDER_SEEDS, Ladder, Progress, Rows, play
-from peftlab.experiments import memorising, studies, tournament
+from peftlab.experiments import grow, memorising, studies, tournament
 
 RNG = np.random.default_rng(0)
 
@@ -62,7 +62,7 @@ def test_an_entry_may_have_steps_and_a_batch_of_its_own(tmp_path):
 # --- which contests there are --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("study", ["layers", "batch", "rates", "capacity"])
+@pytest.mark.parametrize("study", ["layers", "batch", "rates", "capacity", "scale"])
 def test_a_study_has_names_of_its_own_and_guesses_on_the_ladder(study):
     contests = studies.made(study)
     assert len({contest.name for contest in contests}) == len(contests)
@@ -71,6 +71,12 @@ def test_a_study_has_names_of_its_own_and_guesses_on_the_ladder(study):
         assert len({entry.label for entry in contest.entries}) == len(contest.entries)
         for entry in contest.entries:
             assert len(search.around(entry.lr)) == 3
+
+
+def test_a_study_can_be_made_on_some_of_its_tasks():
+    assert {c.task for c in studies.made("layers", tasks=("facts",))} == {"facts"}
+    bases = {c.base for c in studies.made("scale", tasks=("slots",))}
+    assert bases == {*grow.SIZES, "smollm2-135m"}
 
 
 def test_every_size_of_the_data_is_there():
@@ -267,6 +273,21 @@ def test_levels_and_verdicts_are_corrected_for_the_table():
     other = trends.against({"a": contest_of({"LoRA": HIGH, "(IA)³": LOW})})
     assert other.beside.tolist() == ["LoRA"] and other.verdict.tolist() == ["worse"]
     assert other.batch_size.tolist() == [8] and other.trained.tolist() == [4]
+
+
+def test_growth_has_a_row_a_size_and_the_slope_of_the_gap():
+    """A gap that shrinks by 0.1 with every tenfold size, in each seed on its own."""
+    sizes, full = {"a": 10**5, "b": 10**6, "c": 10**7}, [0.9, 0.8, 0.9, 0.7, 0.9]
+    contests = {}
+    for at, (base, size) in enumerate(sizes.items()):
+        scores = {studies.FULL: full, "Prompt tuning": [s - 0.4 + 0.1 * at for s in full]}
+        contests[f"scale-{base}-slots"] = contest_of(scores, base=base, **{"base parameters": size})
+    found = trends.growth(contests).set_index(["label", "base"])
+    assert found.loc[studies.FULL].parameters.tolist() == [*sizes.values()]
+    assert found.score["Prompt tuning", "b"] == pytest.approx(np.mean(full) - 0.3)
+    slope = found.loc["Prompt tuning", "sizes"]
+    assert (slope.score, slope.low, slope.high) == pytest.approx((0.1, 0.1, 0.1)) and slope.n == 5
+    assert found.loc["Prompt tuning"].index[-1] == "sizes" and slope.task == "slots"
 
 
 def test_a_penalty_is_the_paired_gap_of_the_losses():
