@@ -28,9 +28,11 @@ from safetensors.torch import load_file, save_file
 import peftlab
 from peftlab import (
     AdaLoRA,
+    BitFit,
     DeepPromptTuning,
     DoRA,
     FullFineTuning,
+    LayerNormTuning,
     LoRA,
     PiSSA,
     PrefixTuning,
@@ -63,6 +65,16 @@ def base(family):
     yield base
     assert surroundings(base) == before
     assert torch.equal(call(base, token_ids(2, 5)), output)
+
+
+@pytest.mark.parametrize("method", [FullFineTuning(), BitFit(), LayerNormTuning()])
+def test_float16_is_not_trained_in_place(method):
+    base = tiny("gpt2", torch.float16)
+    before = surroundings(base)
+    with pytest.raises(ValueError, match="in float16, in which steps .* load the base in float32"):
+        attach(base, method)
+    assert surroundings(base) == before and base.adapted_by is None
+    attach(base, LoRA(r=2, alpha=4)).detach()  # trains its own numbers, in float32
 
 
 # Hyper-parameters -----------------------------------------------------------------------------
@@ -700,6 +712,20 @@ def test_half_precision_is_a_number(lora_folder):
         refused(base, folder, f"{WEIGHTS} is not as it was written")
     (folder / RECORD).unlink()
     attach(base, folder).detach()
+
+
+def test_a_head_alone_is_an_adapter_and_nothing_is_none(tmp_path):
+    base, ids = tiny("bert"), token_ids(2, 5)
+    tuned = stir(attach(base, [], head=Tagging(("O", "B"))))
+    wanted = call(tuned, ids)
+    tuned.save(tmp_path)
+    tuned.detach()
+    with attach(base, tmp_path) as again:
+        assert torch.equal(call(again, ids), wanted)
+    path = tmp_path / (RECORD if (tmp_path / RECORD).exists() else CONFIG)
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"head": None}))
+    refused(base, tmp_path, "no method and no head is in it")
 
 
 def test_a_mask_of_another_kind_of_number(tmp_path):

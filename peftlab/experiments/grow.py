@@ -22,13 +22,13 @@ from peftlab.experiments import pretrain
 
 # name: layers, width, heads, learning rates to try
 SIZES = {
-    "grown-0.2m": (3, 48, 3, (4e-3, 8e-3, 1.6e-2, 3.2e-2)),
-    "grown-0.8m": (5, 96, 6, (4e-3, 8e-3, 1.6e-2, 3.2e-2)),
-    "grown-3m": (6, 192, 6, (2e-3, 4e-3, 8e-3, 1.6e-2)),
-    "grown-13m": (7, 384, 12, (1e-3, 2e-3, 4e-3, 8e-3)),
-    "grown-58m": (8, 768, 12, (5e-4, 1e-3, 2e-3, 4e-3)),
+    "grown-0.2m": (3, 48, 3, (8e-3, 1.6e-2, 3.2e-2)),
+    "grown-0.8m": (5, 96, 6, (4e-3, 8e-3, 1.6e-2)),
+    "grown-3m": (6, 192, 6, (2e-3, 4e-3, 8e-3)),
+    "grown-13m": (7, 384, 12, (1e-3, 2e-3, 4e-3)),
+    "grown-58m": (8, 768, 12, (2.5e-4, 5e-4, 1e-3)),
 }
-TOKENS = 6e7  # read by each, out of as many that were written
+TOKENS = 4e7  # read by each, out of as many that were written
 KEPT = ("parameters", "device", "seed", "date", "versions", "distinct tokens", "tokens trained")
 KEPT = (*KEPT, "training", "loss curve", "held-out loss", "known facts")
 

@@ -580,6 +580,7 @@ def test_any_prompt(family, count, init, batch, data):
         assert not tuned.prompt.any()
     elif init == "normal":  # none of 24 · P draws lies beyond 6 σ, but for one in 10⁶ such tests
         assert 0 < tuned.prompt.abs().max() <= 6 * table.std()
+        assert not (tuned.prompt[:, None] == table).all(dim=2).any()
     else:  # every row is a row of the embedding
         assert (tuned.prompt[:, None] == table).all(dim=2).any(dim=1).all()
     if init == "text":
