@@ -175,6 +175,35 @@ def test_the_formula_of_the_bottleneck():
         assert (f(x) - wanted).abs().max() <= 50 * U64 * wanted.abs().max()
 
 
+@pytest.mark.parametrize("method", [m(3) for m in ADAPTERS], ids=lambda m: m.name)
+def test_an_adapter_reads_the_output_of_its_sublayer_and_the_parallel_one_its_input(base, method):
+    """What is added to y is f(y), or f(x) of what the first map of the sublayer reads."""
+    parallel, found = isinstance(method, ParallelAdapter), {}
+    sublayers = [s for s in base.anatomy.sublayers if s.kind in method.sublayers]
+    hooks = [
+        s.last.module.register_forward_hook(lambda _, __, y, s=s: found.update({s.name: y}))
+        for s in sublayers
+    ]  # before the adapter's own, so that it sees y
+    with stir(attach(base, method)) as tuned:
+        for s in sublayers:
+            hooks += [
+                s.first.module.register_forward_pre_hook(
+                    lambda _, x, s=s: found.update({s.name + " x": x[0]})
+                ),
+                s.last.module.register_forward_hook(
+                    lambda _, __, y, s=s: found.update({s.name + " new": y})
+                ),
+            ]
+        call(tuned, token_ids(2, 5))
+        modules = {site.name: site.f for site in tuned._sites}
+        for s in sublayers:
+            y = found[s.name]
+            added = modules[s.name](found[s.name + " x"] if parallel else y)
+            assert added.any() and torch.equal(found[s.name + " new"], y + added)
+        for hook in hooks:
+            hook.remove()
+
+
 # Together with others -------------------------------------------------------------------------
 
 
