@@ -65,6 +65,16 @@ DRAWN = """[...document.querySelectorAll('.js-plotly-plot')].map(plot => [
     plot.querySelectorAll('.barlayer path, .scatterlayer path, .heatmaplayer image').length,
     plot.querySelector('.gtitle')?.textContent ?? '',
 ])"""
+# What else the panel of a slider says.
+BESIDE = """slider => {
+    const panel = document.querySelector('.' + slider).closest('.widget-vbox');
+    return {
+        value: panel.querySelector(`.${slider} .widget-readout`)?.textContent ?? '',
+        words: [...panel.querySelectorAll('.widget-html-content')].map(e => e.textContent).join(' '),
+        trouble: panel.querySelector('.peftlab-plot')?.previousElementSibling?.textContent ?? '',
+        status: document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset?.status ?? '',
+    };
+}"""
 FACTS = {
     "plotly": plotly.__version__,
     "ipywidgets": ipywidgets.__version__,
@@ -96,17 +106,25 @@ def opening(address: str, notebook: Path, seconds: float) -> dict:
         drawn = partial(page.evaluate, DRAWN)
         lesson.run_all(seconds)
         first = soon(page, drawn, whole, seconds)
-        moved = 0
+        moved, still, stuck = 0, [], []
         for at, (_, slider) in enumerate(PANELS.values()):
             if slider is None or at >= len(first):
                 continue
             handle = page.locator(f".{slider} [role=slider]").first
+            before = handle.get_attribute("aria-valuenow")
             handle.focus()
             handle.press("ArrowRight")
+            if soon(page, lambda: handle.get_attribute("aria-valuenow"), before.__ne__) == before:  # noqa: B023
+                still.append(slider)  # the key did not reach it
             if slider == "peftlab-trainer-size":  # its figure is of a training, not of a size
                 continue
             other = soon(page, drawn, lambda now: now[at][2] != first[at][2], seconds)  # noqa: B023
-            moved += other[at][2] != first[at][2] and other[at][0] == first[at][0]
+            if other[at][2] != first[at][2] and other[at][0] == first[at][0]:
+                moved += 1
+            else:
+                stuck.append(
+                    {"slider": slider, "title": other[at][2], **page.evaluate(BESIDE, slider)}
+                )
         last = drawn()
     stop_kernels(address)
     return {
@@ -114,6 +132,8 @@ def opening(address: str, notebook: Path, seconds: float) -> dict:
         "whole": sum(all(figure) for figure in first),
         "whole after moves": sum(all(figure) for figure in last),
         "followed": moved,
+        "sliders that no key reached": still,
+        "sliders whose figure stood": stuck,
         "traces": [a for a, *_ in last],
     }
 
