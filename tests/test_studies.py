@@ -5,12 +5,14 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
 import peftlab as pl
 from peftlab import accounting
-from peftlab.bench import search, trends
+from peftlab.bases.data import data_path
+from peftlab.bench import results, search, trends
 from peftlab.bench.contest import SEEDS, Contest, Entry, Try, drawn
 from peftlab.bench.replay import started
 from peftlab.bench.runs import run_together
@@ -18,6 +20,7 @@ from peftlab.bench.tournament import LADDER_SEEDS, Ladder, Progress, Rows, play
 from peftlab.experiments import grow, memorising, studies, tournament
 
 RNG = np.random.default_rng(0)
+TRENDS = sorted(p.stem.removeprefix("trend_") for p in data_path("results").glob("trend_*.json"))
 
 
 # --- so many examples, so many steps -------------------------------------------------------------
@@ -381,3 +384,18 @@ def test_an_unknown_contest_is_refused_by_name(monkeypatch, capsys):
         studies.main()
     told = capsys.readouterr().err
     assert "no contest facts-1: there are rates-" in told
+
+
+@pytest.mark.parametrize("study", TRENDS)
+def test_a_recorded_trend_follows_from_its_contests(study):
+    derived = studies.STUDIES[study].read(trends.recorded(study, data_path("results")))
+    recorded = results.trend(study)
+    assert [*recorded] == [*derived] and len(recorded) == len(derived)
+    for name, column in recorded.items():
+        ours = derived[name].to_numpy()
+        if column.dtype.kind == "f":
+            assert column.to_numpy() == pytest.approx(ours.astype(float), abs=2e-6, nan_ok=True)
+        else:
+            assert [v if pd.notna(v) else None for v in column] == [
+                v if pd.notna(v) else None for v in ours
+            ]

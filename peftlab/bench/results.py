@@ -120,3 +120,10 @@ def read(name: str, path: Path | None = None, kind: str = "bench") -> Result:
     tables = [pd.DataFrame(facts.pop(part)) for part in parts]
     references = facts.pop("references") or {"label": [], "seed": []}  # a head has none
     return Result(facts, *tables, pd.DataFrame(references))
+
+
+def trend(study: str, folder: Path | None = None) -> pd.DataFrame:
+    """What the contests of a study say together, as `studies --read` wrote it: see `bench.trends`.
+    Raises FileNotFoundError if it did not."""
+    path = (folder or data_path("results")) / f"trend_{study}.json"
+    return pd.DataFrame(json.loads(path.read_text(encoding="utf-8"))["rows"])

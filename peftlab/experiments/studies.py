@@ -17,7 +17,8 @@ regrets.
 
 A study is a set of contests of `peftlab.bench`, searched, seeded, judged and resumed as those of
 `tournament`, with its options; only the files are called `study_<contest>`. `bench.trends` reads
-what a study says: `--read` prints it. SST-2 is read from where `peftlab.tasks.public` says.
+what a study says: `--read` prints it and keeps it in `trend_<study>.json`, for those who have no
+statistics library. SST-2 is read from where `peftlab.tasks.public` says.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 from peftlab import accounting, memory
@@ -38,6 +40,7 @@ from peftlab.bench.contest import SEEDS, Contest, Entry
 from peftlab.bench.tournament import LADDER_SEEDS, RUNGS, Ladder, Progress
 from peftlab.experiments import tournament
 from peftlab.experiments.memorising import CLASSES, Memorising
+from peftlab.experiments.sweep_soft import write
 from peftlab.methods import (
     IA3,
     FullFineTuning,
@@ -425,6 +428,16 @@ def plan(contests: Iterable[Contest], kind: type[Progress]) -> Iterator[str]:
         )
 
 
+def read(study: str, folder: Path) -> pd.DataFrame:
+    """What the recorded contests of a study say, kept beside them as well."""
+    contests = trends.recorded(study, folder)
+    table = STUDIES[study].read(contests)
+    facts = {"command": f"{MODULE} {study} --read", "contests": list(contests)}
+    rows = json.loads(table.to_json(orient="records", force_ascii=False, double_precision=6))
+    write(folder / f"trend_{study}.json", facts, {"rows": rows})
+    return table
+
+
 def smoke(contest: Contest) -> Contest:
     """The contest in two steps a run on few examples, to see that everything works."""
     entries = tuple(replace(e, steps=e.steps and 2) for e in contest.entries)
@@ -450,7 +463,8 @@ def main() -> None:
             print(f"{path}: judged")
         return
     if options.read:
-        print(study.read(trends.recorded(options.study, options.out)).to_string(index=False))
+        table = read(options.study, options.out)
+        print(table.to_string(index=False))
         return
     tasks, steps = tuple(options.tasks or ()), 6 if options.smoke else 30
     contests = made(options.study, options.device, options.out, steps, tasks)

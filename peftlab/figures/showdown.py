@@ -112,8 +112,9 @@ def rate_search(
     for i, rate in enumerate(rates):
         s.text(start + i * wide + (wide - 6) / 2, y + 4, f"{rate:g}", SMALL, align="center")
     s.text(LEFT, y + 4, "learning rate", SMALL, s.theme.quiet)
-    s.text(LEFT, y + 28, "In each box: the score on dev, the mean of two tuning seeds. Coloured: "
-           "the rate that is taken.", SMALL, s.theme.quiet)  # fmt: skip
+    seeds = ("two", "three", "four", "five")[len(result.facts["tuning seeds"]) - 2]
+    s.text(LEFT, y + 28, f"In each box: the score on dev, the mean of {seeds} tuning seeds. "
+           "Coloured: the rate that is taken.", SMALL, s.theme.quiet)  # fmt: skip
     fig = s.done()
     fig.layout.meta["alt"] = f"{title}. {'; '.join(words)}."
     return fig

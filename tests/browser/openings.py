@@ -70,7 +70,7 @@ BESIDE = """slider => {
     const panel = document.querySelector('.' + slider).closest('.widget-vbox');
     return {
         value: panel.querySelector(`.${slider} .widget-readout`)?.textContent ?? '',
-        words: [...panel.querySelectorAll('.widget-html-content')].map(e => e.textContent).join(' '),
+        words: [...panel.querySelectorAll('.widget-html-content')].map(e => e.textContent),
         trouble: panel.querySelector('.peftlab-plot')?.previousElementSibling?.textContent ?? '',
         status: document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset?.status ?? '',
     };
