@@ -29,8 +29,10 @@ SIZES = {
     "grown-58m": (8, 768, 12, (2.5e-4, 5e-4, 1e-3)),
 }
 TOKENS = 4e7  # read by each, out of as many that were written
-KEPT = ("parameters", "device", "seed", "date", "versions", "distinct tokens", "tokens trained")
-KEPT = (*KEPT, "training", "loss curve", "held-out loss", "known facts")
+KEPT = (
+    *("parameters", "device", "seed", "date", "versions", "distinct tokens", "tokens trained"),
+    *("training", "loss curve", "held-out loss", "known facts"),
+)
 
 
 def options_of(name: str, options) -> list[str]:
@@ -71,7 +73,7 @@ def main() -> None:
     for name in SIZES:
         text = (options.bases / name / "datasheet.json").read_text(encoding="utf-8")
         found[name] = {key: value for key, value in json.loads(text).items() if key in KEPT}
-    command = f"python -m peftlab.experiments.grow --device {options.device}"
+    command = f"python -m peftlab.experiments.grow --bases FOLDER --device {options.device}"
     text = json.dumps({"command": command, "bases": found}, indent=1)
     options.out.write_text(text + "\n", encoding="utf-8")
 
